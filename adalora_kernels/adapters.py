@@ -1,0 +1,108 @@
+"""Finds the (lora_A, lora_E, lora_B) triples in any module tree: ours, loralib's and PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+_FACTORS = ("lora_A", "lora_E", "lora_B")
+# What DataParallel/DDP, torch.compile, FSDP and activation checkpointing put into parameter names.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One AdaLoRA adapter: where its three parameters live.
+
+    The parameters are looked up at every access, so that a module may replace them.
+
+    Attributes:
+        name: the name of its lora_E among the model's parameters, without wrapper prefixes.
+        module: the layer that owns it.
+        key: None where lora_A is a Parameter of the layer (ours, loralib), else the adapter name
+            under which the layer's ParameterDicts hold it (PEFT).
+    """
+
+    name: str
+    module: nn.Module
+    key: str | None
+
+    def _factor(self, factor: str) -> nn.Parameter:
+        owner = getattr(self.module, factor)
+        return cast(nn.Parameter, owner if self.key is None else owner[self.key])
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """Right singular vectors, (r, in)."""
+        return self._factor("lora_A")
+
+    @property
+    def lora_E(self) -> nn.Parameter:
+        """Singular values, (r, 1)."""
+        return self._factor("lora_E")
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """Left singular vectors, (out, r)."""
+        return self._factor("lora_B")
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """(lora_A, lora_E, lora_B)."""
+        return self.lora_A, self.lora_E, self.lora_B
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Hand the final pattern (r,) bool to the layer, if it is one that can use it.
+
+        Layers that are not ours read only lora_E, which the allocator keeps at 0 where masked.
+        """
+        set_mask = getattr(self.module, "set_mask", None)
+        if set_mask is not None:
+            set_mask(mask, self.key)
+
+    def set_rank(self, rank: int) -> None:
+        """Tell the layer the number of triplets that its parameters now hold."""
+        module = cast(Any, self.module)
+        if self.key is None:
+            module.r = rank
+        else:
+            module.r[self.key] = rank
+
+
+def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
+    """Every AdaLoRA adapter in `model`, in the order of its modules.
+
+    Args:
+        model: any module tree. A layer has an adapter if it has lora_A, lora_E and lora_B, either
+            as parameters (ours, loralib) or as ParameterDicts by adapter name (PEFT).
+        adapter_name: which of PEFT's named adapters; by default those whose lora_A is trainable.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return [
+        adapter
+        for module_name, module in model.named_modules()
+        for adapter in _adapters_of(_unwrapped(module_name), module, adapter_name)
+    ]
+
+
+def _unwrapped(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts[1:] if parts[0] == "module" else parts)
+
+
+def _adapters_of(name: str, module: nn.Module, adapter_name: str | None) -> Iterator[Adapter]:
+    prefix = f"{name}.lora_E" if name else "lora_E"
+    lora_A, lora_E, lora_B = (getattr(module, factor, None) for factor in _FACTORS)
+    if all(isinstance(p, nn.Parameter) for p in (lora_A, lora_E, lora_B)):
+        yield Adapter(prefix, module, None)
+    elif all(isinstance(d, nn.ParameterDict) for d in (lora_A, lora_E, lora_B)):
+        for key, parameter in cast(nn.ParameterDict, lora_A).items():
+            if key == adapter_name or (adapter_name is None and parameter.requires_grad):
+                yield Adapter(f"{prefix}.{key}", module, key)

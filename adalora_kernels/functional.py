@@ -1,0 +1,328 @@
+"""The functional API: validates once, then calls the ops.
+
+Shapes throughout: x (..., in), weight (out, in), lora_A (r, in), lora_E (r, 1), lora_B (out, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, reference
+from .adapters import find_adapters
+
+Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
+Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor]]
+
+
+def svd_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen linear layer plus its AdaLoRA update (paper, eq. 3), in one op with its own backward.
+
+    y = x·weightᵀ + bias + scaling · ((dropout(x)·lora_Aᵀ) ⊙ (lora_E ⊙ mask))·lora_Bᵀ
+
+    Args:
+        x: (..., in), any strides; floating point. Under autocast x, weight and bias are cast as
+            `F.linear` casts them; the adapter matrices stay in their own dtype.
+        weight: (out, in), the dtype of x, any strides. Normally frozen.
+        lora_A: right singular vectors Q, (r, in). All three adapter tensors may be wider than x
+            (float32 over a bfloat16 base, PEFT's default); the low-rank term is computed in the
+            wider dtype.
+        lora_E: singular values Λ, (r, 1). A 0 in it still gets a gradient.
+        lora_B: left singular vectors P, (out, r), the dtype of lora_A.
+        bias: (out,), the dtype of x.
+        mask: (r,) bool. False drops a triplet: it adds nothing and gets no gradient.
+        scaling: factor of the low-rank term (lora_alpha / (ranknum + 1e-5) in the layers).
+        dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
+            applied when positive; a layer passes 0 in evaluation.
+        impl: "auto" takes the fastest implementation for the device of x. "reference" is plain
+            PyTorch recorded by autograd. Any other is taken literally, never replaced.
+
+    Returns:
+        y: (..., out) in the dtype of x, on its device. All tensors must be on one device.
+
+    Raises:
+        TypeError: an argument that has to be a floating point tensor (mask: bool) is not, or
+            scaling or dropout_p is not a number.
+        ValueError: a shape, dtype or device that does not fit, dropout_p outside [0, 1), or an
+            unknown impl.
+        RuntimeError: an impl that cannot run here; the message says why.
+    """
+    _check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out, in), got shape {_shape(weight)}")
+    out_features, in_features = weight.shape
+    _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
+    _check_like_x(x, weight=weight, bias=bias)
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be (out,) = ({out_features},), got shape {_shape(bias)}")
+    _check_numbers(scaling, dropout_p)
+    reference_only = _resolve(impl)
+    if lora_A.shape[0] == 0:
+        return F.linear(x, weight, bias)
+    op = reference.svd_linear if reference_only else torch.ops.adalora.svd_linear
+    seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
+    y: Tensor = op(
+        x, weight, bias, lora_A, lora_E, lora_B, mask, float(scaling), float(dropout_p), seed
+    )[0]
+    return y
+
+
+def svd_delta(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The AdaLoRA update on top of an opaque base layer (quantised, Conv1D, anything).
+
+    base_output + scaling · ((dropout(x)·lora_Aᵀ) ⊙ (lora_E ⊙ mask))·lora_Bᵀ
+
+    Args:
+        base_output: (..., out), what the base layer made of x; floating point. Not written to.
+        x: (..., in), any floating dtype; cast to the autocast dtype under autocast.
+
+    The other arguments, and what is raised, are those of `svd_linear`.
+
+    Returns:
+        The sum, (..., out) in the dtype of base_output.
+    """
+    _check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x = _cast(x, dtype)
+    if base_output.dim() != x.dim() or base_output.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            "base_output must have the leading dimensions of x, "
+            f"got shape {_shape(base_output)} for x of shape {_shape(x)}"
+        )
+    if base_output.device != x.device:
+        raise ValueError(
+            f"base_output must be on the device of x, got {base_output.device} and {x.device}"
+        )
+    in_features = x.shape[-1] if x.dim() else 0
+    out_features = base_output.shape[-1] if base_output.dim() else 0
+    _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
+    _check_numbers(scaling, dropout_p)
+    reference_only = _resolve(impl)
+    if lora_A.shape[0] == 0:
+        return base_output
+    op = reference.svd_delta if reference_only else torch.ops.adalora.svd_delta
+    seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
+    y: Tensor = op(
+        base_output, x, lora_A, lora_E, lora_B, mask, float(scaling), float(dropout_p), seed
+    )[0]
+    return y
+
+
+def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) -> Tensor:
+    """The orthogonality regulariser (paper, eq. 4), differentiable.
+
+    weight · mean over all lora_A, lora_B of ‖G - I‖_F (loralib, PEFT), or the paper's
+    weight · Σ ‖G - I‖²_F if `squared`; G = A·Aᵀ or Bᵀ·B.
+
+    Args:
+        pairs_or_model: (lora_A (r, in), lora_B (out, r)) pairs of floating point tensors on one
+            device, or a model in which `find_adapters` finds them. Rank 0 counts as norm 0.
+        weight: the coefficient, ≥ 0.
+
+    Returns:
+        A scalar on the adapters' device, float32 (float64 for float64 adapters).
+
+    Raises:
+        TypeError: not a model or pairs of floating point tensors, or weight is not a number.
+        ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
+    """
+    lora_A, lora_B = _pairs(pairs_or_model)
+    _check_weight(weight)
+    norms, _ = torch.ops.adalora.orth_reg(lora_A, lora_B)
+    return _penalty(norms, weight, squared)
+
+
+@torch.no_grad()
+def orth_reg_grad_(pairs_or_model: Pairs, weight: float, squared: bool = False) -> Tensor:
+    """Add the gradient of `orth_reg` straight into the `.grad` of the adapters.
+
+    To be called once per optimizer step, after the last backward and before clipping: the
+    regulariser then counts once under gradient accumulation, DDP and activation checkpointing,
+    and no autograd graph is built. With a GradScaler, call `scaler.unscale_(optimizer)` first.
+
+    Args, raises: those of `orth_reg`. Parameters that need no gradient are left out.
+
+    Returns:
+        The value of the regulariser, a scalar on the adapters' device; nothing is read back.
+    """
+    lora_A, lora_B = _pairs(pairs_or_model)
+    _check_weight(weight)
+    norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
+    grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
+    grads = torch.ops.adalora.orth_reg_backward(grad_norms, norms, residuals, lora_A, lora_B)
+    for parameter, grad in zip(lora_A + lora_B, grads[0] + grads[1], strict=True):
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad.add_(grad)
+    return _penalty(norms, weight, squared)
+
+
+def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
+    return weight * (norms.square().sum() if squared else norms.mean())
+
+
+def _pairs(pairs_or_model: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    if isinstance(pairs_or_model, nn.Module):
+        adapters = find_adapters(pairs_or_model)
+        if not adapters:
+            raise ValueError(f"no AdaLoRA adapter in this {type(pairs_or_model).__name__}")
+        return [a.lora_A for a in adapters], [a.lora_B for a in adapters]
+    if isinstance(pairs_or_model, Tensor) or not isinstance(pairs_or_model, Iterable):
+        raise TypeError(
+            "pairs_or_model must be a torch.nn.Module or (lora_A, lora_B) pairs, "
+            f"got {type(pairs_or_model).__name__}"
+        )
+    pairs = list(pairs_or_model)
+    if not pairs:
+        raise ValueError("pairs_or_model is empty")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"pairs_or_model[{i}] must be (lora_A, lora_B), got {pair!r:.80}")
+        lora_A, lora_B = pair
+        _check_floating(**{f"pairs_or_model[{i}][0]": lora_A, f"pairs_or_model[{i}][1]": lora_B})
+        if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+            raise ValueError(
+                f"pairs_or_model[{i}] must be lora_A (r, in) and lora_B (out, r), "
+                f"got shapes {_shape(lora_A)} and {_shape(lora_B)}"
+            )
+        if lora_A.device != pairs[0][0].device or lora_B.device != pairs[0][0].device:
+            raise ValueError(
+                f"pairs_or_model[{i}] must be on {pairs[0][0].device} like the first pair, "
+                f"got {lora_A.device} and {lora_B.device}"
+            )
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {t.dtype}")
+
+
+def _check_like_x(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, got {t.dtype} and {x.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, got {t.device} and {x.device}")
+
+
+def _check_adapter(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    in_features: int,
+    out_features: int,
+) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be (..., in) with in = {in_features}, got shape {_shape(x)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
+        raise ValueError(
+            f"lora_A must be (r, in) with in = {in_features}, got shape {_shape(lora_A)}"
+        )
+    r = lora_A.shape[0]
+    if lora_E.shape != (r, 1):
+        raise ValueError(f"lora_E must be (r, 1) = ({r}, 1), got shape {_shape(lora_E)}")
+    if lora_B.shape != (out_features, r):
+        raise ValueError(
+            f"lora_B must be (out, r) = ({out_features}, {r}), got shape {_shape(lora_B)}"
+        )
+    if lora_B.dtype != lora_A.dtype:
+        raise ValueError(
+            f"lora_B must have the dtype of lora_A, got {lora_B.dtype} and {lora_A.dtype}"
+        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {kind}")
+        if mask.shape != (r,):
+            raise ValueError(f"mask must be (r,) = ({r},), got shape {_shape(mask)}")
+    for name, t in (("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B), ("mask", mask)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, got {t.device} and {x.device}")
+
+
+def _check_numbers(scaling: float, dropout_p: float) -> None:
+    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _check_weight(weight: float) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TypeError(f"weight must be a number, got {type(weight).__name__}")
+    if not weight >= 0.0:
+        raise ValueError(f"weight must be at least 0, got {weight}")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants on the device of x; None where it is off or unknown."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an argument of `F.linear`: float64 is left alone."""
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def _resolve(impl: str) -> bool:
+    """Whether `impl` asks for the plain-PyTorch reference; raises if it asks for what is not."""
+    if impl not in ("auto", "reference", "triton", "cuda"):
+        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cuda', got {impl!r}")
+    if impl in ("triton", "cuda"):
+        raise RuntimeError(f"impl={impl!r} cannot run: {ops.why_not(impl)}")
+    return impl == "reference"

@@ -1,0 +1,145 @@
+"""The names and signatures of the authors' loralib: `import adalora_kernels.loralib as loralib`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .allocator import BudgetSchedule
+from .allocator import RankAllocator as _RankAllocator
+from .modules import SVDLinear, lora_state_dict, mark_only_lora_as_trainable
+
+__all__ = [
+    "RankAllocator",
+    "SVDLinear",
+    "compute_orth_regu",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+]
+
+
+class RankAllocator:
+    """loralib's allocator over ours.
+
+    It differs where loralib is wrong (README, "Semantics"): exactly the budget is kept, equal
+    scores don't prune everything, gradients with inf or NaN are skipped, the last budgeting step
+    always prunes, and a parameter without a gradient is no error.
+
+    Args:
+        model: the model whose adapters are allocated.
+        lora_r: the initial rank; the adapters' own ranks are what counts.
+        target_rank: average rank per matrix at the end.
+        init_warmup, final_warmup, mask_interval: the paper's t_i, t_f and ΔT, in steps.
+        beta1, beta2: decay of the averages of sensitivity and uncertainty, in (0, 1).
+        total_step: steps of the training; may follow by `set_total_step`.
+        target_total_rank: rank at the end over all matrices, in place of the average.
+        tb_writter: a TensorBoard SummaryWriter, or anything with its `add_scalar`.
+        tb_writter_loginterval: steps between two logs. Only logging reads the device.
+
+    Raises:
+        TypeError, ValueError: as `adalora_kernels.RankAllocator`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lora_r: int,
+        target_rank: int,
+        init_warmup: int,
+        final_warmup: int,
+        mask_interval: int,
+        beta1: float,
+        beta2: float,
+        total_step: int | None = None,
+        target_total_rank: int | None = None,
+        tb_writter: Any = None,
+        tb_writter_loginterval: int = 500,
+    ) -> None:
+        self.model = model
+        self.lora_init_rank = lora_r
+        self.total_step = total_step
+        self.tb_writter = tb_writter
+        self.log_interval = tb_writter_loginterval
+        self.allocator = _RankAllocator(
+            model,
+            target_r=target_rank,
+            # The shortest schedule that is valid, until set_total_step brings the real one.
+            total_step=init_warmup + final_warmup + 1 if total_step is None else total_step,
+            tinit=init_warmup,
+            tfinal=final_warmup,
+            deltaT=mask_interval,
+            beta1=beta1,
+            beta2=beta2,
+            target_total_rank=target_total_rank,
+        )
+
+    def set_total_step(self, total_step: int) -> None:
+        """Set the number of training steps.
+
+        Raises:
+            TypeError, ValueError: as `BudgetSchedule`.
+        """
+        old = self.allocator.schedule
+        self.allocator.schedule = BudgetSchedule(
+            old.init_budget, old.target_budget, old.tinit, old.tfinal, old.deltaT, total_step
+        )
+        self.total_step = total_step
+
+    def get_rank_pattern(self) -> dict[str, int]:
+        """The rank of each matrix, by the name of its lora_E. Reads the device."""
+        return self.allocator.ranks()
+
+    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
+        """Update the importance, and prune where the schedule says so.
+
+        Args:
+            model: the model given to the constructor.
+            global_step: the number of this optimizer step.
+
+        Returns:
+            The budget, and the highest score that was pruned (a scalar on the device; None where
+            nothing was to be pruned at this step).
+
+        Raises:
+            ValueError: another model than the constructor's.
+            RuntimeError: no total_step yet, or as `adalora_kernels.RankAllocator.step`.
+        """
+        if model is not self.model:
+            raise ValueError("model must be the one that this allocator was made for")
+        if self.total_step is None:
+            raise RuntimeError("total_step is not set: call set_total_step() first")
+        allocator = self.allocator
+        budget = allocator.step(global_step)
+        threshold = None
+        if allocator.schedule.masks_at(global_step):
+            threshold = allocator.highest_pruned_score()
+        if self.tb_writter is not None and global_step % self.log_interval == 0:
+            self._log(threshold, global_step)
+        return budget, threshold
+
+    def _log(self, threshold: Tensor | None, step: int) -> None:
+        allocator, add_scalar = self.allocator, self.tb_writter.add_scalar
+        if threshold is not None:
+            ranks = allocator.ranks()
+            for name, rank in ranks.items():
+                add_scalar(f"Ranknum/{name}", rank, step)
+            sizes = (a.lora_A.shape[1] + a.lora_B.shape[0] for a in allocator.adapters)
+            live = sum(r * size for r, size in zip(ranks.values(), sizes, strict=True))
+            add_scalar("Budget/total_rank", sum(ranks.values()), step)
+            add_scalar("Budget/mask_threshold", threshold.item(), step)
+            add_scalar("Budget/sum_param", live, step)
+        with torch.no_grad():
+            loss = functional.orth_reg(self.model, 1.0)
+        add_scalar("train/orth_regu_loss", loss.item(), step)
+
+
+def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1) -> Tensor:
+    """regu_weight · mean ‖G - I‖_F over the model's lora_A and lora_B, differentiable.
+
+    Raises:
+        TypeError, ValueError: as `adalora_kernels.orth_reg`.
+    """
+    return functional.orth_reg(model, regu_weight)

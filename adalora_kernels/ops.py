@@ -1,0 +1,248 @@
+"""The `adalora::` operators: schemas, fakes, implementations per device, and their autograd.
+
+Python owns the schemas, so every op exists on every device; what a device runs is looked up by
+the torch dispatcher. The plain-PyTorch implementation of `reference` is registered for all of
+them. A faster one is registered for its own device key on top of it, in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SCHEMAS = {
+    "svd_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor E, Tensor B, "
+    "Tensor? mask, float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
+    "svd_linear_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor A, Tensor E, Tensor B, "
+    "Tensor? mask, Tensor h, float scaling, float dropout_p, Tensor? seed, bool need_dx)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "svd_delta": "(Tensor y, Tensor x, Tensor A, Tensor E, Tensor B, Tensor? mask, "
+    "float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
+    "svd_delta_backward": "(Tensor grad_y, Tensor x, Tensor A, Tensor E, Tensor B, Tensor? mask, "
+    "Tensor h, float scaling, float dropout_p, Tensor? seed, bool need_dx)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
+    "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2)"
+    " -> ()",
+    "orth_reg": "(Tensor[] A, Tensor[] B) -> (Tensor, Tensor)",
+    "orth_reg_backward": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, "
+    "Tensor[] B) -> (Tensor[], Tensor[])",
+}
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's dtypes are decided before it is called; autocast must not change them inside."""
+
+    @functools.wraps(implementation)
+    def run(first: Any, *args: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        device_type = tensor.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(first, *args)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(first, *args)
+
+    return run
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"adalora::{_name}", "default", _outside_autocast(getattr(reference, _name)))
+
+
+class Implementation(NamedTuple):
+    """What one op runs on one device type, and why nothing faster."""
+
+    op: str
+    name: str
+    why_not_faster: str
+
+
+def why_not(impl: str) -> str:
+    """Why the named implementation ("triton" or "cuda") cannot run."""
+    return f"this version has no {impl} kernels"
+
+
+def implementations(device_type: str) -> list[Implementation]:
+    """The implementation that the dispatcher picks for every op on `device_type`."""
+    reason = "; ".join(why_not(impl) for impl in ("triton", "cuda"))
+    if device_type == "cpu":
+        reason = "this version has no compiled CPU code"
+    return [Implementation(op, "reference (plain PyTorch)", reason) for op in _SCHEMAS]
+
+
+def dropout_seed(x: Tensor) -> Tensor:
+    """One int64 from torch's generator of the device of x: the seed of one dropout mask.
+
+    It stays on the device: no host sync, a fresh value at every replay of a CUDA graph, and the
+    same value again when activation checkpointing restores the generator.
+    """
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+# Fakes: the shapes, dtypes and strides of the outputs.
+
+
+def _svd_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return _svd_delta_fake(y, x, A, E, B, mask, scaling, dropout_p, seed)
+
+
+def _svd_delta_fake(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    h_dtype = torch.promote_types(x.dtype, A.dtype)
+    return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], A.shape[0]), dtype=h_dtype)
+
+
+def _svd_linear_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, A: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _svd_delta_backward_fake(grad_y, x, A, *args)
+
+
+def _svd_delta_backward_fake(
+    grad_y: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_dx: bool = args[-1]
+    dx = x.new_empty(x.shape if need_dx else 0)
+    return dx, A.new_empty(A.shape), E.new_empty(E.shape), B.new_empty(B.shape)
+
+
+def _importance_update_fake(*args: Any) -> None:
+    return None
+
+
+def _orth_reg_fake(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in A], torch.float32)
+    numel = sum(2 * a.shape[0] ** 2 for a in A)
+    return A[0].new_empty(2 * len(A), dtype=dtype), A[0].new_empty(numel, dtype=dtype)
+
+
+def _orth_reg_backward_fake(
+    grad_norms: Tensor, norms: Tensor, residuals: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [a.new_empty(a.shape) for a in A], [b.new_empty(b.shape) for b in B]
+
+
+torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
+torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
+torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
+torch.library.register_fake("adalora::svd_delta_backward", _svd_delta_backward_fake)
+torch.library.register_fake("adalora::importance_update_", _importance_update_fake)
+torch.library.register_fake("adalora::orth_reg", _orth_reg_fake)
+torch.library.register_fake("adalora::orth_reg_backward", _orth_reg_backward_fake)
+
+
+# Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
+
+
+def _reject_double_backward(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"the gradient of adalora::{op} is not differentiable itself "
+            "(create_graph=True); impl='reference' is"
+        )
+
+
+def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, A, E, B, mask, ctx.scaling, ctx.dropout_p, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed)
+
+
+def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    _reject_double_backward("svd_linear")
+    if grad_y is None:
+        return (None,) * 10
+    x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx = dA = dE = dB = dweight = dbias = None
+    if needs[0] or any(needs[3:6]):
+        dx, dA, dE, dB = torch.ops.adalora.svd_linear_backward(
+            grad_y, x, weight, A, E, B, mask, h, ctx.scaling, ctx.dropout_p, seed, needs[0]
+        )
+    rows = grad_y.flatten(0, -2) if grad_y.dim() > 1 else grad_y.unsqueeze(0)
+    if needs[1]:  # The weight is normally frozen; who thaws it gets its gradient all the same.
+        dweight = rows.T @ x.reshape(rows.shape[0], -1)
+    if ctx.has_bias and needs[2]:
+        dbias = rows.sum(dim=0)
+    return dx if needs[0] else None, dweight, dbias, dA, dE, dB, None, None, None, None
+
+
+def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, A, E, B, mask, ctx.scaling, ctx.dropout_p, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, A, E, B, mask, output[1], seed)
+
+
+def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    _reject_double_backward("svd_delta")
+    if grad_y is None:
+        return (None,) * 9
+    x, A, E, B, mask, h, seed = ctx.saved_tensors
+    needs_dx = ctx.needs_input_grad[1]
+    dx = dA = dE = dB = None
+    if any(ctx.needs_input_grad[1:5]):
+        dx, dA, dE, dB = torch.ops.adalora.svd_delta_backward(
+            grad_y, x, A, E, B, mask, h, ctx.scaling, ctx.dropout_p, seed, needs_dx
+        )
+    return grad_y, dx if needs_dx else None, dA, dE, dB, None, None, None, None
+
+
+def _orth_reg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    A, B = inputs
+    norms, residuals = output
+    ctx.mark_non_differentiable(residuals)
+    ctx.set_materialize_grads(False)
+    ctx.count = len(A)
+    ctx.save_for_backward(norms, residuals, *A, *B)
+
+
+def _orth_reg_autograd(ctx: Any, grad_norms: Tensor | None, _: Tensor | None) -> tuple[Any, Any]:
+    _reject_double_backward("orth_reg")
+    norms, residuals, *matrices = ctx.saved_tensors
+    A, B = matrices[: ctx.count], matrices[ctx.count :]
+    if grad_norms is None:
+        return [None] * ctx.count, [None] * ctx.count
+    dA, dB = torch.ops.adalora.orth_reg_backward(grad_norms, norms, residuals, A, B)
+    return dA, dB
+
+
+torch.library.register_autograd(
+    "adalora::svd_linear", _svd_linear_autograd, setup_context=_svd_linear_setup
+)
+torch.library.register_autograd(
+    "adalora::svd_delta", _svd_delta_autograd, setup_context=_svd_delta_setup
+)
+torch.library.register_autograd(
+    "adalora::orth_reg", _orth_reg_autograd, setup_context=_orth_reg_setup
+)

@@ -1,0 +1,332 @@
+"""Plain-PyTorch twins of the ops: the definition, the test oracle, and the CPU implementation.
+
+Equation numbers are those of the AdaLoRA paper (Zhang et al., ICLR 2023, arXiv 2303.10512).
+Everything here is differentiable where the mathematics is, works in float64, and reads no value
+from the device, so the same code runs on any device.
+
+Shapes throughout: x (..., in), weight (out, in), A = lora_A (r, in), E = lora_E (r, 1),
+B = lora_B (out, r), mask (r,) bool, h (..., r).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Philox-4x32-10 (Salmon et al., SC 2011): two round multipliers and two key increments.
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_U32 = 0xFFFFFFFF
+
+
+def philox_uint32(seed: Tensor, numel: int) -> Tensor:
+    """The first `numel` words of the Philox-4x32-10 stream of `seed`, as int64 (numel,).
+
+    Word i is lane i % 4 of counter i // 4, which is what a kernel gets from one call for four
+    neighbouring elements. `seed` is one int64 on the device that the stream is wanted on.
+    """
+    counter = torch.arange((numel + 3) // 4, device=seed.device)
+    lanes = [counter & _U32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    seed = seed.reshape(())
+    keys = [seed & _U32, (seed >> 32) & _U32]
+    for _ in range(10):
+        # The int64 product wraps, but its bits are those of the unsigned one.
+        p0, p1 = lanes[0] * _PHILOX_M[0], lanes[2] * _PHILOX_M[1]
+        lanes = [
+            ((p1 >> 32) & _U32) ^ lanes[1] ^ keys[0],
+            p1 & _U32,
+            ((p0 >> 32) & _U32) ^ lanes[3] ^ keys[1],
+            p0 & _U32,
+        ]
+        keys = [(key + w) & _U32 for key, w in zip(keys, _PHILOX_W, strict=True)]
+    return torch.stack(lanes, dim=1).flatten()[:numel]
+
+
+def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
+
+    A pure function of (seed, shape, p) on a given device, so that the backward regenerates the
+    mask of the forward instead of storing it. Off the CPU the seed is never read back: Philox in
+    tensor operations. On it, 16 bits of torch's own generator per entry (p to the nearest 2⁻¹⁶)
+    cost a quarter of `bernoulli_` and are the same for every dtype.
+    """
+    numel = like.numel()
+    if like.device.type != "cpu":
+        keep = philox_uint32(seed, numel) >= round(p * 2**32)
+        return keep.reshape(like.shape).to(like.dtype)
+    generator = torch.Generator().manual_seed(int(seed))
+    words = torch.empty((numel + 3) // 4, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    keep = torch.empty(numel, dtype=like.dtype)
+    drop_below = round(p * 2**16) - 2**15
+    # Writing the comparison as numbers saves a pass over a bool tensor.
+    return torch.ge(words.view(torch.int16)[:numel], drop_below, out=keep).view(like.shape)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., n) as (rows, n); `reshape(-1, n)` cannot do it for zero rows."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _keep_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    return None if seed is None else _rows(dropout_mask(x, dropout_p, seed))
+
+
+def _skinny(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (M, n) · matrix (n, r), long axis last: BLAS takes half the time for small r."""
+    return (matrix.T @ rows.T).T
+
+
+def _effective_E(E: Tensor, mask: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """e = scaling · E ⊙ mask, (r,): the scale costs nothing once it is folded in here."""
+    e = E.reshape(-1) * scaling
+    if mask is not None:
+        e = e.masked_fill(~mask, 0.0)
+    return e.to(dtype)
+
+
+def _project(x: Tensor, A: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
+    """h = dropout(x)·Aᵀ (rows, r) for 2-D x, in the wider of the two dtypes."""
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    if keep is None:
+        return _skinny(x.to(dtype), A.T.to(dtype)).contiguous()
+    h = _skinny((x * keep).to(dtype), A.T.to(dtype))
+    return (h * (1.0 / (1.0 - dropout_p))).contiguous()
+
+
+def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a·b, 2-D, in place: one GEMM with beta = 1 where the dtypes allow it."""
+    if out.dtype == a.dtype == b.dtype:
+        return out.addmm_(a, b)
+    return out.add_(a @ b.to(a.dtype))
+
+
+def svd_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Eq. (3): y = x·W0ᵀ + bias + ((dropout(x)·Aᵀ) ⊙ e)·Bᵀ with e = scaling·E ⊙ mask.
+
+    Returns (y, h): y (..., out) in the dtype of x, and h = dropout(x)·Aᵀ (..., r), which the
+    backward needs. `seed` (one int64 on the device of x) is None exactly when there is no dropout.
+    """
+    y = F.linear(x, weight, bias).contiguous()
+    h = _project(_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
+    _add_product_(_rows(y), h * _effective_E(E, mask, scaling, h.dtype), B.T)
+    return y, h.view(*x.shape[:-1], A.shape[0])
+
+
+def svd_delta(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The low-rank term of `svd_linear` added to y (..., out), the output of any base layer.
+
+    Returns (y + delta, h), the sum in the dtype of y. y itself is left alone: the layer that made
+    it may have saved it, and it may be a view that autograd does not allow to be written to.
+    """
+    h = _project(_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
+    he = h * _effective_E(E, mask, scaling, h.dtype)
+    if y.dtype == h.dtype == B.dtype:
+        out = torch.addmm(_rows(y), he, B.T)
+    else:
+        out = (_rows(y) + he @ B.T.to(h.dtype)).to(y.dtype)
+    return out.view(y.shape), h.view(*x.shape[:-1], A.shape[0])
+
+
+def _adapter_grads(
+    g: Tensor,
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(u ⊙ e, dA, dE, dB) for 2-D g, x, h and keep, where u = g·B."""
+    e = _effective_E(E, mask, scaling, h.dtype)
+    g = g.to(h.dtype)
+    u = _skinny(g, B.to(h.dtype))
+    ue = u * e
+    if keep is None:
+        dA = ue.T @ x.to(h.dtype)
+    else:
+        dA = (ue.T @ (x * keep).to(h.dtype)) * (1.0 / (1.0 - dropout_p))
+    dE = (u * h).sum(dim=0) * scaling
+    if mask is not None:
+        dE = dE.masked_fill(~mask, 0.0)
+    dB = _skinny(g.T, h * e).contiguous()
+    return ue, dA.to(A.dtype), dE.view(E.shape).to(E.dtype), dB.to(B.dtype)
+
+
+def svd_linear_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dE, dB) of `svd_linear` for the gradient grad_y of y, weight being frozen.
+
+    dx = g·W0 + dropout'((u ⊙ e)·A) with u = g·B, or an empty (0,) tensor unless `need_dx`;
+    dA = (u ⊙ e)ᵀ·dropout(x); dE = scaling · mask ⊙ Σ_rows u ⊙ h; dB = gᵀ·(h ⊙ e).
+    """
+    g, keep = _rows(grad_y), _keep_rows(x, dropout_p, seed)
+    ue, dA, dE, dB = _adapter_grads(g, _rows(x), A, E, B, mask, _rows(h), scaling, dropout_p, keep)
+    if not need_dx:
+        return x.new_empty(0), dA, dE, dB
+    dx = g @ weight
+    if keep is None:
+        _add_product_(dx, ue, A)
+    else:
+        dx.addcmul_((ue @ A.to(ue.dtype)).to(dx.dtype), keep, value=1.0 / (1.0 - dropout_p))
+    return dx.view(x.shape), dA, dE, dB
+
+
+def svd_delta_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dE, dB) of `svd_delta`, as in `svd_linear_backward` but for the base layer's dx.
+
+    The gradient of y is grad_y itself.
+    """
+    keep = _keep_rows(x, dropout_p, seed)
+    ue, dA, dE, dB = _adapter_grads(
+        _rows(grad_y), _rows(x), A, E, B, mask, _rows(h), scaling, dropout_p, keep
+    )
+    if not need_dx:
+        return x.new_empty(0), dA, dE, dB
+    dx = ue @ A.to(ue.dtype)
+    if keep is not None:
+        dx = dx * keep * (1.0 / (1.0 - dropout_p))
+    return dx.to(x.dtype).view(x.shape), dA, dE, dB
+
+
+def importance_update_(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    exp_avg_ipt: list[Tensor],
+    exp_avg_unc: list[Tensor],
+    scores: Tensor,
+    skipped: Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One step of the importance averages, in place, and the triplet scores that follow.
+
+    Eq. (8)-(10): ipt = |w·∂L/∂w|; Ī ← β1·Ī + (1-β1)·ipt; then, with the new Ī,
+    Ū ← β2·Ū + (1-β2)·|ipt - Ī|.
+    The lists hold A_0, E_0, B_0, A_1, …; a parameter whose gradient is None keeps its averages.
+    If any gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which
+    counts such steps. `scores` is flat, (total rank,).
+    """
+    present = [g for g in grads if g is not None]
+    # The largest magnitude is finite exactly when everything is; no value leaves the device.
+    finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
+    skipped += ~finite
+    step = finite.to(scores.dtype)
+    for w, g, avg_ipt, avg_unc in zip(params, grads, exp_avg_ipt, exp_avg_unc, strict=True):
+        if g is None:
+            continue
+        ipt = (w.to(avg_ipt.dtype) * g).abs_()
+        # A weight of 0 leaves an average as it was, but only against a finite end.
+        ipt.nan_to_num_()
+        avg_ipt.lerp_(ipt, step * (1.0 - beta1))
+        avg_unc.lerp_(ipt.sub_(avg_ipt).abs_(), step * (1.0 - beta2))
+    scores.copy_(triplet_scores(exp_avg_ipt, exp_avg_unc))
+
+
+def triplet_scores(exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tensor:
+    """Eq. (7) and (11): S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji) with s = Ī·Ū, flat.
+
+    The lists are those of `importance_update_`; the result is (total rank,), in module order.
+    """
+    entry = [i * u for i, u in zip(exp_avg_ipt, exp_avg_unc, strict=True)]
+    return torch.cat(
+        [
+            sE.view(-1) + (sA.mean(dim=1) + sB.mean(dim=0))
+            for sA, sE, sB in zip(entry[0::3], entry[1::3], entry[2::3], strict=True)
+        ]
+    )
+
+
+def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
+    """Eq. (6), over all matrices at once: which `budget` of the flat `scores` (n,) are kept, bool.
+
+    Exactly min(budget, n) stay. Among equals the lower index wins, and NaN ranks below everything.
+    `budget` may be a scalar tensor on the device of `scores`; nothing is read back either way.
+    """
+    ranked = torch.where(scores.isnan(), -math.inf, scores)
+    order = ranked.argsort(descending=True, stable=True)
+    position = torch.arange(scores.numel(), device=scores.device)
+    return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)
+
+
+def orth_reg(A: list[Tensor], B: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The parts of eq. (4): norms (2n,) = ‖A_i·A_iᵀ - I‖_F, ‖B_i·B_iᵀ - I‖_F, alternating.
+
+    (‖Bᵀ·B - I‖ for B (out, r).) Also returns, flat and in the same order, the matrices G - I that
+    the backward needs. Both are in float32, or float64 for float64 adapters.
+    """
+    residuals = []
+    for a, b in zip(A, B, strict=True):
+        for rows in (_widen(a), _widen(b).T):
+            residuals.append(rows @ rows.T - torch.eye(rows.shape[0], device=a.device))
+    norms = torch.stack([torch.linalg.vector_norm(residual) for residual in residuals])
+    return norms, torch.cat([residual.flatten() for residual in residuals])
+
+
+def orth_reg_backward(
+    grad_norms: Tensor, norms: Tensor, residuals: Tensor, A: list[Tensor], B: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dA, dB) of `orth_reg`: ∂‖G - I‖_F/∂A = 2·(G - I)·A / ‖G - I‖_F; 0 where the norm is 0."""
+    factor = torch.where(norms > 0, 2.0 * grad_norms / norms, 0.0)
+    ranks = [a.shape[0] for a in A for _ in "AB"]
+    parts = residuals.split_with_sizes([r * r for r in ranks])
+    scaled = [p.view(r, r) * f for p, r, f in zip(parts, ranks, factor.unbind(), strict=True)]
+    dA = [(s @ _widen(a)).to(a.dtype) for s, a in zip(scaled[0::2], A, strict=True)]
+    dB = [(_widen(b) @ s).to(b.dtype) for s, b in zip(scaled[1::2], B, strict=True)]
+    return dA, dB
+
+
+def _widen(t: Tensor) -> Tensor:
+    """Half precision as float32: a Gram matrix close to the identity cancels."""
+    return t if t.dtype == torch.float64 else t.float()

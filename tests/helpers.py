@@ -1,0 +1,64 @@
+"""What several test files need: random adapters, the error rule, and counting of ops."""
+
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adalora_kernels import SVDLinear
+
+
+def adapter(r, in_features, out_features, dtype=torch.float64, requires_grad=True):
+    """Random (lora_A, lora_E, lora_B)."""
+    shapes = ((r, in_features), (r, 1), (out_features, r))
+    return tuple(torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in shapes)
+
+
+def assert_as_good_as_eager(actual, eager, oracle, name=""):
+    """Design, section 7: at most twice the error of plain eager, plus one rounding step."""
+    assert actual.shape == oracle.shape and actual.dtype == eager.dtype, name
+    exact = oracle.double()
+    error = (actual.double() - exact).norm()
+    allowed = 2 * (eager.double() - exact).norm() + torch.finfo(eager.dtype).eps * exact.norm()
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+class CountOps(TorchDispatchMode):
+    """Counts dispatched ops by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Mlp(nn.Module):
+    """Three SVDLinear layers; a regression loss."""
+
+    def __init__(self, r=6, dtype=torch.float32, **options):
+        super().__init__()
+        sizes = ((16, 24), (24, 20), (20, 8))
+        self.layers = nn.ModuleList(SVDLinear(i, o, r=r, dtype=dtype, **options) for i, o in sizes)
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        return self.layers[-1](x)
+
+    def loss(self, x, target):
+        return (self(x) - target).square().mean()
+
+
+def batch(step, dtype=torch.float32):
+    """The training batch of one step: the same for everybody who asks."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(32, 16, generator=generator)
+    return x.to(dtype), torch.randn(32, 8, generator=generator).to(dtype)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]

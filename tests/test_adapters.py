@@ -1,0 +1,40 @@
+"""Finding adapters in ours, loralib's and wrapped models (PEFT's: test_peft.py)."""
+
+import pytest
+import torch
+from helpers import Mlp
+from loralib_twin import TwinLinear
+from torch import nn
+
+from adalora_kernels.adapters import find_adapters
+
+
+def test_ours_and_loralibs():
+    model = nn.Sequential(Mlp(), TwinLinear(5, 4, r=2), nn.Linear(4, 4), TwinLinear(5, 4))
+    adapters = find_adapters(model)
+    assert [a.name for a in adapters] == [
+        *(f"0.layers.{i}.lora_E" for i in range(3)),
+        "1.lora_E",
+    ]
+    assert adapters[3].parameters == (model[1].lora_A, model[1].lora_E, model[1].lora_B)
+
+
+def test_the_model_may_be_the_layer():
+    assert [a.name for a in find_adapters(TwinLinear(5, 4, r=2))] == ["lora_E"]
+
+
+def test_wrappers_do_not_change_names():
+    model = nn.Module()
+    model.module = torch.compile(Mlp())
+    assert [a.name for a in find_adapters(model)] == [f"layers.{i}.lora_E" for i in range(3)]
+
+
+def test_plain_lora_is_not_an_adapter():
+    layer = nn.Linear(3, 3)
+    layer.lora_A, layer.lora_B = nn.Linear(3, 2), nn.Linear(2, 3)
+    assert find_adapters(layer) == []
+
+
+def test_refusal():
+    with pytest.raises(TypeError, match="dict"):
+        find_adapters({})

@@ -1,0 +1,449 @@
+"""The schedule, exact budgets, resuming, shrinking, and what must not touch the host."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import CountOps, Mlp, batch, trainable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from adalora_kernels import BudgetSchedule, RankAllocator, SVDLinear, orth_reg
+
+STEPS = 40
+
+
+def train(model, optimizer, allocator, steps, orth=0.1):
+    """Losses of the given steps."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = model.loss(*batch(step))
+        (loss + orth_reg(model, orth) if orth else loss).backward()
+        optimizer.step()
+        allocator.step(step)
+        losses.append(loss.item())
+    return losses
+
+
+def setup(seed=0, optimizer=torch.optim.AdamW, lr=5e-3, **options):
+    torch.manual_seed(seed)
+    model = Mlp(lora_alpha=16)
+    arguments = {"target_r": 3, "total_step": STEPS, "tinit": 5, "tfinal": 10, **options}
+    allocator = RankAllocator(model, **arguments)
+    return model, optimizer(trainable(model), lr=lr), allocator
+
+
+def alive(model):
+    return int(sum((layer.lora_E != 0).sum() for layer in model.layers))
+
+
+# Schedule
+
+
+def peft_budget(s, step):
+    """PEFT's RankAllocator.budget_schedule and update_and_allocate, for target ≤ init."""
+    if step <= s.tinit:
+        return s.init_budget, False
+    if step > s.total_step - s.tfinal:
+        return s.target_budget, True
+    remaining = 1 - (step - s.tinit) / (s.total_step - s.tfinal - s.tinit)
+    budget = int((s.init_budget - s.target_budget) * (remaining**3) + s.target_budget)
+    return budget, step % s.deltaT == 0 or step == s.total_step - s.tfinal
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 500),
+    st.integers(0, 500),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.integers(1, 9),
+    st.integers(1, 60),
+)
+def test_schedule_is_pefts(init, target, tinit, tfinal, deltaT, middle):
+    target = min(init, target)
+    schedule = BudgetSchedule(init, target, tinit, tfinal, deltaT, tinit + middle + tfinal)
+    for step in range(schedule.total_step + 3):
+        assert (schedule.budget(step), schedule.masks_at(step)) == peft_budget(schedule, step)
+
+
+def test_schedule_phases():
+    schedule = BudgetSchedule(18, 9, tinit=2, tfinal=3, deltaT=1, total_step=10)
+    phases = [schedule.phase(step) for step in range(1, 11)]
+    assert phases == ["initial"] * 2 + ["budgeting"] * 5 + ["final"] * 3
+
+
+def test_target_above_the_initial_budget_prunes_nothing():
+    schedule = BudgetSchedule(18, 30, 2, 3, 1, 10)
+    assert {schedule.budget(step) for step in range(12)} == {18}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"tinit": 7}, ValueError, "tinit .*tinit=7, total_step=10, tfinal=3"),
+        ({"deltaT": 0}, ValueError, "deltaT .*0"),
+        ({"total_step": 0}, ValueError, "total_step .*0"),
+        ({"tfinal": -1}, ValueError, "tfinal .*-1"),
+        ({"total_step": 10.0}, TypeError, "total_step .*float"),
+        ({"total_step": None}, TypeError, "total_step .*NoneType"),
+        ({"target_budget": True}, TypeError, "target_budget .*bool"),
+    ],
+)
+def test_schedule_refuses(change, error, says):
+    good = {"init_budget": 18, "target_budget": 9, "tinit": 2, "tfinal": 3, "deltaT": 1}
+    with pytest.raises(error, match=says):
+        BudgetSchedule(**{**good, "total_step": 10, **change})
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("deltaT", [1, 7])
+@pytest.mark.parametrize("tfinal", [0, 10])
+def test_exactly_the_budget_is_kept_at_every_masking_step(deltaT, tfinal):
+    model, optimizer, allocator = setup(deltaT=deltaT, tfinal=tfinal)
+    for step in range(1, STEPS + 1):
+        train(model, optimizer, allocator, [step])
+        if allocator.schedule.masks_at(step):
+            assert alive(model) == allocator.schedule.budget(step)
+            assert sum(allocator.ranks().values()) == allocator.schedule.budget(step)
+    assert alive(model) == 9
+
+
+def test_a_pruned_triplet_can_come_back_before_the_pattern_is_frozen():
+    model, optimizer, allocator = setup(deltaT=3, lr=5e-2)
+    died, came_back = set(), set()
+    for step in range(1, STEPS - 9):
+        train(model, optimizer, allocator, [step])
+        if allocator.schedule.masks_at(step):
+            pattern = torch.cat([torch.tensor(p) for p in allocator.rank_pattern.values()])
+            died |= set((~pattern).nonzero().flatten().tolist())
+            came_back |= died & set(pattern.nonzero().flatten().tolist())
+    assert came_back
+
+
+def test_the_final_pattern_stays():
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 31))
+    pattern = copy.deepcopy(allocator.rank_pattern)
+    assert allocator.frozen
+    for layer, alive_triplets in zip(model.layers, pattern.values(), strict=True):
+        assert layer.mask.tolist() == alive_triplets
+    train(model, optimizer, allocator, range(31, 41))
+    assert allocator.rank_pattern == pattern
+    for layer, alive_triplets in zip(model.layers, pattern.values(), strict=True):
+        assert (layer.lora_E != 0).flatten().tolist() == alive_triplets
+
+
+def set_scores(allocator, value):
+    """Give every triplet the same score, through the averages that the scores come from."""
+    for averages in (allocator._exp_avg_ipt, allocator._exp_avg_unc):
+        for t in averages:
+            t.fill_(value)
+
+
+def test_equal_scores_keep_the_lower_indices():
+    model, _, allocator = setup(target_r=2, tinit=0)
+    for layer in model.layers:
+        nn.init.ones_(layer.lora_E)
+        for p in (layer.lora_A, layer.lora_E, layer.lora_B):
+            p.grad = torch.zeros_like(p)
+    set_scores(allocator, 0.0)
+    allocator.step(30)
+    assert alive(model) == 6
+    assert allocator.rank_pattern["layers.0.lora_E"] == [True] * 6
+
+
+def test_target_at_or_above_the_rank_prunes_nothing():
+    for target_r in (6, 8):
+        model, optimizer, allocator = setup(target_r=target_r)
+        train(model, optimizer, allocator, range(1, STEPS + 1))
+        assert alive(model) == 18
+
+
+def test_budget_zero_prunes_everything():
+    model, optimizer, allocator = setup(target_r=0)
+    train(model, optimizer, allocator, range(1, STEPS + 1))
+    assert alive(model) == 0
+    assert allocator.summary()["total_rank"] == 0
+
+
+def test_target_total_rank():
+    model, optimizer, allocator = setup(target_total_rank=7)
+    train(model, optimizer, allocator, range(1, STEPS + 1))
+    assert alive(model) == 7
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_a_non_finite_step_is_skipped_and_counted(bad):
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 8))
+    before = allocator.scores()
+    model.loss(*batch(8)).backward()
+    model.layers[1].lora_B.grad[3, 2] = bad
+    allocator.step(8)
+    after = allocator.scores()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert allocator.summary()["skipped_steps"] == 1
+    optimizer.zero_grad()
+    train(model, optimizer, allocator, range(9, STEPS + 1))
+    assert alive(model) == 9 and allocator.summary()["skipped_steps"] == 1
+
+
+def test_a_parameter_without_gradient_is_no_error():
+    model, optimizer, allocator = setup()
+    model.layers[2].requires_grad_(False)
+    train(model, optimizer, allocator, range(1, STEPS + 1), orth=0)
+    assert sum(allocator.ranks().values()) == 9
+    assert allocator.ranks()["layers.2.lora_E"] == 0, "it never had any importance"
+
+
+def test_a_step_without_any_gradient_is_refused():
+    model, optimizer, allocator = setup()
+    model.loss(*batch(1)).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="before zero_grad"):
+        allocator.step(1)
+    assert allocator.global_step == 0
+
+
+def test_a_run_may_jump_over_the_last_budgeting_step():
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 29))
+    train(model, optimizer, allocator, [33, 34])
+    assert allocator.frozen and alive(model) == 9
+
+
+def test_step_reads_nothing_from_the_device():
+    model, optimizer, allocator = setup(deltaT=2)
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        model.loss(*batch(step)).backward()
+        optimizer.step()
+        with CountOps() as count:
+            allocator.step(step)
+        assert count.counts["aten::_local_scalar_dense"] == 0
+        assert count.counts["aten::nonzero"] == 0
+
+
+def test_dispatched_ops_of_a_masking_step_do_not_grow_with_the_model():
+    counts = []
+    for layers in (2, 72):
+        model = nn.ModuleList(SVDLinear(8, 8, r=4) for _ in range(layers))
+        allocator = RankAllocator(model, target_r=2, total_step=10)
+        for p in trainable(model):
+            p.grad = torch.randn_like(p)
+        with CountOps() as count:
+            allocator.step(3)
+        counts.append(count.counts)
+    # What is left per matrix: nothing but views.
+    assert counts[0].total() == counts[1].total() <= 40
+
+
+def test_a_step_follows_a_model_that_was_moved():
+    model, _, allocator = setup()
+    model.to("meta")
+    allocator._follow_device()
+    assert allocator._scores.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_state_dtype(dtype):
+    model = Mlp(dtype=dtype)
+    allocator = RankAllocator(model, target_r=3, total_step=10)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {t.dtype for t in allocator.state_dict()["exp_avg_ipt"]} == {expected}
+    for p in trainable(model):
+        p.grad = torch.randn_like(p)
+    allocator.step(3)
+    assert {s.dtype for s in allocator.scores().values()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"target_r": -1}, ValueError, "target_r .*-1"),
+        ({"target_r": 1.5}, TypeError, "target_r .*float"),
+        ({"target_total_rank": -1}, ValueError, "target_total_rank .*-1"),
+        ({"beta1": 1.0}, ValueError, r"beta1 .*1\.0"),
+        ({"beta2": 0.0}, ValueError, r"beta2 .*0\.0"),
+        ({"beta2": "x"}, TypeError, "beta2 .*str"),
+        ({"tinit": 50}, ValueError, "tinit=50"),
+        ({"model": nn.Linear(3, 3)}, ValueError, "no AdaLoRA adapter"),
+        ({"model": None}, TypeError, "NoneType"),
+    ],
+)
+def test_allocator_refuses(change, error, says):
+    with pytest.raises(error, match=says):
+        RankAllocator(**{"model": Mlp(), "target_r": 3, "total_step": 40, **change})
+
+
+def test_adapters_on_two_devices_are_refused():
+    model = nn.ModuleList([SVDLinear(3, 3, r=2), SVDLinear(3, 3, r=2, device="meta")])
+    with pytest.raises(ValueError, match="cpu, meta"):
+        RankAllocator(model, target_r=1, total_step=10)
+
+
+def test_step_refuses():
+    _, _, allocator = setup()
+    with pytest.raises(TypeError, match=r"global_step .*float"):
+        allocator.step(1.0)
+    with pytest.raises(ValueError, match=r"global_step .*-1"):
+        allocator.step(-1)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("at", [3, 17, 33], ids=["initial", "budgeting", "final"])
+def test_resume_is_bitwise_the_uninterrupted_run(at):
+    model, optimizer, allocator = setup(deltaT=2)
+    expected = train(model, optimizer, allocator, range(1, STEPS + 1))
+
+    first = setup(deltaT=2)
+    losses = train(*first, range(1, at + 1))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    # What happens to the first run after its checkpoint must not matter.
+    train(*first, range(at + 1, at + 3))
+    file.seek(0)
+    second = setup(seed=99, deltaT=2)
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    losses += train(*second, range(at + 1, STEPS + 1))
+    assert losses == expected
+    for a, b in zip(model.parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert second[2].rank_pattern == allocator.rank_pattern
+    ours, theirs = second[2].state_dict(), allocator.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ("scores", "mask", "skipped"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("scores"), r"lacks \['scores'\]"),
+        (lambda s: s.update(format=99), "format 99"),
+        (lambda s: s.update(names=["a", "b", "c"]), "'a' where the model has 'layers.0.lora_E'"),
+        (lambda s: s.update(names=s["names"][:2]), "2 of them where the model has 3"),
+        (lambda s: s.update(ranks=[6, 6, 5]), r"ranks \[6, 6, 5\]"),
+        (lambda s: s.update(scores=torch.zeros(5)), "scores"),
+        (lambda s: s["exp_avg_ipt"].pop(), "exp_avg_ipt"),
+    ],
+)
+def test_load_state_dict_refuses_and_changes_nothing(change, says):
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 12))
+    before, state = allocator.state_dict(), allocator.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=says):
+        allocator.load_state_dict(state)
+    with pytest.raises(TypeError, match="NoneType"):
+        allocator.load_state_dict(None)
+    after = allocator.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in ("scores", "mask", "skipped"))
+    assert before["global_step"] == after["global_step"] == 11
+
+
+# Shrinking
+
+
+def optimizers():
+    def sgd(parameters, lr):
+        return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": sgd}
+
+
+@pytest.mark.parametrize("kind", optimizers().values(), ids=optimizers().keys())
+def test_shrinking_does_not_change_the_training(kind):
+    runs = []
+    for shrinks in (False, True):
+        model, optimizer, allocator = setup(optimizer=kind, lr=2e-2)
+        parameters = trainable(model)
+        losses = train(model, optimizer, allocator, range(1, 31), orth=0)
+        if shrinks:
+            allocator.shrink(optimizer)
+            assert [id(p) for p in trainable(model)] == [id(p) for p in parameters]
+            ranks = allocator.ranks()
+            for layer, rank in zip(model.layers, ranks.values(), strict=True):
+                assert layer.lora_A.shape == (rank, layer.in_features)
+                assert layer.lora_E.shape == (rank, 1)
+                assert layer.lora_B.shape == (layer.out_features, rank)
+                assert layer.r == rank and layer.ranknum.item() == 6
+                assert layer.lora_A.grad.shape == layer.lora_A.shape
+            allocator.shrink(optimizer)
+            assert allocator.ranks() == ranks
+        losses += train(model, optimizer, allocator, range(31, STEPS + 1), orth=0)
+        runs.append(losses)
+    torch.testing.assert_close(*map(torch.tensor, runs), rtol=2e-6, atol=0)
+
+
+def test_shrinking_to_rank_zero_leaves_the_base_layer():
+    model, optimizer, allocator = setup(target_r=0)
+    train(model, optimizer, allocator, range(1, 31), orth=0)
+    allocator.shrink(optimizer)
+    x = torch.randn(5, 16)
+    layer = model.layers[0]
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer.eval()(x), layer.train()(x))
+
+
+def test_resume_after_shrinking():
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 33), orth=0)
+    allocator.shrink(optimizer)
+    parts = (allocator, model, optimizer)
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    expected = train(model, optimizer, allocator, range(33, STEPS + 1), orth=0)
+    other, other_optimizer, other_allocator = setup(seed=99)
+    # The allocator first: it gives the adapters the shapes that the weights need.
+    for part, state in zip((other_allocator, other, other_optimizer), states, strict=True):
+        part.load_state_dict(state)
+    losses = train(other, other_optimizer, other_allocator, range(33, STEPS + 1), orth=0)
+    assert losses == expected
+    assert other_allocator.rank_pattern == allocator.rank_pattern
+    other_allocator.load_state_dict(states[0])
+    assert other.layers[0].mask.all()
+
+
+def test_shrink_refuses():
+    model, optimizer, allocator = setup()
+    with pytest.raises(RuntimeError, match="= 30, not at 0"):
+        allocator.shrink(optimizer)
+    train(model, optimizer, allocator, range(1, 31))
+    with pytest.raises(TypeError, match="list"):
+        allocator.shrink([optimizer])
+    optimizer.state[model.layers[2].lora_A]["row"] = torch.ones(6)
+    with pytest.raises(ValueError, match=r"'row' of layers\.2\.lora_E"):
+        allocator.shrink(optimizer)
+    assert model.layers[0].lora_A.shape == (6, 16), "nothing was changed"
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 31))
+    early = allocator.state_dict() | {"shrunk": False}
+    allocator.shrink()
+    with pytest.raises(ValueError, match="shrink"):
+        allocator.load_state_dict(early)
+
+
+def test_summary():
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 13))
+    assert allocator.summary() == {
+        "step": 12,
+        "phase": "budgeting",
+        "budget": allocator.schedule.budget(12),
+        "total_rank": allocator.schedule.budget(12),
+        "init_budget": 18,
+        "target_budget": 9,
+        "matrices": 3,
+        "skipped_steps": 0,
+        "frozen": False,
+        "shrunk": False,
+    }
+    assert set(allocator.scores()) == set(allocator.ranks()) == set(allocator.rank_pattern)
+    assert all(s.shape == (6,) for s in allocator.scores().values())

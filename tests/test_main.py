@@ -1,0 +1,39 @@
+"""`python -m adalora_kernels`."""
+
+import torch
+
+from adalora_kernels import __main__ as report
+from adalora_kernels import ops, reference
+
+
+def test_report(capsys):
+    assert report.main() == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in out
+    assert "self-check passed" in out
+    for implementation in ops.implementations("cpu"):
+        assert f"{implementation.op} " in out
+
+
+def test_a_wrong_op_fails_the_self_check(capsys, monkeypatch):
+    right = report.functional.svd_linear
+
+    def wrong(**arguments):
+        y = right(**arguments)
+        return y * 1.001 if arguments["impl"] == "auto" else y
+
+    monkeypatch.setattr(report.functional, "svd_linear", wrong)
+    assert report.main() == 1
+    assert "TOO LARGE" in capsys.readouterr().out
+
+
+def test_nan_fails_the_self_check(capsys, monkeypatch):
+    right = reference.svd_linear_backward
+
+    def wrong(*args):
+        return tuple(g * float("nan") for g in right(*args))
+
+    with torch.library._scoped_library("adalora", "IMPL") as library:
+        library.impl("svd_linear_backward", wrong, "CPU")
+        assert report.main() == 1
+    assert "self-check FAILED" in capsys.readouterr().out

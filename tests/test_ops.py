@@ -1,0 +1,358 @@
+"""The ops: registration, autograd against float64, dropout, autocast, torch.compile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CountOps, adapter, assert_as_good_as_eager
+from torch.library import opcheck
+
+from adalora_kernels import ops, reference, svd_delta, svd_linear
+
+OPS = torch.ops.adalora
+
+
+def random_case(*, lead=(7,), in_features=13, out_features=9, r=3, dtype=torch.float32, **options):
+    """The tensors of one case; `adapter_dtype`, `bias`, `mask` ("true", "mixed", "false")."""
+    A, E, B = adapter(r, in_features, out_features, options.get("adapter_dtype", dtype), False)
+    masks = {
+        None: None,
+        "true": torch.ones(r, dtype=torch.bool),
+        "mixed": torch.arange(r) % 2 == 0,
+        "false": torch.zeros(r, dtype=torch.bool),
+    }
+    return {
+        "x": torch.randn(*lead, in_features).to(dtype),
+        "weight": torch.randn(out_features, in_features).to(dtype),
+        "lora_A": A,
+        "lora_E": E,
+        "lora_B": B,
+        "bias": torch.randn(out_features).to(dtype) if options.get("bias", True) else None,
+        "mask": masks[options.get("mask")],
+    }
+
+
+def eager(x, weight, lora_A, lora_E, lora_B, bias=None, mask=None, keep=None, scaling=1.5):
+    """PEFT's formula (tuners/adalora/layer.py), with a given dropout result."""
+    y = F.linear(x, weight, bias)
+    if mask is not None:
+        lora_E = lora_E * mask.unsqueeze(1)
+    x = x.to(lora_A.dtype) if keep is None else (x * keep).to(lora_A.dtype)
+    return y + ((x @ (lora_A * lora_E).T @ lora_B.T) * scaling).to(y.dtype)
+
+
+def outputs_and_gradients(run, tensors, grad_y, grad_of=lambda t: t):
+    """{name: y and the gradient of every floating tensor but the weight}."""
+    leaves = {
+        name: t.clone().requires_grad_()
+        for name, t in tensors.items()
+        if t is not None and t.is_floating_point() and name != "weight"
+    }
+    y = run(**{**tensors, **leaves})
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_of(grad_y.to(y.dtype)))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
+    exact = {k: t.double() if t is not None and k != "mask" else t for k, t in tensors.items()}
+    keep = None
+    state = torch.get_rng_state()
+    if dropout_p:
+        seed = ops.dropout_seed(tensors["x"])
+        keep = reference.dropout_mask(exact["x"], dropout_p, seed) / (1 - dropout_p)
+    grad_y = torch.randn(*tensors["x"].shape[:-1], tensors["weight"].shape[0])
+    grad_y = grad_y.to(tensors["x"].dtype)
+    oracle = outputs_and_gradients(lambda **t: eager(keep=keep, **t), exact, grad_y, grad_of)
+    kept = None if keep is None else keep.to(tensors["x"].dtype)
+    plain = outputs_and_gradients(lambda **t: eager(keep=kept, **t), tensors, grad_y, grad_of)
+
+    def fused(x, weight, lora_A, lora_E, lora_B, **rest):
+        return svd_linear(
+            x, weight, lora_A, lora_E, lora_B, scaling=1.5, dropout_p=dropout_p, **rest
+        )
+
+    def opaque(x, weight, lora_A, lora_E, lora_B, bias, mask):
+        return svd_delta(
+            F.linear(x, weight, bias),
+            *(x, lora_A, lora_E, lora_B),
+            mask=mask,
+            scaling=1.5,
+            dropout_p=dropout_p,
+        )
+
+    for run in (fused, opaque):
+        torch.set_rng_state(state)
+        actual = outputs_and_gradients(run, tensors, grad_y, grad_of)
+        for name in oracle:
+            where = f"{run.__name__} {name}"
+            assert_as_good_as_eager(actual[name], plain[name], oracle[name], where)
+
+
+CASES = {
+    **{f"rank_{r}": {"r": r} for r in (1, 3, 8, 12, 16, 33, 64)},
+    "no_rows": {"lead": (0,)},
+    "one_row": {"lead": (1,)},
+    "x_1d": {"lead": ()},
+    "x_3d": {"lead": (2, 5)},
+    "x_4d": {"lead": (2, 3, 5)},
+    "x_3d_no_rows": {"lead": (2, 0)},
+    "odd": {"lead": (17,), "in_features": 31, "out_features": 23, "r": 5},
+    "wide": {"lead": (65,), "in_features": 48, "out_features": 96, "r": 8},
+    "no_bias": {"bias": False},
+    "mask_all_true": {"mask": "true"},
+    "mask_mixed": {"mask": "mixed"},
+    "mask_all_false": {"mask": "false"},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "fp32_adapter_bf16_base": {"dtype": torch.bfloat16, "adapter_dtype": torch.float32},
+    "fp32_adapter_fp16_base": {"dtype": torch.float16, "adapter_dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_error_against_float64(case, dropout_p):
+    check_against_float64(random_case(**case), dropout_p)
+
+
+def test_float64():
+    # The oracle has no more digits than this, so the error rule says nothing: compare directly.
+    tensors = random_case(lead=(2, 5), dtype=torch.float64, mask="mixed")
+    grad_y = torch.randn(2, 5, 9)
+    expected = outputs_and_gradients(eager, tensors, grad_y)
+
+    def run(**t):
+        return svd_linear(**t, scaling=1.5)
+
+    actual = outputs_and_gradients(run, tensors, grad_y)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_non_contiguous_inputs(dropout_p):
+    tensors = random_case(lead=(6, 4))
+    tensors["x"] = tensors["x"].transpose(0, 1)
+    tensors["weight"] = tensors["weight"].T.contiguous().T
+    tensors["lora_B"] = tensors["lora_B"].T.contiguous().T
+    check_against_float64(tensors, dropout_p)
+
+
+def test_expanded_inputs_and_gradients():
+    tensors = random_case(lead=(1, 5))
+    tensors["x"] = tensors["x"].expand(4, 5, 13)
+    check_against_float64(tensors)
+    check_against_float64(random_case(lead=(4, 5)), grad_of=lambda g: g[:1, :1].expand_as(g))
+
+
+def test_dropout_is_the_same_in_forward_and_backward():
+    tensors = random_case(lead=(50,), r=4, mask=None, bias=False)
+    x = tensors["x"].requires_grad_()
+    weight = torch.zeros_like(tensors["weight"])
+    factors = [tensors[k].requires_grad_() for k in ("lora_A", "lora_E", "lora_B")]
+    y = svd_linear(x, weight, *factors, dropout_p=0.4)
+    # y is linear in x, so with the same mask in both directions <dy/dx·x, g> = <y, g>.
+    g = torch.randn_like(y)
+    dx, dA = torch.autograd.grad(y, (x, factors[0]), g)
+    torch.testing.assert_close((dx * x).sum(), (y * g).sum())
+    torch.testing.assert_close((dA * factors[0]).sum(), (y * g).sum())
+    assert (dx == 0).any(), "a dropped entry has no gradient through the adapter"
+
+
+def test_dropout_depends_on_the_generator_only():
+    tensors = random_case(lead=(50,), mask=None)
+    torch.manual_seed(5)
+    first, second = (svd_linear(**tensors, dropout_p=0.4) for _ in range(2))
+    torch.manual_seed(5)
+    again = svd_linear(**tensors, dropout_p=0.4)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_dropout_expectation():
+    tensors = random_case(lead=(4,), dtype=torch.float64)
+    mean = sum(svd_linear(**tensors, dropout_p=0.2) for _ in range(4000)) / 4000
+    exact = svd_linear(**tensors)
+    deviation = (svd_linear(**tensors, dropout_p=0.2) - exact).abs().mean()
+    assert (mean - exact).abs().mean() < 4 * deviation / 4000**0.5
+
+
+def raw_args(requires_grad, dropout_p=0.0, mask="mixed"):
+    c = random_case(lead=(2, 5), mask=mask)
+    for name in ("x", "bias", "lora_A", "lora_E", "lora_B"):
+        c[name].requires_grad_(requires_grad)
+    seed = torch.tensor([7]) if dropout_p else None
+    factors = (c["lora_A"], c["lora_E"], c["lora_B"])
+    return c, factors, (c["mask"], 1.5, dropout_p, seed)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_opcheck_of_the_layer_ops(requires_grad, dropout_p):
+    c, factors, rest = raw_args(requires_grad, dropout_p)
+    opcheck(OPS.svd_linear, (c["x"], c["weight"], c["bias"], *factors, *rest))
+    base = torch.randn(2, 5, 9, requires_grad=requires_grad)
+    opcheck(OPS.svd_delta, (base, c["x"], *factors, *rest))
+
+
+@pytest.mark.parametrize("need_dx", [False, True], ids=["no_dx", "dx"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_opcheck_of_their_backwards(dropout_p, need_dx):
+    c, factors, (mask, *rest) = raw_args(False, dropout_p)
+    g, h = torch.randn(2, 5, 9), torch.randn(2, 5, 3)
+    tail = (mask, h, *rest, need_dx)
+    opcheck(OPS.svd_linear_backward, (g, c["x"], c["weight"], *factors, *tail))
+    opcheck(OPS.svd_delta_backward, (g, c["x"], *factors, *tail))
+
+
+def test_opcheck_of_the_model_ops():
+    A, E, B = adapter(3, 5, 4, dtype=torch.float32)
+    opcheck(OPS.orth_reg, ([A, A], [B, B]))
+    params = [t.detach() for t in (A, E, B)]
+    norms, residuals = OPS.orth_reg([params[0]], [params[2]])
+    opcheck(OPS.orth_reg_backward, (torch.ones(2), norms, residuals, [params[0]], [params[2]]))
+    averages = [[torch.rand_like(p) for p in params] for _ in range(2)]
+    skipped = torch.zeros(1, dtype=torch.int64)
+    grads = [torch.randn_like(params[0]), None, torch.randn_like(params[2])]
+    state = (*averages, torch.zeros(3), skipped, 0.85, 0.85)
+    opcheck(OPS.importance_update_, (params, grads, *state))
+
+
+def test_every_op_is_checked_here():
+    assert {i.op for i in ops.implementations("cpu")} == {
+        "svd_linear",
+        "svd_linear_backward",
+        "svd_delta",
+        "svd_delta_backward",
+        "importance_update_",
+        "orth_reg",
+        "orth_reg_backward",
+    }
+
+
+def test_gradient_of_a_thawed_weight():
+    c = random_case(dtype=torch.float64)
+    c["weight"].requires_grad_()
+    g = torch.randn(7, 9, dtype=torch.float64)
+    (actual,) = torch.autograd.grad(svd_linear(**c), c["weight"], g)
+    torch.testing.assert_close(actual, g.T @ c["x"])
+
+
+def test_double_backward_is_refused_in_words():
+    c, factors, _ = raw_args(True)
+    y = svd_linear(c["x"], c["weight"], *factors)
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(y.sum(), c["x"], create_graph=True)
+    y = svd_linear(c["x"], c["weight"], *factors, impl="reference")
+    (dx,) = torch.autograd.grad(y.square().sum(), c["x"], create_graph=True)
+    dx.sum().backward()
+
+
+def test_dx_is_computed_only_when_it_is_needed():
+    c, factors, rest = raw_args(True)
+    x = c["x"].detach()
+    y = OPS.svd_linear(x, c["weight"], None, *factors, *rest)[0]
+    with CountOps() as count:
+        y.sum().backward()
+    assert count.counts["adalora::svd_linear_backward"] == 1
+    g, h = torch.ones(2, 5, 9), torch.randn(2, 5, 3)
+    c, factors, (mask, *rest) = raw_args(False)
+    dx = OPS.svd_linear_backward(g, x, c["weight"], *factors, mask, h, *rest, False)[0]
+    assert dx.numel() == 0
+
+
+def test_nothing_as_large_as_y_is_saved_or_allocated_beyond_it():
+    M, K, N, r = 64, 96, 80, 4
+    c = random_case(lead=(M,), in_features=K, out_features=N, r=r, mask=None)
+    x, factors = c["x"].requires_grad_(), [c[k].requires_grad_() for k in c if "lora" in k]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = svd_linear(x, c["weight"], *factors, bias=c["bias"])
+    inputs = {t.data_ptr() for t in (x, c["weight"], *factors)}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in inputs) == M * r
+    assert y.shape == (M, N)
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        svd_linear(x, c["weight"], *factors, bias=c["bias"]).backward(torch.ones(M, N))
+    largest = sorted(
+        e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0
+    )
+    # y, its gradient, dx; then only tensors with r in their size (8 of them at most at a time).
+    assert largest[-4] <= 8 * r * 4 * max(M, K, N)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
+def test_autocast_is_that_of_linear(op, dtype):
+    c = random_case(lead=(6, 5), in_features=32, out_features=24, r=4)
+    for name in ("x", "lora_A", "lora_E", "lora_B"):
+        c[name].requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        base = F.linear(c["x"], c["weight"], c["bias"])
+        plain = eager(**c)
+        if op == "svd_linear":
+            y = svd_linear(**c, scaling=1.5)
+        else:
+            factors = (c["lora_A"], c["lora_E"], c["lora_B"])
+            y = svd_delta(base, c["x"], *factors, scaling=1.5)
+    assert y.dtype == base.dtype == dtype
+    exact = {k: t if t is None else t.detach().double() for k, t in c.items()}
+    assert_as_good_as_eager(y, plain, eager(**exact))
+    y.sum().backward()
+    assert all(c[k].grad.dtype == torch.float32 for k in ("x", "lora_A", "lora_E", "lora_B"))
+    # Also where backward() is called inside the autocast region.
+    with torch.autocast("cpu", dtype=dtype):
+        again = torch.autograd.grad(svd_linear(**c, scaling=1.5).sum(), c["lora_A"])[0]
+    if op == "svd_linear":
+        assert torch.equal(again, c["lora_A"].grad)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
+def test_compile_fullgraph(op, dropout_p):
+    c, factors, _ = raw_args(True)
+    options = {"mask": c["mask"], "scaling": 1.5, "dropout_p": dropout_p}
+
+    def run(x, *factors):
+        if op == "svd_linear":
+            return svd_linear(x, c["weight"], *factors, bias=c["bias"], **options)
+        return svd_delta(F.linear(x, c["weight"]), x, *factors, **options)
+
+    inputs = (c["x"], *factors)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")
+    torch.manual_seed(3)
+    expected = run(*inputs)
+    torch.manual_seed(3)
+    actual = compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    g = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, g), torch.autograd.grad(expected, inputs, g)
+    )
+
+
+def test_compile_with_inductor_under_autocast():
+    c, factors, _ = raw_args(True)
+
+    def run(x, *factors):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return svd_linear(x, c["weight"], *factors, bias=c["bias"]).relu()
+
+    inputs = (c["x"], *factors)
+    expected, actual = run(*inputs), torch.compile(run, fullgraph=True)(*inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_activation_checkpointing_repeats_the_dropout(use_reentrant):
+    c, factors, _ = raw_args(True)
+
+    def run(x):
+        return svd_linear(x, c["weight"], *factors, dropout_p=0.5).tanh()
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(run(c["x"]).sum(), (c["x"], *factors))
+    torch.manual_seed(3)
+    checkpointed = torch.utils.checkpoint.checkpoint(run, c["x"], use_reentrant=use_reentrant)
+    checkpointed.sum().backward()
+    torch.testing.assert_close((c["x"].grad, *(f.grad for f in factors)), expected)

@@ -1,0 +1,79 @@
+"""The package as a whole: what importing it loads, who imports whom, and its versions."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import adalora_kernels
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "adalora_kernels"
+# Design, section 3: a module imports from those to its right only.
+LAYERS = [
+    {"__main__"},
+    {"peft", "loralib", "plot"},
+    {"modules", "allocator"},
+    {"functional"},
+    {"ops"},
+    {"reference", "adapters"},
+]
+
+
+def test_import_loads_none_of_the_optional_packages():
+    code = (
+        "import sys, adalora_kernels;"
+        "print([m for m in ('triton', 'peft', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_submodules_load_when_they_are_used():
+    code = (
+        "import adalora_kernels as a;"
+        "print(a.loralib.__name__, a.peft.apply.__name__, a.plot.rank_heatmap.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.split() == ["adalora_kernels.loralib", "apply", "rank_heatmap"]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = adalora_kernels.nothing
+
+
+def own_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [a.name for a in node.names]
+
+
+def test_imports_go_one_way():
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    files = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    assert set(files) == set(level), "every module has its layer"
+    for module, path in files.items():
+        for imported in own_imports(path):
+            if imported != "__version__":
+                assert level[module] < level[imported], f"{module} imports {imported}"
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == adalora_kernels.__version__
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_public_names_have_documentation():
+    for name in adalora_kernels.__all__:
+        if name != "__version__":
+            assert getattr(adalora_kernels, name).__doc__, name
+
+
+def test_every_constraint_is_a_pin():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 for line in pins)
+    for package in ("torch==2.13.0", "triton==3.7.1", "peft==0.21.2", "ruff==", "mypy=="):
+        assert any(pin.startswith(package) for pin in pins), package
