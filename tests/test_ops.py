@@ -304,6 +304,16 @@ def test_autocast_is_that_of_linear(op, dtype):
         assert torch.equal(again, c["lora_A"].grad)
 
 
+def test_autocast_does_not_reach_into_an_op():
+    c = random_case(dtype=torch.bfloat16, adapter_dtype=torch.float32, mask=None)
+    factors = (c["lora_A"], c["lora_E"], c["lora_B"])
+    args = (c["x"], c["weight"], c["bias"], *factors, None, 1.5, 0.0, None)
+    expected = OPS.svd_linear(*args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = OPS.svd_linear(*args)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
 @pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
 def test_compile_fullgraph(op, dropout_p):

@@ -379,6 +379,17 @@ def test_apply_after_pefts_pattern_is_final_is_refused():
     assert type(model.base_model.model.fc0) is PeftSVDLinear
 
 
+def test_a_layer_with_a_new_rank_has_its_new_scaling():
+    model = make()
+    adalora_kernels.peft.apply(model)
+    layer = model.base_model.model.fc0
+    layer.update_layer("default", 4, 16, config=model.peft_config["default"])
+    nn.init.normal_(layer.lora_E["default"])
+    x, _ = batch(1)
+    expected = layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_total_step_set_on_the_config_is_followed():
     model = make()
     allocator = adalora_kernels.peft.apply(model).allocator
