@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/python examples/movie_reviews.py $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/pytest benchmarks
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -98,11 +98,14 @@ def _unwrapped(name: str) -> str:
 
 
 def _adapters_of(name: str, module: nn.Module, adapter_name: str | None) -> Iterator[Adapter]:
+    # Not getattr: where there is nothing, it costs an exception for every module of the model.
+    if not ("lora_A" in module._parameters or "lora_A" in module._modules):
+        return
     prefix = f"{name}.lora_E" if name else "lora_E"
-    lora_A, lora_E, lora_B = (getattr(module, factor, None) for factor in _FACTORS)
-    if all(isinstance(p, nn.Parameter) for p in (lora_A, lora_E, lora_B)):
+    factors = [getattr(module, factor, None) for factor in _FACTORS]
+    if all(isinstance(factor, nn.Parameter) for factor in factors):
         yield Adapter(prefix, module, None)
-    elif all(isinstance(d, nn.ParameterDict) for d in (lora_A, lora_E, lora_B)):
-        for key, parameter in cast(nn.ParameterDict, lora_A).items():
+    elif all(isinstance(factor, nn.ParameterDict) for factor in factors):
+        for key, parameter in cast(nn.ParameterDict, factors[0]).items():
             if key == adapter_name or (adapter_name is None and parameter.requires_grad):
                 yield Adapter(f"{prefix}.{key}", module, key)

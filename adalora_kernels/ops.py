@@ -89,47 +89,30 @@ def dropout_seed(x: Tensor) -> Tensor:
 # Fakes: the shapes, dtypes and strides of the outputs.
 
 
+def _h_fake(x: Tensor, A: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], A.shape[0]), dtype=torch.promote_types(x.dtype, A.dtype))
+
+
 def _svd_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return _svd_delta_fake(y, x, A, E, B, mask, scaling, dropout_p, seed)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), _h_fake(x, A)
 
 
-def _svd_delta_fake(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    h_dtype = torch.promote_types(x.dtype, A.dtype)
-    return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], A.shape[0]), dtype=h_dtype)
+def _svd_delta_fake(y: Tensor, x: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), _h_fake(x, A)
 
 
 def _svd_linear_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, A: Tensor, *args: Any
+    grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _svd_delta_backward_fake(grad_y, x, A, *args)
+    return _svd_delta_backward_fake(grad_y, x, *rest)
 
 
 def _svd_delta_backward_fake(
-    grad_y: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, *args: Any
+    grad_y: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_dx: bool = args[-1]
+    need_dx: bool = rest[-1]
     dx = x.new_empty(x.shape if need_dx else 0)
     return dx, A.new_empty(A.shape), E.new_empty(E.shape), B.new_empty(B.shape)
 

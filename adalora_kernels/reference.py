@@ -258,9 +258,11 @@ def importance_update_(
     If any gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which
     counts such steps. `scores` is flat, (total rank,).
     """
-    present = [g for g in grads if g is not None]
-    # The largest magnitude is finite exactly when everything is; no value leaves the device.
-    finite = torch.nn.utils.get_total_norm(present, norm_type=math.inf).isfinite()
+    # The extremes are finite exactly when everything is; the decision stays on the device.
+    extremes = [e for g in grads if g is not None and g.numel() > 0 for e in torch.aminmax(g)]
+    if not extremes:
+        return
+    finite = torch.stack(extremes).isfinite().all()
     skipped += ~finite
     step = finite.to(scores.dtype)
     for w, g, avg_ipt, avg_unc in zip(params, grads, exp_avg_ipt, exp_avg_unc, strict=True):
@@ -279,11 +281,20 @@ def triplet_scores(exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tens
 
     The lists are those of `importance_update_`; the result is (total rank,), in module order.
     """
-    entry = [i * u for i, u in zip(exp_avg_ipt, exp_avg_unc, strict=True)]
+
+    def mean(ipt: Tensor, unc: Tensor, dim: int) -> Tensor:
+        # A dot product, so that Ī·Ū itself is never written to memory.
+        total: Tensor = torch.linalg.vecdot(ipt, unc, dim=dim)
+        return total / ipt.shape[dim]
+
     return torch.cat(
         [
-            sE.view(-1) + (sA.mean(dim=1) + sB.mean(dim=0))
-            for sA, sE, sB in zip(entry[0::3], entry[1::3], entry[2::3], strict=True)
+            (iE * uE).view(-1) + (mean(iA, uA, 1) + mean(iB, uB, 0))
+            for iA, iE, iB, uA, uE, uB in zip(
+                *(exp_avg_ipt[i::3] for i in range(3)),
+                *(exp_avg_unc[i::3] for i in range(3)),
+                strict=True,
+            )
         ]
     )
 
@@ -306,10 +317,11 @@ def orth_reg(A: list[Tensor], B: list[Tensor]) -> tuple[Tensor, Tensor]:
     (‖Bᵀ·B - I‖ for B (out, r).) Also returns, flat and in the same order, the matrices G - I that
     the backward needs. Both are in float32, or float64 for float64 adapters.
     """
+    eyes = {a.shape[0]: torch.eye(a.shape[0], dtype=_widen(a).dtype, device=a.device) for a in A}
     residuals = []
     for a, b in zip(A, B, strict=True):
         for rows in (_widen(a), _widen(b).T):
-            residuals.append(rows @ rows.T - torch.eye(rows.shape[0], device=a.device))
+            residuals.append(torch.addmm(eyes[rows.shape[0]], rows, rows.T, beta=-1.0))
     norms = torch.stack([torch.linalg.vector_norm(residual) for residual in residuals])
     return norms, torch.cat([residual.flatten() for residual in residuals])
 

@@ -225,6 +225,19 @@ def test_importance_of_half_precision_is_kept_in_float32(dtype):
     torch.testing.assert_close(ipt[0], expected, rtol=1e-6, atol=0)
 
 
+def test_importance_of_mixed_dtypes_and_of_rank_zero():
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+    params = [p.to(t) for p, t in zip(adapter(3, 5, 4, torch.float32, False), dtypes, strict=True)]
+    params += adapter(0, 5, 4, torch.float32, False)
+    ipt, unc, scores, skipped = importance_state([p.float() for p in params])
+    reference.importance_update_(params, params, ipt, unc, scores, skipped, 0.85, 0.85)
+    assert scores.shape == (3,) and scores.min() > 0
+    before = scores.clone()
+    nothing = [None] * 3 + params[3:]
+    reference.importance_update_(params, nothing, ipt, unc, scores, skipped, 0.85, 0.85)
+    assert torch.equal(scores, before) and skipped.item() == 0
+
+
 def best(scores, budget):
     """Top-b by sorting Python tuples: higher score first, then the lower index; NaN last."""
     order = sorted(
