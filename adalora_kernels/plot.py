@@ -127,7 +127,9 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
     loss_axes.plot(*series("loss"), color="tab:red", linewidth=1)
     loss_axes.set_ylabel("loss")
     rank_axes.step(*series("budget"), where="post", color="tab:gray", label="budget b(t)")
-    rank_axes.plot(*series("total_rank"), color="tab:blue", linewidth=1, label="total rank")
+    rank_axes.step(
+        *series("total_rank"), where="post", color="tab:blue", linewidth=1, label="total rank"
+    )
     rank_axes.set_ylabel("triplets")
     rank_axes.set_ylim(bottom=0)
     rank_axes.set_xlabel("step")
