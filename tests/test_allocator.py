@@ -466,13 +466,24 @@ def test_summary():
     assert all(s.shape == (6,) for s in allocator.scores().values())
 
 
-def test_ddp_with_reentrant_checkpointing_agrees_with_one_process():
+def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(tmp_path):
     script = Path(__file__).with_name("ddp_training.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*command, script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    first, second = json.loads(result.stdout.strip().splitlines()[-1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), tmp_path / "rendezvous"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    reports = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        reports.append(json.loads(out))
     # Both ranks decide alike, bit for bit, and as accumulation in one process does.
+    first, second = reports
     assert first == second
     assert first["ranks"] == first["expected"] and sum(first["ranks"].values()) == 9
     assert first["difference"] < 1e-6
