@@ -172,11 +172,10 @@ def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> t
         dx, dA, dE, dB = torch.ops.adalora.svd_linear_backward(
             grad_y, x, weight, A, E, B, mask, h, ctx.scaling, ctx.dropout_p, seed, needs[0]
         )
-    rows = grad_y.flatten(0, -2) if grad_y.dim() > 1 else grad_y.unsqueeze(0)
     if needs[1]:  # The weight is normally frozen; who thaws it gets its gradient all the same.
-        dweight = rows.T @ x.reshape(rows.shape[0], -1)
+        dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if ctx.has_bias and needs[2]:
-        dbias = rows.sum(dim=0)
+        dbias = reference.as_rows(grad_y).sum(dim=0)
     return dx if needs[0] else None, dweight, dbias, dA, dE, dB, None, None, None, None
 
 

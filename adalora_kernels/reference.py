@@ -61,18 +61,18 @@ def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
     words = torch.empty((numel + 3) // 4, dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
     keep = torch.empty(numel, dtype=like.dtype)
-    drop_below = round(p * 2**16) - 2**15
+    drop_below = min(round(p * 2**16), 2**16 - 1) - 2**15
     # Writing the comparison as numbers saves a pass over a bool tensor.
     return torch.ge(words.view(torch.int16)[:numel], drop_below, out=keep).view(like.shape)
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """(..., n) as (rows, n); `reshape(-1, n)` cannot do it for zero rows."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _keep_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    return None if seed is None else _rows(dropout_mask(x, dropout_p, seed))
+    return None if seed is None else as_rows(dropout_mask(x, dropout_p, seed))
 
 
 def _skinny(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def svd_linear(
     backward needs. `seed` (one int64 on the device of x) is None exactly when there is no dropout.
     """
     y = F.linear(x, weight, bias).contiguous()
-    h = _project(_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
-    _add_product_(_rows(y), h * _effective_E(E, mask, scaling, h.dtype), B.T)
+    h = _project(as_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
+    _add_product_(as_rows(y), h * _effective_E(E, mask, scaling, h.dtype), B.T)
     return y, h.view(*x.shape[:-1], A.shape[0])
 
 
@@ -143,12 +143,12 @@ def svd_delta(
     Returns (y + delta, h), the sum in the dtype of y. y itself is left alone: the layer that made
     it may have saved it, and it may be a view that autograd does not allow to be written to.
     """
-    h = _project(_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
+    h = _project(as_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
     he = h * _effective_E(E, mask, scaling, h.dtype)
     if y.dtype == h.dtype == B.dtype:
-        out = torch.addmm(_rows(y), he, B.T)
+        out = torch.addmm(as_rows(y), he, B.T)
     else:
-        out = (_rows(y) + he @ B.T.to(h.dtype)).to(y.dtype)
+        out = (as_rows(y) + he @ B.T.to(h.dtype)).to(y.dtype)
     return out.view(y.shape), h.view(*x.shape[:-1], A.shape[0])
 
 
@@ -199,8 +199,10 @@ def svd_linear_backward(
     dx = g·W0 + dropout'((u ⊙ e)·A) with u = g·B, or an empty (0,) tensor unless `need_dx`;
     dA = (u ⊙ e)ᵀ·dropout(x); dE = scaling · mask ⊙ Σ_rows u ⊙ h; dB = gᵀ·(h ⊙ e).
     """
-    g, keep = _rows(grad_y), _keep_rows(x, dropout_p, seed)
-    ue, dA, dE, dB = _adapter_grads(g, _rows(x), A, E, B, mask, _rows(h), scaling, dropout_p, keep)
+    g, keep = as_rows(grad_y), _keep_rows(x, dropout_p, seed)
+    ue, dA, dE, dB = _adapter_grads(
+        g, as_rows(x), A, E, B, mask, as_rows(h), scaling, dropout_p, keep
+    )
     if not need_dx:
         return x.new_empty(0), dA, dE, dB
     dx = g @ weight
@@ -230,7 +232,7 @@ def svd_delta_backward(
     """
     keep = _keep_rows(x, dropout_p, seed)
     ue, dA, dE, dB = _adapter_grads(
-        _rows(grad_y), _rows(x), A, E, B, mask, _rows(h), scaling, dropout_p, keep
+        as_rows(grad_y), as_rows(x), A, E, B, mask, as_rows(h), scaling, dropout_p, keep
     )
     if not need_dx:
         return x.new_empty(0), dA, dE, dB

@@ -143,6 +143,13 @@ def test_dropout_mask(p):
     assert (mask != other).float().mean() > p * (1 - p)
 
 
+def test_dropout_mask_of_an_extreme_probability():
+    x, seed = torch.empty(1000), torch.tensor([3])
+    assert reference.dropout_mask(x, 1e-9, seed).all()
+    assert reference.dropout_mask(x, 1 - 1e-9, seed).sum() <= 1
+    assert reference.dropout_mask(torch.empty(0, 5), 0.5, seed).shape == (0, 5)
+
+
 def test_dropout_mask_off_the_cpu_reads_nothing_back():
     x = torch.empty(5, 7, device="meta")
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
