@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CountOps, adapter, assert_as_good_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from adalora_kernels import ops, reference, svd_delta, svd_linear
@@ -52,7 +54,12 @@ def outputs_and_gradients(run, tensors, grad_y, grad_of=lambda t: t):
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
+def results(tensors, dropout_p=0.0, grad_of=lambda t: t):
+    """The results of {"fused", "opaque"}, plain eager's, the oracle's, and their magnitude.
+
+    The magnitude is the oracle of absolute values: the sum of |terms| that rounding errors scale
+    with, where a result itself may be small because its terms cancel.
+    """
     exact = {k: t.double() if t is not None and k != "mask" else t for k, t in tensors.items()}
     keep = None
     state = torch.get_rng_state()
@@ -64,6 +71,10 @@ def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
     oracle = outputs_and_gradients(lambda **t: eager(keep=keep, **t), exact, grad_y, grad_of)
     kept = None if keep is None else keep.to(tensors["x"].dtype)
     plain = outputs_and_gradients(lambda **t: eager(keep=kept, **t), tensors, grad_y, grad_of)
+    absolute = {k: t.abs() if t is not None and k != "mask" else t for k, t in exact.items()}
+    magnitude = outputs_and_gradients(
+        lambda **t: eager(keep=keep, **t), absolute, grad_y.abs(), grad_of
+    )
 
     def fused(x, weight, lora_A, lora_E, lora_B, **rest):
         return svd_linear(
@@ -79,12 +90,18 @@ def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
             dropout_p=dropout_p,
         )
 
+    actual = {}
     for run in (fused, opaque):
         torch.set_rng_state(state)
-        actual = outputs_and_gradients(run, tensors, grad_y, grad_of)
+        actual[run.__name__] = outputs_and_gradients(run, tensors, grad_y, grad_of)
+    return actual, plain, oracle, magnitude
+
+
+def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
+    actual, plain, oracle, _ = results(tensors, dropout_p, grad_of)
+    for run, result in actual.items():
         for name in oracle:
-            where = f"{run.__name__} {name}"
-            assert_as_good_as_eager(actual[name], plain[name], oracle[name], where)
+            assert_as_good_as_eager(result[name], plain[name], oracle[name], f"{run} {name}")
 
 
 CASES = {
@@ -112,6 +129,31 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_error_against_float64(case, dropout_p):
     check_against_float64(random_case(**case), dropout_p)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lead=st.lists(st.integers(0, 9), max_size=3),
+    in_features=st.integers(1, 40),
+    out_features=st.integers(1, 40),
+    r=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    wide_adapter=st.booleans(),
+    bias=st.booleans(),
+    mask=st.sampled_from([None, "true", "mixed", "false"]),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+)
+def test_every_entry_is_within_its_rounding_errors(lead, dtype, wide_adapter, dropout_p, **case):
+    adapter_dtype = torch.float32 if wide_adapter else dtype
+    tensors = random_case(lead=tuple(lead), dtype=dtype, adapter_dtype=adapter_dtype, **case)
+    actual, _, oracle, magnitude = results(tensors, dropout_p)
+    # Of the longest sum, in float32, plus the few roundings of results to the dtype itself.
+    terms = sum(tensors["lora_B"].shape) + sum(tensors["x"].shape)
+    relative = terms * torch.finfo(torch.float32).eps + 4 * torch.finfo(dtype).eps
+    for result in actual.values():
+        for name, exact in oracle.items():
+            assert result[name].isfinite().all(), name
+            assert ((result[name] - exact).abs() <= relative * magnitude[name]).all(), name
 
 
 def test_float64():

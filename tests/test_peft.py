@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adalora_kernels.peft
 from adalora_kernels import RankAllocator, orth_reg
+from adalora_kernels.adapters import find_adapters
 
 STEPS = 30
 
@@ -141,6 +142,30 @@ def test_what_is_swapped_and_what_stays():
     assert calls == [1]
     again = adalora_kernels.peft.apply(model)
     assert again.swapped == report.swapped and again.allocator is report.allocator
+
+
+def test_our_allocator_on_a_plain_peft_model():
+    model = make()
+    frozen = AdaLoraConfig(init_r=4, target_modules=["fc0"], total_step=5, inference_mode=True)
+    model.add_adapter("other", frozen)
+    # The trainable adapter is found; another one when it is named.
+    names = [f"base_model.model.fc{i}.lora_E.default" for i in range(3)]
+    assert [a.name for a in find_adapters(model)] == names
+    assert [a.lora_A.shape[0] for a in find_adapters(model, "other")] == [4]
+    allocator = RankAllocator(model, target_r=3, total_step=STEPS, tinit=5, tfinal=5)
+    optimizer = optimizer_of(model, "adamw")
+    for step in range(1, STEPS + 1):
+        x, labels = batch(step)
+        (model(x, labels=labels).loss + orth_reg(model, 0.1)).backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+    parameters = adapter_parameters(model)
+    assert sum(int((parameters[name] != 0).sum()) for name in names) == 9
+    y = model(x).logits
+    allocator.shrink(optimizer)
+    torch.testing.assert_close(model(x).logits, y)
+    assert sum(len(parameters[name]) for name in names) == 9
 
 
 def test_the_base_model_may_be_given():
