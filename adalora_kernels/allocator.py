@@ -210,7 +210,7 @@ class RankAllocator:
             raise RuntimeError(
                 "no adapter has a gradient: call step() after backward() and before zero_grad()"
             )
-        self._follow_device()
+        self._follow_model()
         self.global_step = global_step
         if updates:
             torch.ops.adalora.importance_update_(
@@ -232,14 +232,16 @@ class RankAllocator:
                 self._freeze()
         return budget
 
-    def _follow_device(self) -> None:
-        """Move the state to where the model is; it may have been moved since."""
-        device = self._device
-        if self._scores.device == device:
+    def _follow_model(self) -> None:
+        """Bring the state to the device and dtype of the model, which may have been moved since."""
+        device, dtype = self._device, _state_dtype(self.adapters[0].lora_A)
+        if self._scores.device == device and self._scores.dtype == dtype:
             return
-        self._exp_avg_ipt = [t.to(device) for t in self._exp_avg_ipt]
-        self._exp_avg_unc = [t.to(device) for t in self._exp_avg_unc]
-        self._scores = self._scores.to(device)
+        if not self.frozen:
+            dtypes = [_state_dtype(p) for p in self._parameters()]
+            for averages in (self._exp_avg_ipt, self._exp_avg_unc):
+                averages[:] = [t.to(device, d) for t, d in zip(averages, dtypes, strict=True)]
+        self._scores = self._scores.to(device, dtype)
         self._mask = self._mask.to(device)
         self._skipped = self._skipped.to(device)
 
@@ -256,9 +258,7 @@ class RankAllocator:
         self._exp_avg_unc = []
         if self.shrunk:
             return
-        for adapter, mask in zip(
-            self.adapters, self._mask.split_with_sizes(self._ranks), strict=True
-        ):
+        for adapter, mask in zip(self.adapters, self._masks(), strict=True):
             adapter.set_mask(mask)
 
     def ranks(self) -> dict[str, int]:
@@ -405,9 +405,7 @@ class RankAllocator:
         for adapter in self.adapters:
             for parameter in adapter.parameters:
                 _check_state(adapter, parameter, states.get(parameter, {}))
-        for adapter, mask in zip(
-            self.adapters, self._mask.split_with_sizes(self._ranks), strict=True
-        ):
+        for adapter, mask in zip(self.adapters, self._masks(), strict=True):
             alive = mask.nonzero().squeeze(1)
             for parameter, dim in zip(adapter.parameters, (0, 0, 1), strict=True):
                 _cut_(parameter, states.get(parameter, {}), dim, alive)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .allocator import BudgetSchedule
 from .allocator import RankAllocator as _RankAllocator
 from .modules import SVDLinear, lora_state_dict, mark_only_lora_as_trainable
 
@@ -82,10 +82,8 @@ class RankAllocator:
         Raises:
             TypeError, ValueError: as `BudgetSchedule`.
         """
-        old = self.allocator.schedule
-        self.allocator.schedule = BudgetSchedule(
-            old.init_budget, old.target_budget, old.tinit, old.tfinal, old.deltaT, total_step
-        )
+        schedule = self.allocator.schedule
+        self.allocator.schedule = dataclasses.replace(schedule, total_step=total_step)
         self.total_step = total_step
 
     def get_rank_pattern(self) -> dict[str, int]:

@@ -6,8 +6,8 @@ PEFT class it had. Hence `isinstance`, names, `state_dict`, hooks, copies and pi
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft import AdaLoraConfig, PeftModel
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
-from .allocator import BudgetSchedule, RankAllocator
+from .allocator import RankAllocator
+
+# What an AdaLoraConfig and a BudgetSchedule have in common.
+_SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
 
 
-@dataclass
+@dataclasses.dataclass
 class ApplyReport:
     """What `apply` did.
 
@@ -33,10 +36,10 @@ class ApplyReport:
         notes: what the training loop has to know.
     """
 
-    swapped: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    swapped: list[str] = dataclasses.field(default_factory=list)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
     allocator: RankAllocator | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"adalora_kernels: {len(self.swapped)} AdaLoRA layers swapped"]
@@ -124,30 +127,14 @@ def _why_left(layer: nn.Module) -> str | None:
     return f"{type(layer).__name__} is not swapped yet, but its adapter is allocated"
 
 
-def _schedule(config: AdaLoraConfig, init_budget: int, matrices: int) -> BudgetSchedule:
-    return BudgetSchedule(
-        init_budget=init_budget,
-        target_budget=config.target_r * matrices,
-        tinit=config.tinit,
-        tfinal=config.tfinal,
-        deltaT=config.deltaT,
-        total_step=config.total_step,
-    )
+def _options(config: AdaLoraConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def _make_allocator(tuner: AdaLoraModel, adapter_name: str) -> RankAllocator:
     config = tuner.peft_config[adapter_name]
-    allocator = RankAllocator(
-        tuner.model,
-        target_r=config.target_r,
-        total_step=config.total_step,
-        tinit=config.tinit,
-        tfinal=config.tfinal,
-        deltaT=config.deltaT,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        adapter_name=adapter_name,
-    )
+    options = _options(config, "target_r", *_SCHEDULE, "beta1", "beta2")
+    allocator = RankAllocator(tuner.model, adapter_name=adapter_name, **options)
     theirs = tuner.rankallocator
     pattern = config.rank_pattern or {}
     ranks = [adapter.lora_A.shape[0] for adapter in allocator.adapters]
@@ -246,8 +233,10 @@ class _AdaLoraModel(AdaLoraModel):
         config = self.peft_config[self.trainable_adapter_name]
         allocator: RankAllocator = self.rankallocator
         # Scripts set total_step and the like on the config when they know them.
-        allocator.schedule = _schedule(
-            config, allocator.schedule.init_budget, len(allocator.adapters)
+        allocator.schedule = dataclasses.replace(
+            allocator.schedule,
+            target_budget=config.target_r * len(allocator.adapters),
+            **_options(config, *_SCHEDULE),
         )
         allocator.step(global_step)
         config._follow(allocator)

@@ -248,11 +248,27 @@ def test_dispatched_ops_of_a_masking_step_do_not_grow_with_the_model():
     assert counts[0].total() == counts[1].total() <= 40
 
 
-def test_a_step_follows_a_model_that_was_moved():
+def test_the_state_follows_a_model_that_was_moved():
     model, _, allocator = setup()
     model.to("meta")
-    allocator._follow_device()
-    assert allocator._scores.device.type == "meta"
+    allocator._follow_model()
+    state = allocator.state_dict()
+    tensors = (*state["exp_avg_ipt"], *state["exp_avg_unc"], state["scores"], state["mask"])
+    assert {t.device.type for t in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("at", [10, 32], ids=["budgeting", "final"])
+def test_the_state_follows_a_model_that_was_cast(at):
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, at))
+    model.double()
+    for p in trainable(model):
+        p.grad = torch.randn_like(p)
+    before = allocator.scores()
+    allocator.step(at)
+    after = allocator.scores()
+    assert {s.dtype for s in after.values()} == {torch.float64}
+    assert all(torch.equal(before[n].double(), after[n]) for n in after) == (at > 30)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -478,10 +494,14 @@ def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(tmp_path):
         for rank in range(2)
     ]
     reports = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        reports.append(json.loads(out))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            reports.append(json.loads(out))
+    finally:
+        for process in processes:
+            process.kill()
     # Both ranks decide alike, bit for bit, and as accumulation in one process does.
     first, second = reports
     assert first == second
