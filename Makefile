@@ -6,7 +6,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
-.PHONY: install test demo bench lint format clean
+# The oldest triton that is supported, for the kernels that are only compiled.
+OLDEST ?= build/oldest
+OLDEST_TRITON := 3.6.0
+
+.PHONY: install test compile-oldest demo bench lint format clean
 
 install: $(VENV)/.installed $(DATA)
 
@@ -24,6 +28,16 @@ $(DATA): | $(VENV)/.installed
 
 test: install
 	$(BIN)/pytest
+
+compile-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/test_compile_only.py
+
+$(OLDEST)/.installed: constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^triton==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint $(OLDEST)/constraints.txt torch numpy pytest triton==$(OLDEST_TRITON)
+	touch $@
 
 demo: install
 	$(BIN)/python examples/movie_reviews.py $(ARGS)

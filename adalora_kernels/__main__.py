@@ -1,16 +1,25 @@
-"""`python -m adalora_kernels`: the environment, what each op runs, and a numerical self-check."""
+"""`python -m adalora_kernels`: the environment, what each op runs, and a numerical self-check.
+
+With --tune, on a GPU: measure the paths of the layer op for given layers and remember the fastest.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import itertools
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import __version__, functional, ops, reference
+
+if TYPE_CHECKING:
+    from .kernels.tune import Call, Layer
 
 _PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib")
 _FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -137,7 +146,7 @@ def self_check(device: str) -> bool:
     return passed
 
 
-def main() -> int:
+def report() -> int:
     """Print the report; 0 if the self-check passed on every device, else 1."""
     print(f"adalora_kernels {__version__}, Python {platform.python_version()}")
     print("  " + ", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
@@ -151,5 +160,56 @@ def main() -> int:
     return 0 if passed else 1
 
 
+def _shape(text: str) -> tuple[int, int]:
+    in_features, out_features = map(int, text.split("x"))
+    return in_features, out_features
+
+
+def tune(
+    layers: Sequence[Layer], device: torch.device, *seconds: Callable[[Sequence[Call]], float]
+) -> None:
+    """Measure, print, and write the user's table."""
+    from .kernels import plans, tune
+
+    for problem, plan, time in tune.tune(layers, device, *seconds):
+        print(f"{tuple(problem)[1:]}: {plan.path} {tuple(plan.gemm)}, {time * 1e6:.1f} us")
+        # At once, so that stopping early loses nothing.
+        plans.write_table(plans.cache_path(), plans.device_of(device).name, {problem: plan})
+    print(f"written to {plans.cache_path()}")
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m adalora_kernels", description=__doc__)
+    parser.add_argument("--tune", action="store_true", help="measure and remember, instead")
+    shapes = [(4096, 4096), (4096, 14336), (14336, 4096)]
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        default=shapes,
+        help="layers, in x out",
+    )
+    rows = [1, 16, 64, 2048, 8192, 16384]
+    parser.add_argument("--rows", nargs="+", type=int, default=rows, help="tokens per batch")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    options = parser.parse_args(arguments)
+    if not options.tune:
+        return report()
+    if not torch.cuda.is_available():
+        print("--tune measures on an NVIDIA GPU, and torch finds none", file=sys.stderr)
+        return 1
+    from .kernels.tune import Layer
+
+    dtype = getattr(torch, options.dtype)
+    layers = [
+        Layer(dtype, M, K, N, r)
+        for (K, N), M, r in itertools.product(options.shapes, options.rows, options.ranks)
+    ]
+    tune(layers, torch.device("cuda", torch.cuda.current_device()))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -51,7 +51,11 @@ def svd_linear(
         dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
             applied when positive; a layer passes 0 in evaluation.
         impl: "auto" takes the fastest implementation for the device of x. "reference" is plain
-            PyTorch recorded by autograd. Any other is taken literally, never replaced.
+            PyTorch recorded by autograd. "triton" is taken literally, backward included, never
+            replaced (except for tensors without entries, for which nothing is launched). Its
+            kernels need an NVIDIA GPU of compute capability 8.0 or later, or, on a CPU and slowly,
+            TRITON_INTERPRET=1 in the environment; and r ≤ 256 in at most float32. "cuda" is not
+            there yet.
 
     Returns:
         y: (..., out) in the dtype of x, on its device. All tensors must be on one device.
@@ -76,14 +80,17 @@ def svd_linear(
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be (out,) = ({out_features},), got shape {_shape(bias)}")
     _check_numbers(scaling, dropout_p)
-    reference_only = _resolve(impl)
+    _check_impl(impl)
     if lora_A.shape[0] == 0:
         return F.linear(x, weight, bias)
-    op = reference.svd_linear if reference_only else torch.ops.adalora.svd_linear
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    y: Tensor = op(
-        x, weight, bias, lora_A, lora_E, lora_B, mask, float(scaling), float(dropout_p), seed
-    )[0]
+    tensors = (x, weight, bias, lora_A, lora_E, lora_B, mask)
+    options = (float(scaling), float(dropout_p), seed)
+    y: Tensor
+    if impl == "reference":
+        y, _ = reference.svd_linear(*tensors, *options)
+    else:
+        y, _ = torch.ops.adalora.svd_linear(*tensors, *options, impl)
     return y
 
 
@@ -129,14 +136,17 @@ def svd_delta(
     out_features = base_output.shape[-1] if base_output.dim() else 0
     _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
     _check_numbers(scaling, dropout_p)
-    reference_only = _resolve(impl)
+    _check_impl(impl)
     if lora_A.shape[0] == 0:
         return base_output
-    op = reference.svd_delta if reference_only else torch.ops.adalora.svd_delta
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    y: Tensor = op(
-        base_output, x, lora_A, lora_E, lora_B, mask, float(scaling), float(dropout_p), seed
-    )[0]
+    tensors = (base_output, x, lora_A, lora_E, lora_B, mask)
+    options = (float(scaling), float(dropout_p), seed)
+    y: Tensor
+    if impl == "reference":
+        y, _ = reference.svd_delta(*tensors, *options)
+    else:
+        y, _ = torch.ops.adalora.svd_delta(*tensors, *options, impl)
     return y
 
 
@@ -319,10 +329,9 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _resolve(impl: str) -> bool:
-    """Whether `impl` asks for the plain-PyTorch reference; raises if it asks for what is not."""
+def _check_impl(impl: str) -> None:
+    """Whether "triton" can run is for the op to find out: it depends on where and when it runs."""
     if impl not in ("auto", "reference", "triton", "cuda"):
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cuda', got {impl!r}")
-    if impl in ("triton", "cuda"):
-        raise RuntimeError(f"impl={impl!r} cannot run: {ops.why_not(impl)}")
-    return impl == "reference"
+    if impl == "cuda":
+        raise RuntimeError("impl='cuda' cannot run: this version has no CUDA C++ kernels")

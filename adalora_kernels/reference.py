@@ -16,23 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Philox-4x32-10 (Salmon et al., SC 2011): two round multipliers and two key increments.
+# Philox-4x32 (Salmon et al., SC 2011): two round multipliers and two key increments.
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
 
 
-def philox_uint32(seed: Tensor, numel: int) -> Tensor:
-    """The first `numel` words of the Philox-4x32-10 stream of `seed`, as int64 (numel,).
+def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
+    """The first `numel` words of the Philox-4x32 stream of `seed`, as int64 (numel,).
 
-    Word i is lane i % 4 of counter i // 4, which is what a kernel gets from one call for four
-    neighbouring elements. `seed` is one int64 on the device that the stream is wanted on.
+    Word i is lane i % 4 of counter i // 4. `seed` is one int64 on the device that the stream is
+    wanted on.
     """
     counter = torch.arange((numel + 3) // 4, device=seed.device)
     lanes = [counter & _U32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
     seed = seed.reshape(())
     keys = [seed & _U32, (seed >> 32) & _U32]
-    for _ in range(10):
+    for _ in range(rounds):
         # The int64 product wraps, but its bits are those of the unsigned one.
         p0, p1 = lanes[0] * _PHILOX_M[0], lanes[2] * _PHILOX_M[1]
         lanes = [
@@ -45,25 +45,39 @@ def philox_uint32(seed: Tensor, numel: int) -> Tensor:
     return torch.stack(lanes, dim=1).flatten()[:numel]
 
 
-def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
+def philox_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
     """Which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
 
-    A pure function of (seed, shape, p) on a given device, so that the backward regenerates the
-    mask of the forward instead of storing it. Off the CPU the seed is never read back: Philox in
-    tensor operations. On it, 16 bits of torch's own generator per entry (p to the nearest 2⁻¹⁶)
-    cost a quarter of `bernoulli_` and are the same for every dtype.
+    A pure function of (seed, shape, p) on any device. Entry i has 16 bits of its own, the low or
+    (odd i) the high half of word i // 2, so that a kernel gets the bits of eight neighbours from
+    one counter; p is meant to the nearest 2⁻¹⁶. Seven rounds are the fewest with which
+    Philox-4x32 passes BigCrush.
     """
-    numel = like.numel()
+    words = philox_uint32(seed, (like.numel() + 1) // 2, rounds=7)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=1).flatten()[: like.numel()]
+    return (halves >= _drop_below(p)).reshape(like.shape).to(like.dtype)
+
+
+def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`philox_mask` but on a CPU, where 16 bits of torch's own generator cost far less.
+
+    There, too, a pure function of (seed, shape, p), so that the backward regenerates the mask of
+    the forward instead of storing it. Off the CPU the seed is never read back.
+    """
     if like.device.type != "cpu":
-        keep = philox_uint32(seed, numel) >= round(p * 2**32)
-        return keep.reshape(like.shape).to(like.dtype)
+        return philox_mask(like, p, seed)
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty((numel + 3) // 4, dtype=torch.int64)
+    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64)
     words.random_(-(2**63), None, generator=generator)
-    keep = torch.empty(numel, dtype=like.dtype)
-    drop_below = min(round(p * 2**16), 2**16 - 1) - 2**15
+    keep = torch.empty(like.numel(), dtype=like.dtype)
     # Writing the comparison as numbers saves a pass over a bool tensor.
-    return torch.ge(words.view(torch.int16)[:numel], drop_below, out=keep).view(like.shape)
+    bits = words.view(torch.int16)[: like.numel()]
+    return torch.ge(bits, _drop_below(p) - 2**15, out=keep).view(like.shape)
+
+
+def _drop_below(p: float) -> int:
+    """Of 2¹⁶ equally likely values, those below this are dropped: never all of them."""
+    return min(round(p * 2**16), 2**16 - 1)
 
 
 def as_rows(t: Tensor) -> Tensor:

@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Triton's kernels run on the GPU if there is one, else interpreted. Read when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Small tensors: a second thread only waits at barriers, for ever on a busy machine.
 torch.set_num_threads(1)
@@ -13,3 +19,11 @@ def poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """ADALORA_TEST_SHARD=2/12 runs the third of twelve parts, to run them side by side."""
+    shard = os.environ.get("ADALORA_TEST_SHARD")
+    if shard is not None:
+        part, parts = map(int, shard.split("/"))
+        items[:] = items[part::parts]

@@ -6,129 +6,25 @@ import torch.nn.functional as F
 from helpers import CountOps, adapter, assert_as_good_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import (
+    CASES,
+    check_against_float64,
+    eager,
+    outputs_and_gradients,
+    random_case,
+    results,
+)
 from torch.library import opcheck
 
-from adalora_kernels import ops, reference, svd_delta, svd_linear
+from adalora_kernels import ops, svd_delta, svd_linear
 
 OPS = torch.ops.adalora
-
-
-def random_case(*, lead=(7,), in_features=13, out_features=9, r=3, dtype=torch.float32, **options):
-    """The tensors of one case; `adapter_dtype`, `bias`, `mask` ("true", "mixed", "false")."""
-    A, E, B = adapter(r, in_features, out_features, options.get("adapter_dtype", dtype), False)
-    masks = {
-        None: None,
-        "true": torch.ones(r, dtype=torch.bool),
-        "mixed": torch.arange(r) % 2 == 0,
-        "false": torch.zeros(r, dtype=torch.bool),
-    }
-    return {
-        "x": torch.randn(*lead, in_features).to(dtype),
-        "weight": torch.randn(out_features, in_features).to(dtype),
-        "lora_A": A,
-        "lora_E": E,
-        "lora_B": B,
-        "bias": torch.randn(out_features).to(dtype) if options.get("bias", True) else None,
-        "mask": masks[options.get("mask")],
-    }
-
-
-def eager(x, weight, lora_A, lora_E, lora_B, bias=None, mask=None, keep=None, scaling=1.5):
-    """PEFT's formula (tuners/adalora/layer.py), with a given dropout result."""
-    y = F.linear(x, weight, bias)
-    if mask is not None:
-        lora_E = lora_E * mask.unsqueeze(1)
-    x = x.to(lora_A.dtype) if keep is None else (x * keep).to(lora_A.dtype)
-    return y + ((x @ (lora_A * lora_E).T @ lora_B.T) * scaling).to(y.dtype)
-
-
-def outputs_and_gradients(run, tensors, grad_y, grad_of=lambda t: t):
-    """{name: y and the gradient of every floating tensor but the weight}."""
-    leaves = {
-        name: t.clone().requires_grad_()
-        for name, t in tensors.items()
-        if t is not None and t.is_floating_point() and name != "weight"
-    }
-    y = run(**{**tensors, **leaves})
-    grads = torch.autograd.grad(y, list(leaves.values()), grad_of(grad_y.to(y.dtype)))
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def results(tensors, dropout_p=0.0, grad_of=lambda t: t):
-    """The results of {"fused", "opaque"}, plain eager's, the oracle's, and their magnitude.
-
-    The magnitude is the oracle of absolute values: the sum of |terms| that rounding errors scale
-    with, where a result itself may be small because its terms cancel.
-    """
-    exact = {k: t.double() if t is not None and k != "mask" else t for k, t in tensors.items()}
-    keep = None
-    state = torch.get_rng_state()
-    if dropout_p:
-        seed = ops.dropout_seed(tensors["x"])
-        keep = reference.dropout_mask(exact["x"], dropout_p, seed) / (1 - dropout_p)
-    grad_y = torch.randn(*tensors["x"].shape[:-1], tensors["weight"].shape[0])
-    grad_y = grad_y.to(tensors["x"].dtype)
-    oracle = outputs_and_gradients(lambda **t: eager(keep=keep, **t), exact, grad_y, grad_of)
-    kept = None if keep is None else keep.to(tensors["x"].dtype)
-    plain = outputs_and_gradients(lambda **t: eager(keep=kept, **t), tensors, grad_y, grad_of)
-    absolute = {k: t.abs() if t is not None and k != "mask" else t for k, t in exact.items()}
-    magnitude = outputs_and_gradients(
-        lambda **t: eager(keep=keep, **t), absolute, grad_y.abs(), grad_of
-    )
-
-    def fused(x, weight, lora_A, lora_E, lora_B, **rest):
-        return svd_linear(
-            x, weight, lora_A, lora_E, lora_B, scaling=1.5, dropout_p=dropout_p, **rest
-        )
-
-    def opaque(x, weight, lora_A, lora_E, lora_B, bias, mask):
-        return svd_delta(
-            F.linear(x, weight, bias),
-            *(x, lora_A, lora_E, lora_B),
-            mask=mask,
-            scaling=1.5,
-            dropout_p=dropout_p,
-        )
-
-    actual = {}
-    for run in (fused, opaque):
-        torch.set_rng_state(state)
-        actual[run.__name__] = outputs_and_gradients(run, tensors, grad_y, grad_of)
-    return actual, plain, oracle, magnitude
-
-
-def check_against_float64(tensors, dropout_p=0.0, grad_of=lambda t: t):
-    actual, plain, oracle, _ = results(tensors, dropout_p, grad_of)
-    for run, result in actual.items():
-        for name in oracle:
-            assert_as_good_as_eager(result[name], plain[name], oracle[name], f"{run} {name}")
-
-
-CASES = {
-    **{f"rank_{r}": {"r": r} for r in (1, 3, 8, 12, 16, 33, 64)},
-    "no_rows": {"lead": (0,)},
-    "one_row": {"lead": (1,)},
-    "x_1d": {"lead": ()},
-    "x_3d": {"lead": (2, 5)},
-    "x_4d": {"lead": (2, 3, 5)},
-    "x_3d_no_rows": {"lead": (2, 0)},
-    "odd": {"lead": (17,), "in_features": 31, "out_features": 23, "r": 5},
-    "wide": {"lead": (65,), "in_features": 48, "out_features": 96, "r": 8},
-    "no_bias": {"bias": False},
-    "mask_all_true": {"mask": "true"},
-    "mask_mixed": {"mask": "mixed"},
-    "mask_all_false": {"mask": "false"},
-    "bf16": {"dtype": torch.bfloat16},
-    "fp16": {"dtype": torch.float16},
-    "fp32_adapter_bf16_base": {"dtype": torch.bfloat16, "adapter_dtype": torch.float32},
-    "fp32_adapter_fp16_base": {"dtype": torch.float16, "adapter_dtype": torch.float32},
-}
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_error_against_float64(case, dropout_p):
-    check_against_float64(random_case(**case), dropout_p)
+    check_against_float64(random_case(**case), dropout_p=dropout_p)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -175,7 +71,7 @@ def test_non_contiguous_inputs(dropout_p):
     tensors["x"] = tensors["x"].transpose(0, 1)
     tensors["weight"] = tensors["weight"].T.contiguous().T
     tensors["lora_B"] = tensors["lora_B"].T.contiguous().T
-    check_against_float64(tensors, dropout_p)
+    check_against_float64(tensors, dropout_p=dropout_p)
 
 
 def test_expanded_inputs_and_gradients():

@@ -19,8 +19,9 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"ops"},
-    {"reference", "adapters"},
+    {"reference", "adapters", "kernels"},
 ]
+KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]
 
 
 def test_import_loads_none_of_the_optional_packages():
@@ -49,14 +50,26 @@ def own_imports(path):
             yield from [node.module] if node.module else [a.name for a in node.names]
 
 
-def test_imports_go_one_way():
-    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    files = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
-    assert set(files) == set(level), "every module has its layer"
+@pytest.mark.parametrize(
+    ("folder", "layers"), [(PACKAGE, LAYERS), (PACKAGE / "kernels", KERNELS)], ids=["", "kernels"]
+)
+def test_imports_go_one_way(folder, layers):
+    level = {module: i for i, layer in enumerate(layers) for module in layer}
+    files = {p.stem: p for p in folder.glob("*.py") if p.stem != "__init__"}
+    packages = {p.parent.name for p in folder.glob("*/__init__.py")}
+    assert set(files) | packages == set(level), "every module has its layer"
     for module, path in files.items():
         for imported in own_imports(path):
             if imported != "__version__":
-                assert level[module] < level[imported], f"{module} imports {imported}"
+                outer = imported.split(".")[0]
+                assert level[module] < level[outer], f"{module} imports {imported}"
+
+
+def test_kernels_import_nothing_of_ours():
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.ImportFrom) or node.level <= 1, path
+            assert not (isinstance(node, ast.ImportFrom) and "adalora" in (node.module or "")), path
 
 
 def test_versions_agree():

@@ -1,0 +1,172 @@
+"""Compiles recorded launches for GPUs that are not here, and reads what they need of one.
+
+`compile_case` runs in processes of their own, in which triton does not interpret.
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Multiprocessors of the GPU that a case is for: an A100, an RTX A6000, an H200, a B200.
+SMS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.bool: "i1",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls of the launchers; of what they launch, `kernels` are compiled (all if empty)."""
+
+    family: str
+    name: str
+    M: int = 8192
+    K: int = 4096
+    N: int = 4096
+    r: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.float32
+    dropout: float = 0.0
+    path: str = "two_pass"
+    blocks: tuple = ()
+    delta: bool = False
+    tf32: bool = False
+    parts: tuple[str, ...] = ("forward", "backward")
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def id(self):
+        types = "/".join(TYPES[t] for t in (self.dtype, self.adapter))
+        return f"{self.family}-{self.name}-{types}-r{self.r}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel uses; bytes of stack and local memory are per thread."""
+
+    kernel: str
+    options: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: int
+    copies: int  # of 16 bytes per thread or by descriptor, asynchronous
+    wgmma: int
+    tcgen05: int
+    mma: int
+
+
+def launches(case):
+    """What the launchers would launch for a case, without a GPU and without memory."""
+    from adalora_kernels.kernels import launch, plans, svd_linear
+
+    def meta(*shape, dtype=case.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    device = plans.Device("compile-only", case.family, SMS[case.family])
+    how = plans.Plan(case.path, plans.Blocks(*case.blocks)) if case.blocks else case.path
+    x, y = meta(case.M, case.K), meta(case.M, case.N)
+    weight, bias = meta(case.N, case.K), meta(case.N)
+    factors = [
+        meta(*shape, dtype=case.adapter)
+        for shape in ((case.r, case.K), (case.r, 1), (case.N, case.r))
+    ]
+    mask = meta(case.r, dtype=torch.bool)
+    seed = meta(1, dtype=torch.int64) if case.dropout else None
+    options = (1.5, case.dropout, seed)
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    h = meta(case.M, case.r, dtype=torch.promote_types(case.dtype, case.adapter))
+    with launch.dry_run() as recorded:
+        if case.delta:
+            svd_linear.svd_delta_fwd(y, x, *factors, mask, *options, device)
+            svd_linear.svd_delta_bwd(y, x, *factors, mask, h, *options, True, device)
+        elif "forward" in case.parts:
+            svd_linear.svd_linear_fwd(x, weight, bias, *factors, mask, *options, how, device)
+        if not case.delta and "backward" in case.parts:
+            svd_linear.svd_linear_bwd(y, x, weight, *factors, mask, h, *options, True, how, device)
+    kernels = [item for item in recorded if item.function is not None]
+    return [item for item in kernels if item.kernel in case.kernels or not case.kernels]
+
+
+def _source(recorded):
+    """The arguments as triton would specialise them at a launch."""
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(recorded.function.params):
+        value = recorded.arguments[parameter.name]
+        kind = "constexpr"
+        if isinstance(value, torch.Tensor):
+            kind = f"*{TYPES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif parameter.is_constexpr or value is None:
+            constants[(i,)] = value
+        elif isinstance(value, float):
+            kind = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            constants[(i,)] = value
+        else:
+            kind = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    return ASTSource(recorded.function, signature, constants, attributes)
+
+
+def _disassemble(cubin):
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", "--dump-sass", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_case(case, folder):
+    """[Compiled or the error as text, …] for the launches of a case."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    torch.set_num_threads(1)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    results = []
+    for recorded in launches(case):
+        options = {k: v for k, v in recorded.arguments.items() if k.startswith("num_")}
+        blocks = {k: v for k, v in recorded.arguments.items() if k.startswith("BLOCK")}
+        target = GPUTarget("cuda", int(case.family.removeprefix("sm_")), 32)
+        try:
+            kernel = triton.compile(_source(recorded), target=target, options=options)
+        except Exception as error:
+            results.append(f"{recorded.kernel}: {error!r}")
+            continue
+        cubin = Path(folder) / f"{os.getpid()}.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        sass = _disassemble(cubin)
+        used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
+        results.append(
+            Compiled(
+                recorded.kernel,
+                ", ".join(f"{k}={v}" for k, v in {**blocks, **options}.items()),
+                used["REG"],
+                used["STACK"],
+                used["LOCAL"],
+                kernel.metadata.shared,
+                len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+                len(re.findall(r"LDGSTS\S*\.128|UTMALDG", sass)),
+                sass.count("HGMMA"),
+                len(re.findall(r"UTC\w*MMA", sass)),
+                len(re.findall(r"\bHMMA", sass)),
+            )
+        )
+    return results

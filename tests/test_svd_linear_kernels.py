@@ -1,0 +1,424 @@
+"""The Triton kernels, through the launchers and the functional API.
+
+On a GPU if there is one (`pytest -m gpu`), else in triton's interpreter, in which bfloat16 is
+rounded towards zero, so that there results in bfloat16 are not held to the error rule.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_as_good_as_eager
+from layer_cases import CASES, check_against_float64, random_case
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adalora_kernels import reference, svd_delta, svd_linear
+from adalora_kernels.kernels import plans
+from adalora_kernels.kernels import svd_linear as kernels
+from adalora_kernels.kernels.launch import INTERPRETED, dry_run
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs an NVIDIA GPU")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {
+    "fp32": (FP32, FP32),
+    "fp16": (FP16, FP16),
+    "fp16_fp32_adapter": (FP16, FP32),
+    "bf16": (BF16, BF16),
+    "bf16_fp32_adapter": (BF16, FP32),
+    "fp32_bf16_adapter": (FP32, BF16),
+}
+
+
+def check(case, draws=2, impl="triton", **options):
+    dtype = case.get("dtype", FP32)
+    if INTERPRETED and dtype == BF16:
+        if case.get("adapter_dtype", dtype) == BF16:
+            pytest.skip("the interpreter truncates bfloat16: needs an NVIDIA GPU")
+        options["skip"] = ("y", "x", "bias")
+    tensors = [random_case(**case, device=DEVICE) for _ in range(draws)]
+    check_against_float64(*tensors, impl=impl, **options)
+
+
+SHAPES = {
+    "aligned": {"lead": (40,), "in_features": 64, "out_features": 48, "r": 8},
+    "many_tiles": {"lead": (130,), "in_features": 160, "out_features": 288, "r": 12},
+    "split_k": {"lead": (3, 30), "in_features": 528, "out_features": 80, "r": 4},
+    "unaligned": {"lead": (70,), "in_features": 77, "out_features": 101, "r": 5},
+    "k_of_8": {"lead": (33,), "in_features": 24, "out_features": 40, "r": 3},
+}
+SMALL = {
+    "one_entry": {"lead": (1,), "in_features": 1, "out_features": 1, "r": 1},
+    "rank_above_sizes": {"lead": (5,), "in_features": 7, "out_features": 6, "r": 20},
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("case", (CASES | SMALL).values(), ids=(CASES | SMALL).keys())
+def test_error_against_float64(case, dropout_p):
+    check(case, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes_and_types(shape, dtypes, dropout_p):
+    dtype, adapter_dtype = dtypes
+    case = {**shape, "dtype": dtype, "adapter_dtype": adapter_dtype, "mask": "mixed"}
+    check(case, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("shape", ["aligned", "many_tiles", "unaligned"])
+@pytest.mark.parametrize("path", plans.PATHS)
+def test_every_path(path, shape, dropout_p):
+    case = {**SHAPES[shape], "dtype": FP16, "adapter_dtype": FP32, "mask": "mixed"}
+    check(case, impl=path, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_86", "sm_90", "sm_100"])
+@pytest.mark.parametrize("case", ["aligned", "many_tiles", "unaligned"])
+def test_configurations_of_other_gpus(monkeypatch, family, case):
+    monkeypatch.setattr(kernels, "device_of", lambda _: plans.Device("test", family, 6))
+    if not INTERPRETED and family != plans.device_of(torch.device("cuda")).family:
+        pytest.skip(f"needs a GPU of the class {family}, or the interpreter")
+    check({**SHAPES[case], "dtype": FP16}, dropout_p=0.25)
+
+
+@pytest.mark.parametrize("blocks", plans.GEMM["sm_90"], ids=str)
+def test_configurations_of_the_gemm(monkeypatch, blocks):
+    case = random_case(lead=(300,), in_features=192, out_features=528, dtype=FP16, device=DEVICE)
+    plan = plans.Plan("two_pass", blocks)
+    y, _ = forward(case, plan, sms=3)
+    exact, _ = reference.svd_linear(*arguments({k: wide(t) for k, t in case.items()}))
+    eager, _ = reference.svd_linear(*arguments(case))
+    assert_as_good_as_eager(y, eager, exact)
+
+
+def wide(t):
+    return t.double() if t is not None and t.is_floating_point() else t
+
+
+def arguments(case, dropout_p=0.0, seed=None):
+    names = ("x", "weight", "bias", "lora_A", "lora_E", "lora_B", "mask")
+    return (*(case[name] for name in names), 1.5, dropout_p, seed)
+
+
+def forward(case, how, sms):
+    device = plans.device_of(case["x"].device)._replace(sms=sms)
+    return kernels.svd_linear_fwd(*arguments(case), how, device)
+
+
+@pytest.mark.parametrize("r", [2, 31, 100, 128, 256])
+def test_ranks(r):
+    check({"lead": (20,), "in_features": 64, "out_features": 48, "r": r}, draws=1)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_non_contiguous_inputs(dropout_p):
+    draws = []
+    for _ in range(2):
+        case = random_case(lead=(20, 6), in_features=32, out_features=48, device=DEVICE)
+        case["x"] = case["x"].transpose(0, 1)
+        case["weight"] = case["weight"].T.contiguous().T
+        for name in ("lora_A", "lora_B"):
+            case[name] = case[name].T.contiguous().T
+        draws.append(case)
+    check_against_float64(*draws, dropout_p=dropout_p, impl="triton")
+
+
+def test_strided_columns():
+    case = random_case(lead=(20,), in_features=64, out_features=48, device=DEVICE)
+    case["x"] = case["x"].repeat_interleave(2, dim=1)[:, ::2]
+    check_against_float64(case, impl="triton")
+
+
+@pytest.mark.parametrize("path", ["two_pass", "cublas"])
+def test_expanded_inputs_and_gradients(path):
+    options = {"in_features": 32, "out_features": 48, "device": DEVICE}
+    case = random_case(lead=(1, 5), **options)
+    case["x"] = case["x"].expand(4, 5, 32)
+    check_against_float64(case, impl=path)
+    draws = [random_case(lead=(4, 5), **options) for _ in range(2)]
+    check_against_float64(*draws, impl=path, grad_of=lambda g: g[:1, :1].expand_as(g))
+
+
+def forward_and_backward(case, g, how="auto", dropout_p=0.0, need_dx=True):
+    """(y, h, dx, dA, dE, dB) straight from the launchers."""
+    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
+    x, weight, _, *rest = arguments(case)
+    y, h = kernels.svd_linear_fwd(*arguments(case, dropout_p, seed), how)
+    options = (1.5, dropout_p, seed, need_dx, how)
+    return y, h, *kernels.svd_linear_bwd(g, x, weight, *rest[:4], h, *options)
+
+
+@pytest.mark.parametrize("path", plans.PATHS)
+def test_repeated_runs_are_bitwise_equal(path):
+    case = random_case(lead=(60,), in_features=528, out_features=272, device=DEVICE)
+    g = torch.randn(60, 272).to(DEVICE)
+    runs = [forward_and_backward(case, g, path, dropout_p=0.25) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("in_features", [64, 24, 21])
+def test_dropout_is_that_of_the_reference(in_features):
+    # With A = 1 and r = 1, h counts the kept entries of each row, here of powers of two.
+    x = (2.0 ** (torch.arange(in_features) % 24)).expand(9, in_features).contiguous().to(DEVICE)
+    seed = torch.tensor([2**40 + 3], device=DEVICE)
+    A, E, B = torch.eye(in_features), torch.ones(in_features, 1), torch.eye(in_features)
+    y = torch.zeros(9, in_features, device=DEVICE)
+    factors = (t.to(DEVICE) for t in (A, E, B))
+    out, _ = kernels.svd_delta_fwd(y, x, *factors, None, 1.0, 0.5, seed)
+    assert torch.equal(out, x * reference.philox_mask(x, 0.5, seed) * 2)
+
+
+def test_dx_is_computed_only_when_it_is_needed():
+    case = random_case(lead=(20,), in_features=64, out_features=48, device=DEVICE)
+    g = torch.randn(20, 48).to(DEVICE)
+    with dry_run() as with_dx:
+        forward_and_backward(case, g)
+    with dry_run() as without:
+        *_, dx, _, _, _ = forward_and_backward(case, g, need_dx=False)
+    assert dx.numel() == 0 and len(without) == len(with_dx) - 1
+
+
+def test_an_inf_stays_in_its_row():
+    case = random_case(lead=(20,), in_features=64, out_features=48, device=DEVICE)
+    case["x"][3, 5] = torch.inf
+    with np.errstate(invalid="ignore"):
+        y = svd_linear(**case, impl="triton")
+    assert not y[3].isfinite().any() and y[torch.arange(20) != 3].isfinite().all()
+
+
+SAYS = {
+    "float64": ({"dtype": torch.float64}, "float64"),
+    "rank": ({"r": 257}, "ranks up to 256, got 257"),
+}
+
+
+@pytest.mark.parametrize(("case", "says"), SAYS.values(), ids=SAYS.keys())
+def test_what_triton_cannot_do_is_refused(case, says):
+    tensors = random_case(**case, device=DEVICE)
+    with pytest.raises(RuntimeError, match=says):
+        svd_linear(**tensors, impl="triton")
+    svd_linear(**tensors)  # "auto" has the reference
+
+
+def test_without_the_interpreter_a_cpu_is_refused():
+    code = (
+        "import torch, adalora_kernels as a; t = torch.ones(2, 2);"
+        "a.svd_linear(t, t, t, t[:, :1], t, impl='triton')"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "RuntimeError: impl='triton' cannot run" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
+
+
+def test_empty_tensors_launch_nothing():
+    tensors = random_case(lead=(0,), device=DEVICE)
+    with dry_run() as launched:
+        y = svd_linear(**tensors, impl="triton")
+    assert y.shape == (0, 9) and not launched
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_activation_checkpointing_repeats_the_dropout(use_reentrant):
+    case = random_case(lead=(6,), in_features=32, out_features=48, device=DEVICE)
+    leaves = leaves_of(case)
+
+    def run(x):
+        return svd_linear(**{**case, "x": x}, dropout_p=0.5, impl="triton").tanh()
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(run(case["x"]).sum(), leaves)
+    torch.manual_seed(3)
+    torch.utils.checkpoint.checkpoint(run, case["x"], use_reentrant=use_reentrant).sum().backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
+def test_compile_fullgraph_under_autocast(op):
+    case = random_case(lead=(6,), in_features=32, out_features=48, device=DEVICE)
+    leaves = leaves_of(case)
+    factors = leaves[1:]
+
+    def run(x, *factors):
+        with torch.autocast(DEVICE, dtype=FP16):
+            if op == "svd_linear":
+                return svd_linear(x, case["weight"], *factors, impl="triton").relu()
+            return svd_delta(x @ case["weight"].T, x, *factors, impl="triton").relu()
+
+    expected = run(case["x"], *factors)
+    actual = torch.compile(run, fullgraph=True, backend="aot_eager")(case["x"], *factors)
+    assert expected.dtype == FP16
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.float().sum(), leaves),
+        torch.autograd.grad(expected.float().sum(), leaves),
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_opcheck(dropout_p):
+    case = random_case(lead=(2, 5), device=DEVICE)
+    for name in ("x", "lora_A", "lora_E", "lora_B"):
+        case[name].requires_grad_()
+    seed = torch.tensor([7], device=DEVICE) if dropout_p else None
+    opcheck(torch.ops.adalora.svd_linear, (*arguments(case, dropout_p, seed), "triton"))
+    x, _, _, *factors, mask, scaling, _, _ = arguments(case)
+    base = torch.randn(2, 5, 9).to(DEVICE).requires_grad_()
+    options = (mask, scaling, dropout_p, seed, "triton")
+    opcheck(torch.ops.adalora.svd_delta, (base, x, *factors, *options))
+
+
+def leaves_of(case):
+    return [case[k].requires_grad_() for k in ("x", "lora_A", "lora_E", "lora_B")]
+
+
+@needs_gpu
+def test_auto_is_triton_on_a_gpu():
+    with dry_run() as launched:
+        svd_linear(**random_case(lead=(20,), device=DEVICE))
+    assert [item.kernel for item in launched]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+def test_a_captured_step_replays_on_new_values(dropout_p):
+    case = random_case(lead=(96,), in_features=128, out_features=64, dtype=BF16, device=DEVICE)
+    leaves, g = leaves_of(case), torch.randn(96, 64, device=DEVICE, dtype=BF16)
+
+    def step():
+        y = svd_linear(**case, dropout_p=dropout_p)
+        return y, *torch.autograd.grad(y, leaves, g)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        case["x"].normal_()
+        case["lora_E"].normal_()
+    torch.manual_seed(9)
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [t.clone() for t in captured]
+    torch.manual_seed(9)
+    assert all(map(torch.equal, replayed, step()))
+
+
+@needs_gpu
+def test_no_host_sync():
+    case = random_case(lead=(96,), in_features=128, out_features=64, mask="mixed", device=DEVICE)
+    leaves, g = leaves_of(case), torch.randn(96, 64, device=DEVICE)
+    torch.autograd.grad(svd_linear(**case, dropout_p=0.25), leaves, g)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(svd_linear(**case, dropout_p=0.25), leaves, g)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_peak_memory_is_that_of_the_results():
+    M, K, N, r = 4096, 2048, 2048, 16
+    case = random_case(lead=(M,), in_features=K, out_features=N, r=r, dtype=BF16, device=DEVICE)
+    leaves, g = leaves_of(case), torch.randn(M, N, device=DEVICE, dtype=BF16)
+    torch.autograd.grad(svd_linear(**case), leaves, g)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(svd_linear(**case), leaves, g)
+    torch.cuda.synchronize()
+    # y, dx, and parts of u, of h and of the adapters' gradients.
+    narrow = 4 * r * (M * N / 256 + 4 * M + 20 * (K + N))
+    assert torch.cuda.max_memory_allocated() - before <= 2 * M * (K + N) + narrow
+
+
+@needs_gpu
+def test_tf32_is_used_where_torch_allows_it(monkeypatch):
+    case = random_case(lead=(64,), in_features=512, out_features=64, device=DEVICE)
+    exact, _ = reference.svd_linear(*arguments({k: wide(t) for k, t in case.items()}))
+    errors = []
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        y = svd_linear(**case, scaling=1.5)
+        errors.append((y - exact).norm() / exact.norm())
+    assert errors[0] < 1e-6 < 1e-5 < errors[1] < 1e-2
+
+
+# Traffic and launches, computed by the launchers.
+
+H200 = plans.Device("H200, no table", "sm_90", 132)
+GOALS = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))
+
+
+def planned(M, K, N, r=16, *, dtype=BF16, adapter_dtype=FP32, how="auto", need_dx=True, bias=None):
+    """(launches of the forward, launches of the backward, largest allocation but y and dx)."""
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, weight = meta(M, K), meta(M, N), meta(N, K)
+    shapes = ((r, K), (r, 1), (N, r))
+    A, E, B = (meta(*shape, dtype=adapter_dtype) for shape in shapes)
+    options = (None, 1.0, 0.0, None)
+    with dry_run() as there:
+        _, h = kernels.svd_linear_fwd(x, weight, bias, A, E, B, *options, how, H200)
+    backward = (*options[:1], h, *options[1:], need_dx, how, H200)
+    with dry_run() as back:
+        kernels.svd_linear_bwd(y, x, weight, A, E, B, *backward)
+    return there, back
+
+
+def of_kernels(launches):
+    return [item for item in launches if not item.kernel.endswith("_reduce")]
+
+
+@pytest.mark.parametrize("shape", GOALS, ids="{0[0]}x{0[1]}x{0[2]}".format)
+def test_launches_and_bytes_at_the_goal_shapes(shape):
+    there, back = planned(*shape)
+    assert [item.kernel for item in there] == ["down", "gemm"]
+    assert [item.kernel for item in of_kernels(back)] == ["g_pass", "x_pass", "gemm"]
+    assert len(back) - len(of_kernels(back)) == 2
+    # Design, section 5: one pass over x more than the frozen layer; one over g and one over x.
+    M, K, N = shape
+    x, w, y = 2 * M * K, 2 * N * K, 2 * M * N
+    assert sum(item.moved for item in there) <= 1.10 * (x + (x + w + y))
+    assert sum(item.moved for item in back) <= 1.10 * (y + x + (y + w + x))
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_few_rows_take_one_launch(M):
+    there, _ = planned(M, 4096, 4096)
+    assert [item.kernel for item in there] == ["gemm"]
+    assert there[0].moved <= 1.10 * 2 * (4096 * 4096 + 2 * M * 4096 + 2 * 2 * 4096 * 16)
+
+
+def test_nothing_large_is_allocated():
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "empty" in func._schema.name and isinstance(out, torch.Tensor):
+                sizes.append(out.numel() * out.element_size())
+            return out
+
+    M, K, N = 8192, 4096, 14336
+    sizes = []
+    with Allocations():
+        planned(M, K, N)
+    # x, y, weight: given. y and dx: the results. Of the rest, the parts of u are the largest: r
+    # for 256 columns each, in float32.
+    for size in (2 * M * K, 2 * M * N, 2 * N * K, 2 * M * N, 2 * M * K):
+        sizes.remove(size)
+    assert max(sizes) <= 4 * M * 16 * N / 256

@@ -1,0 +1,58 @@
+"""Tuning: every candidate is called, the fastest is kept."""
+
+import torch
+
+from adalora_kernels import __main__ as command
+from adalora_kernels.kernels import plans
+from adalora_kernels.kernels.launch import INTERPRETED
+from adalora_kernels.kernels.tune import Layer, candidates, tune
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+LAYER = Layer(torch.float16, 16, 32, 48, 4)
+
+
+def test_the_fastest_candidate_is_kept():
+    times = []
+
+    def seconds(calls):
+        for call in calls[:2]:
+            assert all(t.isfinite().all() for t in call())
+        # The third of the five that there are for y is the fastest.
+        times.append(abs(len(times) - 2.0) + 1.0)
+        return times[-1]
+
+    found = {
+        problem.product: (problem, plan, s) for problem, plan, s in tune([LAYER], DEVICE, seconds)
+    }
+    problem, plan, s = found["y"]
+    assert problem == plans.Problem(torch.float16, 16, 32, 48, 16, "y") and s == 1.0
+    assert plan == candidates(plans.device_of(DEVICE), problem)[2]
+    assert found["dx"][0] == plans.Problem(torch.float16, 16, 48, 32, 16, "dx")
+
+
+def test_candidates_cover_the_paths_that_can_run():
+    gpu = plans.Device("NVIDIA H200", "sm_90", 132)
+    few = candidates(gpu, plans.Problem(torch.bfloat16, 16, 4096, 4096, 16, "y"))
+    assert {plan.path for plan in few} == set(plans.PATHS)
+    many = candidates(gpu, plans.Problem(torch.bfloat16, 8192, 4096, 4096, 64, "dx"))
+    assert {plan.path for plan in many} == {"two_pass", "cublas"}
+    assert not any(plan.gemm.flatten for plan in many), "not usable at this rank"
+
+
+def test_what_is_measured_is_written_and_used(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ADALORA_KERNELS_CACHE", str(tmp_path))
+    plans.forget_tables()
+    command.tune([LAYER], DEVICE, lambda calls: 1e-6)
+    assert capsys.readouterr().out.count("1.0 us") == 2
+    gpu = plans.device_of(DEVICE)
+    table = plans.read_table(plans.cache_path(), gpu.name)
+    assert {problem.product for problem in table} == {"y", "dx"}
+    for problem, plan in table.items():
+        assert plans.choose(gpu, problem) == plan
+    plans.forget_tables()
+
+
+def test_the_command_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--tune"]) == 1
+    assert "NVIDIA GPU" in capsys.readouterr().err
