@@ -19,11 +19,3 @@ def poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def pytest_collection_modifyitems(items):
-    """ADALORA_TEST_SHARD=2/12 runs the third of twelve parts, to run them side by side."""
-    shard = os.environ.get("ADALORA_TEST_SHARD")
-    if shard is not None:
-        part, parts = map(int, shard.split("/"))
-        items[:] = items[part::parts]
