@@ -54,10 +54,12 @@ def test_tiles_keep_the_gpu_busy(M, N, tile):
     assert (plan.gemm.m, plan.gemm.n) == tile
 
 
-def test_operands_that_are_not_aligned_get_no_descriptors():
-    problem = Problem(BF16, 16, 4097, 4096, 16, "y")
-    plan = plans.choose(H200, problem, aligned=False)
-    assert plan.gemm == plans.GEMM_GENERAL and plan.path != "one_pass"
+@pytest.mark.parametrize("M", [1, 8192])
+def test_operands_that_are_not_aligned_are_for_cublas(M):
+    problem = Problem(BF16, M, 4097, 4096, 16, "y")
+    assert plans.choose(H200, problem, aligned=False).path == "cublas"
+    forced = plans.choose(H200, problem, ("two_pass",), False)
+    assert forced == Plan("two_pass", plans.GEMM_GENERAL)
 
 
 def test_every_family_has_its_tables():

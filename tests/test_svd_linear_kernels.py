@@ -149,6 +149,28 @@ def test_expanded_inputs_and_gradients(path):
     check_against_float64(*draws, impl=path, grad_of=lambda g: g[:1, :1].expand_as(g))
 
 
+@pytest.mark.parametrize("adapter_dtype", [FP16, FP32], ids=["fp16_adapter", "fp32_adapter"])
+@pytest.mark.parametrize("dtypes", [(FP16, FP32), (FP32, FP16)], ids=["fp32_base", "fp16_base"])
+def test_opaque_base_of_another_type(dtypes, adapter_dtype):
+    dtype, base_dtype = dtypes
+    case = random_case(
+        lead=(40,), in_features=64, out_features=48, dtype=dtype, adapter_dtype=adapter_dtype
+    )
+    x, _, _, *factors, mask, scaling, _, _ = arguments(case)
+    base, g = torch.randn(2, 40, 48).to(base_dtype)
+
+    def run(op, backward, to):
+        tensors = [to(t) for t in (x, *factors)]
+        y, h = op(to(base), *tensors, mask, scaling, 0.0, None)
+        return y, *backward(to(g), *tensors, mask, h, scaling, 0.0, None, True)
+
+    actual = run(kernels.svd_delta_fwd, kernels.svd_delta_bwd, lambda t: t.to(DEVICE))
+    eager = run(reference.svd_delta, reference.svd_delta_backward, lambda t: t)
+    exact = run(reference.svd_delta, reference.svd_delta_backward, wide)
+    for name, *results in zip(("y", "dx", "dA", "dE", "dB"), actual, eager, exact, strict=True):
+        assert_as_good_as_eager(*(t.cpu() for t in results), name)
+
+
 def forward_and_backward(case, g, how="auto", dropout_p=0.0, need_dx=True):
     """(y, h, dx, dA, dE, dB) straight from the launchers."""
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None

@@ -108,8 +108,7 @@ ONE_PASS = {
     "sm_90": (Blocks(16, 32, 64, 4, 6, tma=True), Blocks(64, 32, 64, 4, 6, tma=True)),
     "sm_100": (Blocks(16, 32, 64, 4, 6, tma=True), Blocks(64, 32, 64, 4, 6, tma=True)),
 }
-# Every GEMM in float32, and of operands that are not aligned.
-GEMM_FLOAT32 = Blocks(64, 64, 32, 8, 3)
+# Every GEMM in float32, and of operands that are not aligned: "auto" leaves both to cuBLAS.
 GEMM_GENERAL = Blocks(64, 64, 32, 8, 3)
 # The passes over x and g and the low-rank add, for r_pad up to 16, 64 and 256.
 _RANK_CLASSES = (16, 64, 256)
@@ -181,7 +180,7 @@ def usable(blocks: Blocks, family: str, problem: Problem) -> bool:
 def candidates_for(device: Device, problem: Problem) -> list[Blocks]:
     """The shipped configurations of the GEMM that can be used for a problem, largest tile first."""
     if problem.dtype == torch.float32:
-        return [GEMM_FLOAT32]
+        return [GEMM_GENERAL]
     return [blocks for blocks in GEMM[device.family] if usable(blocks, device.family, problem)]
 
 
@@ -204,7 +203,7 @@ def choose(
         aligned: 16 neighbours of each operand can be read at once.
     """
     if not aligned:
-        paths = tuple(path for path in paths if path != "one_pass")
+        paths = ("cublas",) if "cublas" in paths else ("two_pass",)
     paths = tuple(path for path in paths if allowed(path, problem)) or ("two_pass",)
     entry = _table(device.name).get(problem._replace(M=bucket(problem.M)))
     if entry is not None and entry.path in paths and aligned:

@@ -64,7 +64,8 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # allow_tf32, which is the same setting, raises where the newer name has been used.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
@@ -98,11 +99,6 @@ class _Problem:
         self.r_pad = padded_rank(self.R)
         self.h_dtype = torch.promote_types(x.dtype, A.dtype)
         self.device = device or device_of(x.device)
-        self.types = {
-            "WIDE": self.h_dtype == torch.float32 != x.dtype,
-            "PRECISION": _precision(x.dtype),
-            "R_PAD": self.r_pad,
-        }
         self.e = {"e_ptr": self.E, "mask_ptr": self.mask, "scaling": scaling}
         self.seed = seed
         self.dropout = {
@@ -112,10 +108,18 @@ class _Problem:
             "ALIGNED": self.K % 8 == 0,
         }
 
+    def types(self, t: Tensor) -> _Arguments:
+        """How the adapter is multiplied with the matrix `t`."""
+        wide, precision = self._is_wide(t), _precision(t.dtype)
+        return {"WIDE": wide, "PRECISION": precision, "R_PAD": self.r_pad}
+
     def blocks(self, kernel: str, t: Tensor) -> Blocks:
         """The configuration of a pass over the matrix `t`."""
-        wide = bool(self.types["WIDE"])
-        return pass_blocks(kernel, self.device, self.r_pad, t.dtype, wide, _is_aligned(t))
+        aligned = _is_aligned(t)
+        return pass_blocks(kernel, self.device, self.r_pad, t.dtype, self._is_wide(t), aligned)
+
+    def _is_wide(self, t: Tensor) -> bool:
+        return self.h_dtype == torch.float32 != t.dtype
 
 
 def _options(blocks: Blocks) -> dict[str, int]:
@@ -148,7 +152,7 @@ def _down(p: _Problem) -> tuple[Tensor, Tensor]:
         "stride_xk": p.x.stride(1),
         "k_per_split": k_per_split,
         **p.dropout,
-        **p.types,
+        **p.types(p.x),
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
         **_options(blocks),
@@ -248,7 +252,7 @@ def _gemm(
         "stride_vn": v.stride(1),
         **dropout,
         "DTYPE": _TYPES[x.dtype],
-        **p.types,
+        **p.types(x),
         "TMA": blocks.tma,
         "W_BY_ROWS": by_rows,
         "SPLITS": splits,
@@ -440,7 +444,7 @@ def _adapter_grads(p: _Problem, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, T
         "stride_gm": g.stride(0),
         "stride_gn": g.stride(1),
         "m_per_split": m_per_split,
-        **p.types,
+        **p.types(g),
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         **_options(blocks),
@@ -487,7 +491,7 @@ def _adapter_grads(p: _Problem, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, T
         "stride_xk": p.x.stride(1),
         "m_per_split": m_per_split,
         **p.dropout,
-        **p.types,
+        **p.types(p.x),
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
         **_options(blocks),
