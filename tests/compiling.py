@@ -59,7 +59,8 @@ class Compiled:
     local: int
     shared: int
     instructions: int
-    copies: int  # of 16 bytes per thread or by descriptor, asynchronous
+    copies: int  # asynchronous, of 16 bytes per thread or by descriptor
+    narrow_loads: int  # of two bytes
     wgmma: int
     tcgen05: int
     mma: int
@@ -164,6 +165,7 @@ def compile_case(case, folder):
                 kernel.metadata.shared,
                 len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
                 len(re.findall(r"LDGSTS\S*\.128|UTMALDG", sass)),
+                len(re.findall(r"LDG\S*\.U16", sass)),
                 sass.count("HGMMA"),
                 len(re.findall(r"UTC\w*MMA", sass)),
                 len(re.findall(r"\bHMMA", sass)),

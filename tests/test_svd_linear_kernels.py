@@ -53,14 +53,15 @@ SHAPES = {
     "unaligned": {"lead": (70,), "in_features": 77, "out_features": 101, "r": 5},
     "k_of_8": {"lead": (33,), "in_features": 24, "out_features": 40, "r": 3},
 }
-SMALL = {
+EXTREMES = {
+    "many_row_blocks": {"lead": (1100,), "in_features": 16, "out_features": 16, "r": 2},
     "one_entry": {"lead": (1,), "in_features": 1, "out_features": 1, "r": 1},
     "rank_above_sizes": {"lead": (5,), "in_features": 7, "out_features": 6, "r": 20},
 }
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
-@pytest.mark.parametrize("case", (CASES | SMALL).values(), ids=(CASES | SMALL).keys())
+@pytest.mark.parametrize("case", (CASES | EXTREMES).values(), ids=(CASES | EXTREMES).keys())
 def test_error_against_float64(case, dropout_p):
     check(case, dropout_p=dropout_p)
 
