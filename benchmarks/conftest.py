@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import itertools
 import json
 import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from harness import Row, Spread
+from harness import Row, Spread, commit
 
 import adalora_kernels
 
@@ -59,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     path = RESULTS / "cpu.json"
     path.parent.mkdir(exist_ok=True)
-    report = {"environment": _environment(), "rows": [_as_json(row) for row in rows]}
+    report = {"environment": _environment(), "rows": [row.as_json() for row in rows]}
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     terminalreporter.write_line(f"written to {path.relative_to(HERE.parent)}")
 
@@ -81,16 +79,11 @@ def _table(rows: list[Row]) -> Iterator[str]:
             ).rstrip()
 
 
-def _as_json(row: Row) -> dict[str, Any]:
-    fields = {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
-    return {**fields, "verdict": row.verdict} if row.goal else fields
-
-
 def _environment() -> dict[str, Any]:
     packages = (adalora_kernels, torch, peft, transformers)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": "cpu",
         "processor": platform.processor() or platform.machine(),
         "threads": 1,
@@ -98,10 +91,3 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package.__name__: str(package.__version__) for package in packages},
     }
-
-
-def _commit() -> str | None:
-    """None outside a repository, or before its first commit; "-dirty" if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +17,7 @@ import triton
 
 import adalora_kernels
 from adalora_kernels.kernels.launch import INTERPRETED
-from benchmarks.harness import Row, Spread
+from benchmarks.harness import Row, Spread, commit, output_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,7 @@ class Result:
         return f"{value.median:.3f} ({value.p25:.3f}-{value.p75:.3f})"
 
     def as_json(self) -> dict[str, Any]:
-        fields = {k: v for k, v in dataclasses.asdict(self.row).items() if v is not None}
-        verdict = {"verdict": self.row.verdict} if self.row.goal else {}
-        return {**fields, **verdict, **self.details}
+        return {**self.row.as_json(), **self.details}
 
 
 @dataclass
@@ -95,20 +90,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit(),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "float32 products": torch.get_float32_matmul_precision(),
         "python": platform.python_version(),
         "packages": {package.__name__: str(package.__version__) for package in packages},
         "interpreted": INTERPRETED,
     }
-
-
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

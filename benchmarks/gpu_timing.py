@@ -91,14 +91,7 @@ def interleaved(
 def timings(samples: Mapping[str, Sample], first: str) -> dict[str, Timing]:
     """Medians and quartiles; the ratios are to the rival `first` in the same round."""
     reference = samples[first].seconds
-    return {
-        name: Timing(
-            Spread.of(sample.seconds),
-            Spread.of([t / t0 for t, t0 in zip(sample.seconds, reference, strict=True)]),
-            Spread.of([t0 / t for t, t0 in zip(sample.seconds, reference, strict=True)]),
-        )
-        for name, sample in samples.items()
-    }
+    return {name: Timing.of(sample.seconds, reference) for name, sample in samples.items()}
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+import shutil
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ class Spread:
     p75: float
 
     @classmethod
-    def of(cls, sample: list[float]) -> Spread:
+    def of(cls, sample: Sequence[float]) -> Spread:
         """Of the values of `sample`, at least one."""
         quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         p25, median, p75 = torch.tensor(sample, dtype=torch.float64).quantile(quartiles).tolist()
@@ -38,6 +41,13 @@ class Timing:
     seconds: Spread
     slower: Spread  # its time / the first one's
     faster: Spread  # the first one's time / its
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], first: Sequence[float]) -> Timing:
+        """From the seconds of a rival and of the first one in the same rounds."""
+        slower = [t / t0 for t, t0 in zip(seconds, first, strict=True)]
+        faster = [t0 / t for t, t0 in zip(seconds, first, strict=True)]
+        return cls(Spread.of(seconds), Spread.of(slower), Spread.of(faster))
 
 
 def interleaved(
@@ -63,14 +73,7 @@ def interleaved(
     benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup)
     timed = {name: sample[-rounds:] for name, sample in seconds.items()}
     first = next(iter(timed.values()))
-    return {
-        name: Timing(
-            Spread.of(sample),
-            Spread.of([t / t0 for t, t0 in zip(sample, first, strict=True)]),
-            Spread.of([t0 / t for t, t0 in zip(sample, first, strict=True)]),
-        )
-        for name, sample in timed.items()
-    }
+    return {name: Timing.of(sample, first) for name, sample in timed.items()}
 
 
 class CountOps(TorchDispatchMode):
@@ -165,3 +168,22 @@ class Row:
         met = "met" if _MEETS[sign](self.number, limit) else "MISSED"
         undecided = isinstance(self.value, Spread) and self.value.p25 <= limit <= self.value.p75
         return f"goal {sign} {limit:g}: {met}{', within the spread' if undecided else ''}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, without those that are not set, and the verdict if there is a goal."""
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
+        return {**fields, "verdict": self.verdict} if self.goal else fields
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints when it is run in this folder; None if there is none, or nothing."""
+    if shutil.which(command[0]) is None:
+        return None
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def commit() -> str | None:
+    """None outside a repository, or before its first commit; "-dirty" if files differ from it."""
+    return output_of("git", "describe", "--always", "--dirty", "--exclude=*")

@@ -105,7 +105,7 @@ class _Problem:
             "seed_ptr": seed,
             "drop_below": min(round(dropout_p * 2**16), 2**16 - 1),
             "keep_scale": 1.0 / (1.0 - dropout_p),
-            "ALIGNED": self.K % 8 == 0,
+            "ALIGNED": seed is None or self.K % 8 == 0,
         }
 
     def types(self, t: Tensor) -> _Arguments:
@@ -321,7 +321,10 @@ def _plan(
     product: str,
     paths: tuple[str, ...],
 ) -> Plan:
-    """The plan for x·w, which is `product`; `paths` are those that can compute it here."""
+    """The plan for x·w, which is `product`; `paths` are those that can compute it here.
+
+    What a path that was named can't compute is left to two_pass, as the dx of one_pass.
+    """
     if isinstance(how, Plan):
         return how
     if how != "auto":
@@ -368,12 +371,11 @@ def svd_linear_bwd(
     paths = ("two_pass", "cublas") if dense else ("two_pass",)
     product = "dx" if seed is None else "dropped dx"
     plan = _plan(p, how, g, weight, dx, product, paths)
-    dropout = _NO_DROPOUT if seed is None else p.dropout
     if plan.path == "two_pass":
-        _gemm(p, plan.gemm, g, weight, dx, None, ue, None, p.A, _NO_E, dropout)
+        _gemm(p, plan.gemm, g, weight, dx, None, ue, None, p.A, _NO_E, p.dropout)
     else:
         _cublas(g, weight, None, dx)
-        _low_rank_add(p, dx, dx, ue, None, p.A, _NO_E, dropout)
+        _low_rank_add(p, dx, dx, ue, None, p.A, _NO_E, p.dropout)
     return dx.view(x.shape), dA, dE, dB
 
 
@@ -417,8 +419,7 @@ def svd_delta_bwd(
     if not need_dx:
         return x.new_empty(0), dA, dE, dB
     dx = _new(x, (p.M, p.K), x.dtype)
-    dropout = _NO_DROPOUT if seed is None else p.dropout
-    _low_rank_add(p, None, dx, ue, None, p.A, _NO_E, dropout)
+    _low_rank_add(p, None, dx, ue, None, p.A, _NO_E, p.dropout)
     return dx.view(x.shape), dA, dE, dB
 
 
