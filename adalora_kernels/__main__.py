@@ -150,11 +150,13 @@ def report() -> int:
     """Print the report; 0 if the self-check passed on every device, else 1."""
     print(f"adalora_kernels {__version__}, Python {platform.python_version()}")
     print("  " + ", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
+    path, built_for, why_not = ops.library
+    print(f"  compiled library: {f'for {built_for}, {path}' if path else f'none ({why_not})'}")
     passed = True
     for device in _devices():
         print(f"\n{device}: {_describe(device)}")
         for op, name, why in ops.implementations(torch.device(device).type):
-            print(f"  {op:22} {name}; not faster because {why}")
+            print(f"  {op:22} {name}{f'; not faster because {why}' if why else ''}")
         passed &= self_check(device)
     print("\nself-check passed" if passed else "\nself-check FAILED")
     return 0 if passed else 1

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, reference
-from .adapters import find_adapters
+from .adapters import Adapter, find_adapters
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
-Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor]]
+Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
 
 
 def svd_linear(
@@ -158,7 +158,8 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
 
     Args:
         pairs_or_model: (lora_A (r, in), lora_B (out, r)) pairs of floating point tensors on one
-            device, or a model in which `find_adapters` finds them. Rank 0 counts as norm 0.
+            device; adapters, such as those of a `RankAllocator`; or a model in which
+            `find_adapters` finds them, which takes time. Rank 0 counts as norm 0.
         weight: the coefficient, ≥ 0.
 
     Returns:
@@ -191,15 +192,39 @@ def orth_reg_grad_(pairs_or_model: Pairs, weight: float, squared: bool = False) 
     _check_weight(weight)
     norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
     grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
-    grads = torch.ops.adalora.orth_reg_backward(grad_norms, norms, residuals, lora_A, lora_B)
-    for parameter, grad in zip(lora_A + lora_B, grads[0] + grads[1], strict=True):
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = grad
-        else:
-            parameter.grad.add_(grad)
+    targets, aside = _gradients_of(lora_A + lora_B)
+    grad_A, grad_B = targets[: len(lora_A)], targets[len(lora_A) :]
+    torch.ops.adalora.orth_reg_grad_(grad_norms, norms, residuals, lora_A, lora_B, grad_A, grad_B)
+    for grad, part in aside:
+        grad.add_(part)
     return _penalty(norms, weight, squared)
+
+
+def _gradients_of(
+    parameters: list[Tensor],
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The `.grad` of each (made where it is missing), for an op that adds to all of them at once.
+
+    A tensor of its own stands in for that of a parameter that needs none, or is in the list
+    already. In the second case (the `.grad`, what stands in for it) is in the second result.
+    """
+    targets, aside = [], []
+    shared = len({id(parameter) for parameter in parameters}) < len(parameters)
+    seen = set()
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            targets.append(torch.zeros_like(parameter))
+            continue
+        grad = parameter.grad
+        if grad is None:
+            parameter.grad = grad = torch.zeros_like(parameter)
+        if shared:
+            if id(parameter) in seen:
+                aside.append((grad, torch.zeros_like(grad)))
+                grad = aside[-1][1]
+            seen.add(id(parameter))
+        targets.append(grad)
+    return targets, aside
 
 
 def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
@@ -208,34 +233,47 @@ def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
 
 def _pairs(pairs_or_model: Pairs) -> tuple[list[Tensor], list[Tensor]]:
     if isinstance(pairs_or_model, nn.Module):
-        adapters = find_adapters(pairs_or_model)
-        if not adapters:
-            raise ValueError(f"no AdaLoRA adapter in this {type(pairs_or_model).__name__}")
-        return [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-    if isinstance(pairs_or_model, Tensor) or not isinstance(pairs_or_model, Iterable):
+        pairs_or_model = find_adapters(pairs_or_model)
+        if not pairs_or_model:
+            raise ValueError("no AdaLoRA adapter in the model")
+    elif isinstance(pairs_or_model, Tensor) or not isinstance(pairs_or_model, Iterable):
         raise TypeError(
             "pairs_or_model must be a torch.nn.Module or (lora_A, lora_B) pairs, "
             f"got {type(pairs_or_model).__name__}"
         )
-    pairs = list(pairs_or_model)
-    if not pairs:
-        raise ValueError("pairs_or_model is empty")
-    for i, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+    lora_A: list[Tensor] = []
+    lora_B: list[Tensor] = []
+    device = None
+    for i, pair in enumerate(pairs_or_model):
+        a: Tensor
+        b: Tensor
+        if isinstance(pair, Adapter):
+            a, _, b = pair.parameters
+        elif isinstance(pair, tuple | list) and len(pair) == 2:
+            a, b = pair
+            _check_pair(i, a, b)
+            device = a.device if device is None else device
+            if a.device != device or b.device != device:
+                raise ValueError(
+                    f"pairs_or_model[{i}] must be on {device} like the first pair, "
+                    f"got {a.device} and {b.device}"
+                )
+        else:
             raise TypeError(f"pairs_or_model[{i}] must be (lora_A, lora_B), got {pair!r:.80}")
-        lora_A, lora_B = pair
-        _check_floating(**{f"pairs_or_model[{i}][0]": lora_A, f"pairs_or_model[{i}][1]": lora_B})
-        if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
-            raise ValueError(
-                f"pairs_or_model[{i}] must be lora_A (r, in) and lora_B (out, r), "
-                f"got shapes {_shape(lora_A)} and {_shape(lora_B)}"
-            )
-        if lora_A.device != pairs[0][0].device or lora_B.device != pairs[0][0].device:
-            raise ValueError(
-                f"pairs_or_model[{i}] must be on {pairs[0][0].device} like the first pair, "
-                f"got {lora_A.device} and {lora_B.device}"
-            )
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        lora_A.append(a)
+        lora_B.append(b)
+    if not lora_A:
+        raise ValueError("pairs_or_model is empty")
+    return lora_A, lora_B
+
+
+def _check_pair(i: int, lora_A: Tensor, lora_B: Tensor) -> None:
+    _check_floating(**{f"pairs_or_model[{i}][0]": lora_A, f"pairs_or_model[{i}][1]": lora_B})
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise ValueError(
+            f"pairs_or_model[{i}] must be lora_A (r, in) and lora_B (out, r), "
+            f"got shapes {_shape(lora_A)} and {_shape(lora_B)}"
+        )
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:

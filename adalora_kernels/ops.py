@@ -2,7 +2,8 @@
 
 Python owns the schemas, so every op exists on every device; what a device runs is looked up by
 the torch dispatcher. The plain-PyTorch implementation of `reference` is registered for all of
-them. A faster one is registered for its own device key on top of it, in this file.
+them. The layer ops launch Triton kernels from there (in this file); the compiled library, where
+there is one, brings implementations of the ops over whole models for CPU and CUDA tensors.
 
 The layer ops have one more argument than their reference, `impl`: "auto", or what the caller named
 and the backward must use too: "triton", or one of its paths (see `kernels.svd_linear`). What is
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _extension, reference
 
 # The kernels keep all ranks of a tile in registers.
 MOST_RANKS = 256
@@ -41,11 +42,14 @@ _SCHEMAS = {
     "str impl='auto')"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
-    "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2)"
-    " -> ()",
+    "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
+    "Tensor? grad_scale=None) -> ()",
+    "allocate_": "(Tensor scores, Tensor? budget, Tensor(a!) mask, Tensor(b!)[] lora_E) -> ()",
     "orth_reg": "(Tensor[] A, Tensor[] B) -> (Tensor, Tensor)",
     "orth_reg_backward": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, "
     "Tensor[] B) -> (Tensor[], Tensor[])",
+    "orth_reg_grad_": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, Tensor[] B, "
+    "Tensor(a!)[] grad_A, Tensor(b!)[] grad_B) -> ()",
 }
 
 
@@ -110,9 +114,11 @@ for _name in _SCHEMAS:
     _run = _layer_op(_name) if _name in _LAYER_OPS else getattr(reference, _name)
     torch.library.impl(f"adalora::{_name}", "default", _outside_autocast(_run))
 
+library = _extension.load()
+
 
 class Implementation(NamedTuple):
-    """What one op runs on one device type, and why nothing faster."""
+    """What one op runs on one device type, and why nothing faster (empty where it is)."""
 
     op: str
     name: str
@@ -149,16 +155,18 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 def implementations(device_type: str) -> list[Implementation]:
     """The implementation that the dispatcher picks for every op on `device_type`."""
-    no_triton = _why_no_triton(torch.device(device_type))
     plain = "reference (plain PyTorch)"
     rows = []
     for op in _SCHEMAS:
-        if device_type == "cpu":
-            rows.append(Implementation(op, plain, "this version has no compiled CPU code"))
-        elif op in _LAYER_OPS and no_triton is None:
-            rows.append(Implementation(op, "triton", "this version has no CUDA C++ kernels"))
+        if op in _LAYER_OPS:
+            why = _why_no_triton(torch.device(device_type))
+            if device_type == "cpu":
+                why = "matrix products take nearly all of its time"
+            rows.append(Implementation(op, plain if why else "triton", why or ""))
+        elif device_type in library.device_types:
+            rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
-            why = no_triton or "this version has no kernel for it"
+            why = library.why_not or f"the library was built for {library.built_for} only"
             rows.append(Implementation(op, plain, why))
     return rows
 
@@ -203,7 +211,7 @@ def _svd_delta_backward_fake(
     return dx, A.new_empty(A.shape), E.new_empty(E.shape), B.new_empty(B.shape)
 
 
-def _importance_update_fake(*args: Any) -> None:
+def _in_place_fake(*args: Any) -> None:
     return None
 
 
@@ -223,9 +231,11 @@ torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
 torch.library.register_fake("adalora::svd_delta_backward", _svd_delta_backward_fake)
-torch.library.register_fake("adalora::importance_update_", _importance_update_fake)
+torch.library.register_fake("adalora::importance_update_", _in_place_fake)
+torch.library.register_fake("adalora::allocate_", _in_place_fake)
 torch.library.register_fake("adalora::orth_reg", _orth_reg_fake)
 torch.library.register_fake("adalora::orth_reg_backward", _orth_reg_backward_fake)
+torch.library.register_fake("adalora::orth_reg_grad_", _in_place_fake)
 
 
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.

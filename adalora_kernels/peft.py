@@ -224,8 +224,8 @@ class _AdaLoraModel(AdaLoraModel):
         outputs = self.model.forward(*args, **kwargs)
         weight = self.peft_config[self.trainable_adapter_name].orth_reg_weight
         if self.training and weight > 0 and isinstance(getattr(outputs, "loss", None), Tensor):
-            pairs = [(a.lora_A, a.lora_B) for a in self.rankallocator.adapters]
-            outputs.loss = outputs.loss + functional.orth_reg(pairs, weight)
+            penalty = functional.orth_reg(self.rankallocator.adapters, weight)
+            outputs.loss = outputs.loss + penalty
         return outputs
 
     def update_and_allocate(self, global_step: int) -> None:

@@ -265,14 +265,17 @@ def importance_update_(
     skipped: Tensor,
     beta1: float,
     beta2: float,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """One step of the importance averages, in place, and the triplet scores that follow.
 
     Eq. (8)-(10): ipt = |w·∂L/∂w|; Ī ← β1·Ī + (1-β1)·ipt; then, with the new Ī,
     Ū ← β2·Ū + (1-β2)·|ipt - Ī|.
     The lists hold A_0, E_0, B_0, A_1, …; a parameter whose gradient is None keeps its averages.
-    If any gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which
-    counts such steps. `scores` is flat, (total rank,).
+    The averages are float32 or bfloat16 (float64 for float64 parameters), contiguous. If any
+    gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which counts
+    such steps. `scores` is flat, (total rank,), in float32 or float64. `grad_scale` (one float32)
+    is what ∂L/∂w is of the gradients: 1 / 1024 if the loss was multiplied by 1024.
     """
     # The extremes are finite exactly when everything is; the decision stays on the device.
     extremes = [e for g in grads if g is not None and g.numel() > 0 for e in torch.aminmax(g)]
@@ -284,11 +287,16 @@ def importance_update_(
     for w, g, avg_ipt, avg_unc in zip(params, grads, exp_avg_ipt, exp_avg_unc, strict=True):
         if g is None:
             continue
-        ipt = (w.to(avg_ipt.dtype) * g).abs_()
+        ipt = (_widen(w) * _widen(g)).abs_()
+        if grad_scale is not None:
+            ipt.mul_(grad_scale)
         # A weight of 0 leaves an average as it was, but only against a finite end.
         ipt.nan_to_num_()
-        avg_ipt.lerp_(ipt, step * (1.0 - beta1))
-        avg_unc.lerp_(ipt.sub_(avg_ipt).abs_(), step * (1.0 - beta2))
+        new_ipt = torch.lerp(avg_ipt.to(ipt.dtype), ipt, (step * (1.0 - beta1)).to(ipt.dtype))
+        distance = ipt.sub_(new_ipt).abs_()
+        new_unc = torch.lerp(avg_unc.to(ipt.dtype), distance, (step * (1.0 - beta2)).to(ipt.dtype))
+        avg_ipt.copy_(new_ipt)
+        avg_unc.copy_(new_unc)
     scores.copy_(triplet_scores(exp_avg_ipt, exp_avg_unc))
 
 
@@ -300,12 +308,12 @@ def triplet_scores(exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tens
 
     def mean(ipt: Tensor, unc: Tensor, dim: int) -> Tensor:
         # A dot product, so that Ī·Ū itself is never written to memory.
-        total: Tensor = torch.linalg.vecdot(ipt, unc, dim=dim)
+        total: Tensor = torch.linalg.vecdot(_widen(ipt), _widen(unc), dim=dim)
         return total / ipt.shape[dim]
 
     return torch.cat(
         [
-            (iE * uE).view(-1) + (mean(iA, uA, 1) + mean(iB, uB, 0))
+            (_widen(iE) * uE).view(-1) + (mean(iA, uA, 1) + mean(iB, uB, 0))
             for iA, iE, iB, uA, uE, uB in zip(
                 *(exp_avg_ipt[i::3] for i in range(3)),
                 *(exp_avg_unc[i::3] for i in range(3)),
@@ -325,6 +333,21 @@ def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     order = ranked.argsort(descending=True, stable=True)
     position = torch.arange(scores.numel(), device=scores.device)
     return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)
+
+
+def allocate_(scores: Tensor, budget: Tensor | None, mask: Tensor, lora_E: list[Tensor]) -> None:
+    """Prune: `mask` (n,) bool becomes `top_b_mask`, and lora_E becomes 0 where it is false.
+
+    `budget` is one int64 on the device of `scores` (n,). Where it is negative, nothing changes;
+    where it is None, `mask` stays, and is written to lora_E, whose ranks add up to n.
+    """
+    written = mask
+    if budget is not None:
+        idle = budget < 0
+        mask.copy_(torch.where(idle, mask, top_b_mask(scores, budget)))
+        written = mask | idle
+    flat = torch.cat(lora_E).masked_fill_(~written.unsqueeze(1), 0.0)
+    torch._foreach_copy_(lora_E, flat.split_with_sizes([E.shape[0] for E in lora_E]))
 
 
 def orth_reg(A: list[Tensor], B: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -355,6 +378,21 @@ def orth_reg_backward(
     return dA, dB
 
 
+def orth_reg_grad_(
+    grad_norms: Tensor,
+    norms: Tensor,
+    residuals: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    grad_A: list[Tensor],
+    grad_B: list[Tensor],
+) -> None:
+    """Add the gradients of `orth_reg_backward` to grad_A and grad_B, shaped like A and B."""
+    dA, dB = orth_reg_backward(grad_norms, norms, residuals, A, B)
+    for grad, more in zip(grad_A + grad_B, dA + dB, strict=True):
+        grad.add_(more)
+
+
 def _widen(t: Tensor) -> Tensor:
-    """Half precision as float32: a Gram matrix close to the identity cancels."""
+    """Half precision as float32, in which its products and sums are formed."""
     return t if t.dtype == torch.float64 else t.float()

@@ -1,93 +1,58 @@
-"""The orthogonality regulariser of a whole model, forward and backward: PEFT's against ours.
-
-PEFT's is timed through the real `AdaLoraModel.forward`, around a model whose own forward only
-returns a loss of 0.
-"""
+"""The orthogonality regulariser of a whole model, value and gradients: PEFT's against ours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
-import peft_models
-import torch
-from harness import Row, check, interleaved
-from peft import PeftModel
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
-import adalora_kernels
-import adalora_kernels.peft
-from adalora_kernels import reference
+from benchmarks import allocation_rivals as rivals_
+from benchmarks.allocation_rivals import (
+    APPLIED,
+    BATCHED,
+    GRAD_OF_ADAPTERS,
+    GRAD_OF_MODEL,
+    ORTH_REG,
+    PEFT,
+)
+from benchmarks.harness import CountOps, Row, against, interleaved
+from benchmarks.peft_models import DEBERTA_BASE, HOST_ALONE, LLAMA_8B, Architecture, adapted_model
 
-WEIGHT = 0.5
-PEFT = "PEFT AdaLoraModel"
-# Design, section 6.
-GOAL = (">=", 3.0)
-
-
-def _through_model(model: PeftModel) -> Tensor:
-    # Not `model()`: without a task type PeftModel goes past AdaLoraModel, hence the regulariser.
-    loss: Tensor = model.base_model().loss
-    loss.backward()
-    return loss
-
-
-def _orth_reg(model: PeftModel) -> Tensor:
-    loss = adalora_kernels.orth_reg(model, WEIGHT)
-    loss.backward()
-    return loss
-
-
-def _orth_reg_grad_(model: PeftModel) -> Tensor:
-    return adalora_kernels.orth_reg_grad_(model, WEIGHT)
-
-
-RIVALS = {
-    PEFT: _through_model,
-    "adalora_kernels.peft.apply": _through_model,
-    "adalora_kernels.orth_reg(model)": _orth_reg,
-    "adalora_kernels.orth_reg_grad_(model)": _orth_reg_grad_,
+ROUNDS = {DEBERTA_BASE.name: 60, LLAMA_8B.name: 15, HOST_ALONE.name: 30}
+# Design, section 6: on DeBERTa-base.
+SPEED_GOAL = (">=", 3.0)
+OPS_GOAL = ("<=", 10)
+MAKE = {
+    PEFT: rivals_.peft_orthogonality,
+    APPLIED: rivals_.applied_orthogonality,
+    ORTH_REG: rivals_.differentiated_orthogonality,
+    GRAD_OF_MODEL: partial(rivals_.direct_orthogonality, search=True),
+    GRAD_OF_ADAPTERS: rivals_.direct_orthogonality,
+    BATCHED: rivals_.batched_orthogonality,
 }
 
 
-def _factors(model: PeftModel) -> list[Tensor]:
-    return [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
-
-
-def _grads(model: PeftModel) -> list[Tensor]:
-    return [p.grad for p in _factors(model) if p.grad is not None]
-
-
-def _exact(model: PeftModel) -> list[Tensor]:
-    """[value, gradients …] in float64."""
-    factors = [p.detach().double().requires_grad_() for p in _factors(model)]
-    norms, _ = reference.orth_reg(factors[0::2], factors[1::2])
-    value = WEIGHT * norms.mean()
-    return [value, *torch.autograd.grad(value, factors)]
-
-
-def _check(models: dict[str, PeftModel]) -> None:
-    exact = _exact(models[PEFT])
-    eager: Sequence[Tensor | None] = [None] * len(exact)
-    for name, model in models.items():
-        model.zero_grad()
-        value = RIVALS[name](model)
-        actual = [value, *_grads(model)]
-        for i, (result, wanted, rival) in enumerate(zip(actual, exact, eager, strict=True)):
-            check(f"{name}: {f'gradient {i}' if i else 'value'}", result, wanted, rival)
-        if name == PEFT:
-            eager = actual
-
-
-def bench_orth_reg(benchmark: BenchmarkFixture, record: list[Row]) -> None:
-    models = {name: peft_models.deberta_matrices() for name in RIVALS}
-    adalora_kernels.peft.apply(models["adalora_kernels.peft.apply"])
-    _check(models)
-    # The gradients stay, as those of the loss would be there: every rival adds to them.
-    rivals = {name: partial(RIVALS[name], models[name]) for name in RIVALS}
-    timings = interleaved(benchmark, rivals, rounds=60, warmup=3)
-    row = partial(Row, "orthogonality forward + backward", peft_models.SETTINGS)
-    for name, timing in timings.items():
+@pytest.mark.benchmark(group="orthogonality")
+@pytest.mark.parametrize(
+    "architecture", (DEBERTA_BASE, LLAMA_8B, HOST_ALONE), ids=lambda architecture: architecture.name
+)
+def bench_orth_reg(
+    benchmark: BenchmarkFixture, record: list[Row], architecture: Architecture
+) -> None:
+    """Every rival adds to gradients that are there already, as those of the loss would be."""
+    rivals = {name: make(adapted_model(architecture)) for name, make in MAKE.items()}
+    rivals_.raise_first(rivals_.wrong_orthogonality(rivals))
+    calls = {name: rival.step for name, rival in rivals.items()}
+    seconds = interleaved(benchmark, calls, rounds=ROUNDS[architecture.name], warmup=2)
+    row = partial(Row, "orthogonality, value and gradients", architecture.settings)
+    for name, timing in against(PEFT, seconds).items():
         if name != PEFT:
-            record.append(row(name, "PEFT's time / time", timing.faster, GOAL, timing.seconds))
+            is_ours = name != BATCHED and architecture is DEBERTA_BASE
+            goal = SPEED_GOAL if is_ours else None
+            record.append(row(name, "PEFT's time / time", timing.faster, goal, timing.seconds))
+    for name, call in calls.items():
+        with CountOps() as ops:
+            call()
+        ops_goal = OPS_GOAL if name in (GRAD_OF_MODEL, GRAD_OF_ADAPTERS) else None
+        record.append(row(name, "dispatched ops", ops.calls.total(), ops_goal))

@@ -9,15 +9,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Row, check, interleaved
 from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
-from peft_models import with_adapters
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import adalora_kernels
 import adalora_kernels.peft
 from adalora_kernels import ops, reference
+from benchmarks.harness import Row, against, check, interleaved
+from benchmarks.peft_models import with_adapters
 
 # (M, K, N), and the rounds: small differences take many, large shapes take long.
 SHAPES = {(2048, 768, 768): 25, (2048, 768, 3072): 9}
@@ -124,7 +124,7 @@ def bench_svd_linear(
     else:
         rivals = {FLOOR: partial(floor, x)}
         rivals |= {name: partial(layer, x) for name, layer in layers.items()}
-    timings = interleaved(benchmark, rivals, rounds=SHAPES[shape], warmup=2)
+    timings = against(FLOOR, interleaved(benchmark, rivals, rounds=SHAPES[shape], warmup=2))
 
     case = f"svd_linear {'forward + backward' if backward else 'forward'}"
     shapes = {"M": rows, "K": in_features, "N": out_features, "r": R}

@@ -14,9 +14,10 @@ import peft
 import pytest
 import torch
 import transformers
-from harness import Row, Spread, commit
 
 import adalora_kernels
+from adalora_kernels import ops
+from benchmarks.harness import Row, Spread, commit
 
 HERE = Path(__file__).parent.resolve()
 RESULTS = HERE / "results"
@@ -35,14 +36,18 @@ def record(pytestconfig: pytest.Config) -> list[Row]:
     return pytestconfig.stash[_ROWS]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """With more, small ops stall at OpenMP's barrier whenever the machine is not idle."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -87,6 +92,7 @@ def _environment() -> dict[str, Any]:
         "device": "cpu",
         "processor": platform.processor() or platform.machine(),
         "threads": 1,
+        "compiled library": ops.library.built_for or f"none: {ops.library.why_not}",
         "clock": "CPU time of the process",
         "python": platform.python_version(),
         "packages": {package.__name__: str(package.__version__) for package in packages},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Report:
         self.refused.append({"case": case, "rival": rival, "why": why})
         self.ours_refused |= ours
 
+    def refusals(self) -> Iterator[str]:
+        """A line for each, for people."""
+        yield from (f"REFUSED {e['rival']}, {e['case']}: {e['why']}" for e in self.refused)
+
     def write(self, path: Path) -> None:
         """As JSON, a line per row."""
         contents = {
@@ -82,6 +86,18 @@ class Report:
         yield ", ".join([*places, f"driver {self.environment['driver']}", *packages])
         yield ", ".join(f"{name} {value:.0f}" for name, value in self.ceilings.items())
         yield from (f"{name}: {formula}" for name, formula in self.formulas.items())
+
+
+def at_most(most: int, lines: Sequence[str]) -> Iterator[str]:
+    """The first `most` of the lines, and how many are left out."""
+    yield from lines[:most]
+    if len(lines) > most:
+        yield f"  and {len(lines) - most} more such lines"
+
+
+def first_line(error: Exception) -> str:
+    """The error as one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -4,10 +4,14 @@
 #   bash benchmarks/gpu_round.sh           # every stage
 #   bash benchmarks/gpu_round.sh STAGE...  # some, each then with more of the time
 #
-# Writes log.txt, svd_linear_gpu.json, svd_linear_gpu.txt, profile.csv, launch_table.json and
-# summary.txt to $OUT (build/gpu_round by default) and prints the summary and the benchmark's short
-# table last. A stage that fails ends nothing but makes the exit status 1; only the profile and the
-# tuning may fail. The stages are listed at the end of this file.
+# Writes log.txt, svd_linear_gpu.json, svd_linear_gpu.txt, allocation_gpu.json, allocation_gpu.txt,
+# profile.csv, launch_table.json and summary.txt to $OUT (build/gpu_round by default) and prints the
+# summary and the benchmarks' tables last. A stage that fails ends nothing but makes the exit status
+# 1; only the stages marked optional may fail. The stages are listed at the end of this file.
+#
+# A library that was built elsewhere, perhaps against another torch, can be brought along: as
+# build/carried/_C.abi3.so it is only tried, or used where none can be built here; as
+# adalora_kernels/_C.abi3.so it is used, and none is built.
 set -uo pipefail
 
 cd "$(dirname "$0")/.." || exit
@@ -21,7 +25,13 @@ log=$out/log.txt summary=$out/summary.txt
 : >"$summary"
 failed=0
 
-left() { echo $((seconds_in_all - SECONDS > 1 ? seconds_in_all - SECONDS : 1)); }
+# Of the time, this much is kept for the benchmarks at the end, if they are still to come.
+kept=0 allocation_seconds=80 svd_linear_seconds=80
+
+left() {
+  local seconds=$((seconds_in_all - SECONDS - kept))
+  echo $((seconds > 1 ? seconds : 1))
+}
 
 # stage NAME LIMIT COMMAND...: run the command for at most LIMIT seconds, and what is left in all.
 stage() {
@@ -35,12 +45,26 @@ stage() {
     124 | 137) outcome="FAILED: not done after $limit s" ;;
     *) outcome="FAILED: exit status $status" ;;
   esac
-  printf '%-18s %4d s  %s\n' "$name" $((SECONDS - start)) "$outcome" | tee -a "$summary"
+  printf '%-30s %4d s  %s\n' "$name" $((SECONDS - start)) "$outcome" | tee -a "$summary"
   ((status == 0))
 }
 
 required() { stage "$@" || failed=1; }
-optional() { stage "$@" || true; }
+
+optional() {
+  local name="$1 (optional)"
+  shift
+  if (($(left) < 10)); then
+    printf '%-30s no time for it\n' "$name" | tee -a "$summary"
+  else
+    stage "$name" "$@" || true
+  fi
+}
+
+has_cuda_library() {
+  "$python" -c "import sys; from adalora_kernels import ops
+sys.exit('cuda' not in ops.library.device_types)" >>"$log" 2>&1
+}
 
 environment() {
   required environment 30 bash -c "
@@ -50,24 +74,51 @@ environment() {
     $python -m adalora_kernels"
 }
 
+# Whether a binary from elsewhere can be loaded by this torch, and computes the right thing.
+carried() {
+  local library=$PWD/build/carried/_C.abi3.so
+  [[ -e $library ]] || return 0
+  optional carried 30 env ADALORA_KERNELS_LIBRARY="$library" "$python" -m adalora_kernels
+}
+
+build() {
+  has_cuda_library && return
+  required build 120 env ADALORA_KERNELS_BUILD=cuda MAX_JOBS="${MAX_JOBS:-12}" \
+    TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" "$python" setup.py build_ext --inplace
+  has_cuda_library && return
+  local library=$PWD/build/carried/_C.abi3.so
+  [[ -e $library ]] && export ADALORA_KERNELS_LIBRARY=$library
+}
+
 gpu_tests() {
   local parallel=()
   # Nearly all of the time goes into compiling kernels.
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
-  required "gpu tests" 180 "$python" -m pytest -m gpu -rfE --durations=10 \
+  required "gpu tests" 130 "$python" -m pytest -m gpu -rfE --durations=10 \
     --continue-on-collection-errors "${parallel[@]}"
 }
 
-# Only our kernels are instrumented. Without torch's cache every tensor is an allocation of its own.
+# sanitizer TOOL FILE EXPRESSION KERNEL...: tests under compute-sanitizer; only our kernels, by
+# parts of their names, are instrumented. Without torch's cache every tensor is an allocation of its
+# own.
 sanitizer() {
-  local kernels=() kernel
-  for kernel in down gemm low_rank_add g_pass g_reduce x_pass x_reduce; do
-    kernels+=(--kernel-name "kns=${kernel}_kernel")
+  local tool=$1 file=$2 expression=$3 file_name kernel kernels=()
+  shift 3
+  for kernel in "$@"; do
+    kernels+=(--kernel-name "kns=$kernel")
   done
-  required "$1" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$1" --error-exitcode 99 --print-limit 10 "${kernels[@]}" \
-    "$python" -m pytest tests/test_svd_linear_kernels.py \
-    -k "${SANITIZED:-test_every_path and not unaligned}"
+  file_name=${file##*/test_}
+  required "$tool ${file_name%.py}" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 10 "${kernels[@]}" \
+    "$python" -m pytest -m gpu "$file" -k "$expression"
+}
+
+# The Triton kernels by their names, the CUDA C++ kernels by their namespace.
+sanitize() {
+  sanitizer "$1" tests/test_svd_linear_kernels.py \
+    "${SANITIZED:-test_every_path and not unaligned}" \
+    {down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
+  sanitizer "$1" "${CSRC_TESTS:-tests/test_csrc.py}" "${CSRC_SANITIZED:-cuda}" adalora
 }
 
 # A forward and backward of F.linear and of each path at 8192x4096x4096, r = 16.
@@ -76,39 +127,54 @@ profile() {
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,lts__t_sector_hit_rate.pct,launch__registers_per_thread
-  optional "profile (optional)" 40 ncu --clock-control none --profile-from-start off --csv --page raw \
+  optional profile 30 ncu --clock-control none --profile-from-start off --csv --page raw \
     --metrics "$metrics" --log-file "$out/profile.csv" \
     "$python" -m benchmarks.gpu_svd_linear --profile --out "$out"
 }
 
+# Measures the plans of the goal shapes; what it writes is for adalora_kernels/kernels.
+tune() {
+  optional tune 60 env ADALORA_KERNELS_CACHE="$out" \
+    "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
+}
+
+allocation() {
+  ((kept -= allocation_seconds))
+  required allocation "$allocation_seconds" \
+    "$python" -m benchmarks.gpu_allocation --out "$out" --seconds 60
+}
+
 # Last, with all the time that is left, so that its table ends the output.
 svd_linear() {
+  ((kept -= svd_linear_seconds))
   local seconds=$(($(left) - 20))
   ((seconds > 270)) && seconds=270
   required svd_linear $((seconds + 20)) \
     "$python" -m benchmarks.gpu_svd_linear --out "$out" --seconds "$seconds"
 }
 
-# Measures the plans of the goal shapes; what it writes is for adalora_kernels/kernels.
-tune() {
-  optional tune 90 env ADALORA_KERNELS_CACHE="$out" \
-    "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
-}
-
-for name in "${@:-environment gpu_tests memcheck racecheck profile tune svd_linear}"; do
-  for each in $name; do
-    case $each in
-      memcheck | racecheck) sanitizer "$each" ;;
-      environment | gpu_tests | profile | tune | svd_linear) "$each" ;;
-      *) echo "no stage $each" >&2 && exit 2 ;;
-    esac
-  done
+stages="environment carried build gpu_tests memcheck racecheck profile tune allocation svd_linear"
+(($#)) && stages=$*
+for name in $stages; do
+  case $name in
+    allocation) ((kept += allocation_seconds)) ;;
+    svd_linear) ((kept += svd_linear_seconds)) ;;
+  esac
+done
+for name in $stages; do
+  case $name in
+    memcheck | racecheck) sanitize "$name" ;;
+    environment | carried | build | gpu_tests | profile | tune | allocation | svd_linear) "$name" ;;
+    *) echo "no stage $name" >&2 && exit 2 ;;
+  esac
 done
 
 echo
 what='^== |^(FAILED|ERROR)|^[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY'
-sed '/^== svd_linear/,$d' "$log" | grep -E "$what" | sed 's/, at most .*//' | head -n 40
+sed '/^== allocation/,$d; /^== svd_linear/,$d' "$log" | grep -E "$what" | sed 's/, at most .*//' |
+  head -n 40
+sed -n '/^== allocation/,/^== svd_linear/p' "$log" | sed '/^== /d' | tail -n 55
 sed '1,/^== svd_linear/d' "$log" | tail -n 60
-printf '%-18s %4d s  %s\n' "whole round" "$SECONDS" \
+printf '%-30s %4d s  %s\n' "whole round" "$SECONDS" \
   "$( ((failed)) && echo FAILED || echo ok)" | tee -a "$summary"
 exit "$failed"

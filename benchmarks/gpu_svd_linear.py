@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +37,7 @@ from adalora_kernels import ops, reference
 from adalora_kernels.kernels import plans
 from adalora_kernels.kernels import svd_linear as kernels
 from adalora_kernels.kernels.launch import INTERPRETED, Launch, dry_run
-from benchmarks.gpu_report import Report, Result, environment
+from benchmarks.gpu_report import Report, Result, at_most, environment, first_line
 from benchmarks.gpu_timing import (
     COPY,
     PRODUCT,
@@ -48,7 +47,7 @@ from benchmarks.gpu_timing import (
     sets_beyond_cache,
     timings,
 )
-from benchmarks.harness import Row, check
+from benchmarks.harness import Row, check, poisoned_memory
 from benchmarks.peft_models import with_adapters
 
 ALPHA = 16
@@ -292,7 +291,7 @@ def refusals(case: Case, rivals: Mapping[str, Rival], inputs: Sequence[Inputs]) 
     for name, rival in rivals.items():
         whats = ("y", "dx", "dA", "dE", "dB") if BACKWARD in directions_of(name) else ("y",)
         try:
-            with _poisoned_memory() if rival.impl else contextlib.nullcontext():
+            with poisoned_memory() if rival.impl else contextlib.nullcontext():
                 actual = _pooled([_seeded(case, rival, one) for one in sets])
             if rival.adapters is None:
                 continue  # The frozen layer, which is another function.
@@ -303,7 +302,7 @@ def refusals(case: Case, rivals: Mapping[str, Rival], inputs: Sequence[Inputs]) 
                     _check_same_function(what, actual[i], exact[i], case.dtype)
         # PEFT under torch.compile can raise anything, and no rival is to end the run.
         except Exception as error:
-            refused[name] = _first_line(error)
+            refused[name] = first_line(error)
     return refused
 
 
@@ -336,28 +335,11 @@ def _pooled(draws: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat([t.detach().flatten() for t in same]) for same in zip(*draws, strict=True)]
 
 
-@contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, so that what nobody wrote shows."""
-    with warnings.catch_warnings():
-        # Of ops without a deterministic implementation, which is not what this is for.
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 def _check_same_function(what: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     error = float((actual.double() - exact).norm() / exact.norm())
     allowed = max(1e-5, 4 * torch.finfo(dtype).eps)
     if not error <= allowed:
         raise ArithmeticError(f"{what}: relative error {error:.2e}, allowed {allowed:.2e}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def planned(case: Case, rival: Rival, device: torch.device) -> dict[str, list[Launch]]:
@@ -541,7 +523,7 @@ def _call_once(device: torch.device, case: Case, name: str) -> str | None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     except Exception as error:
-        return f"{name}, {case}: {_first_line(error)}"
+        return f"{name}, {case}: {first_line(error)}"
     return None
 
 
@@ -590,8 +572,8 @@ def short_table(report: Report, most: int = 8) -> Iterator[str]:
     for case, group in itertools.groupby(against_peft, key=lambda r: r.case):
         texts = (f"{r.row.rival} {r.spread} {r.row.verdict}" for r in group)
         yield f"PEFT's time / ours, {BACKWARD}, {case}: {'; '.join(texts)}"
-    yield from _at_most(most, list(_detours(groups)))
-    yield from _at_most(most, list(_refused(report)))
+    yield from at_most(most, list(_detours(groups)))
+    yield from at_most(most, list(report.refusals()))
     yield f"{len(report.not_reached)} cases not reached"
 
 
@@ -608,21 +590,11 @@ def _detours(groups: Sequence[Mapping[str, Result]]) -> Iterator[str]:
             yield f"auto takes {factor:.3f} x the time of {path}: {auto.row.case}, {auto.case}"
 
 
-def _refused(report: Report) -> Iterator[str]:
-    yield from (f"REFUSED {e['rival']}, {e['case']}: {e['why']}" for e in report.refused)
-
-
-def _at_most(most: int, lines: Sequence[str]) -> Iterator[str]:
-    yield from lines[:most]
-    if len(lines) > most:
-        yield f"  and {len(lines) - most} more such lines"
-
-
 def long_table(report: Report) -> Iterator[str]:
     """A line for every case and direction."""
     yield from _header(report)
     yield from map(_line, _groups(report))
-    yield from _refused(report)
+    yield from report.refusals()
     yield from (f"not reached: {case}" for case in report.not_reached)
 
 
@@ -660,7 +632,7 @@ def run(
             measure(case, device, report, seconds=1.5 if case.goal(FORWARD) else 0.25)
         # Out of memory, say. The rest is to be measured all the same, if it can be.
         except Exception as error:
-            report.refuse(str(case), "all", _first_line(error), ours=True)
+            report.refuse(str(case), "all", first_line(error), ours=True)
         report.write(folder / f"{NAME}.json")
     report.write(folder / f"{NAME}.json")
     (folder / f"{NAME}.txt").write_text("\n".join(long_table(report)) + "\n")

@@ -1,5 +1,7 @@
 """Interleaved timing on a GPU: CUDA graphs of calls over rotated inputs, replayed A B C A B C ….
 
+And what else can be asked of a call: its wall clock, its kernels, its host syncs, its memory.
+
 On a CPU the calls are made in turn without graphs: there only to try a benchmark where no GPU is.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +17,7 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks.harness import Spread, Timing
+from benchmarks.harness import Spread, Timing, against
 
 Call: TypeAlias = Callable[[], object]
 
@@ -88,10 +91,120 @@ def interleaved(
     return {name: Sample(list(per_rival[name]), prepared[name].clock) for name in rivals}
 
 
+def wall_clock(
+    rivals: Mapping[str, Call], device: torch.device, *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Sample]:
+    """Time eager calls in turn, each until the device is done: what a training loop waits for.
+
+    Args:
+        rivals: one call of each.
+        seconds: to spend on the rounds, as far as their least and greatest number allow.
+    """
+
+    def one_round() -> list[float]:
+        taken = []
+        for call in rivals.values():
+            _synchronize(device)
+            start = time.perf_counter()
+            call()
+            _synchronize(device)
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    for _ in range(2):
+        one_round()
+    start = time.perf_counter()
+    timed = [one_round()]
+    wanted = int(seconds / (time.perf_counter() - start))
+    least, most = rounds
+    timed += [one_round() for _ in range(min(max(wanted, least), most) - 1)]
+    clock = "wall clock, eager, device synchronized"
+    return {
+        name: Sample(list(taken), clock)
+        for name, taken in zip(rivals, zip(*timed, strict=True), strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What one call launches of one kernel (or copy, or memset)."""
+
+    name: str
+    launches: float
+    microseconds: float  # of all its launches together
+
+    @property
+    def is_kernel(self) -> bool:
+        return not self.name.startswith(("Memcpy", "Memset"))
+
+    @property
+    def short_name(self) -> str:
+        """Without namespaces, template arguments and parameters."""
+        name = self.name.removeprefix("void ").replace("(anonymous namespace)::", "")
+        return name.partition("<")[0].partition("(")[0].rpartition("::")[2].strip()
+
+
+def kernels_of(call: Call, device: torch.device, calls: int = 5) -> list[KernelUse]:
+    """What the profiler sees on the device in a call, the most time first; nothing on a CPU."""
+    call()
+    if device.type != "cuda":
+        return []
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    # The first of a process starts up and may miss what comes early.
+    with torch.profiler.profile(activities=activities):
+        call()
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize(device)
+    found: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    uses = [KernelUse(name, len(us) / calls, sum(us) / calls) for name, us in found.items()]
+    return sorted(uses, key=lambda use: -use.microseconds)
+
+
+def host_syncs(call: Call, device: torch.device) -> int | None:
+    """How often torch makes the host wait for the device in a call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    # Turning it on warns, too.
+    what = "called a synchronizing CUDA operation"
+    return sum(what in str(warning.message) for warning in caught)
+
+
+def peak_extra_memory(call: Call, device: torch.device) -> int | None:
+    """Bytes that a call needs beside what is allocated before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def timings(samples: Mapping[str, Sample], first: str) -> dict[str, Timing]:
     """Medians and quartiles; the ratios are to the rival `first` in the same round."""
-    reference = samples[first].seconds
-    return {name: Timing.of(sample.seconds, reference) for name, sample in samples.items()}
+    return against(first, {name: sample.seconds for name, sample in samples.items()})
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import shutil
 import subprocess
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,8 @@ def interleaved(
     rivals: Mapping[str, Callable[[], object]],
     rounds: int,
     warmup: int,
-) -> dict[str, Timing]:
-    """Time the rivals A B C A B C …; a ratio is taken within a round, its median over the rounds.
+) -> dict[str, list[float]]:
+    """The seconds of every rival in every round, A B C A B C ….
 
     Whatever else the machine is doing then hits all rivals alike. The time is that of this process
     on the CPU, in all its threads: what an idle machine would take. pytest-benchmark drives the
@@ -71,9 +73,30 @@ def interleaved(
             seconds[name].append(time.process_time() - start)
 
     benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup)
-    timed = {name: sample[-rounds:] for name, sample in seconds.items()}
-    first = next(iter(timed.values()))
-    return {name: Timing.of(sample, first) for name, sample in timed.items()}
+    return {name: sample[-rounds:] for name, sample in seconds.items()}
+
+
+def against(first: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """Ratios to the rival `first`, each taken within a round, their median over the rounds."""
+    return {name: Timing.of(sample, seconds[first]) for name, sample in seconds.items()}
+
+
+def speed(amount: float, seconds: Spread) -> Spread:
+    """Amounts per second, from the quartiles of the seconds."""
+    return Spread(amount / seconds.median, amount / seconds.p75, amount / seconds.p25)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that what nobody wrote shows."""
+    with warnings.catch_warnings():
+        # Of ops without a deterministic implementation, which is not what this is for.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 class CountOps(TorchDispatchMode):

@@ -2,69 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
-# DeBERTa-base: the matrices of one of its 12 layers that the paper adapts, as (out, in).
-MATRICES = {
-    "query": (768, 768),
-    "key": (768, 768),
-    "value": (768, 768),
-    "attention_output": (768, 768),
-    "intermediate": (3072, 768),
-    "output": (768, 3072),
-}
-SETTINGS: dict[str, Any] = {
-    "model": "DeBERTa-base",
-    "layers": 12,
-    "matrices": MATRICES,
-    "r": 12,
-    "dtype": "float32",
-}
+SCHEDULE = {"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 1}
+TARGET_R = 8
+# With that schedule: a step that only updates the importance, and one that masks, too.
+UPDATES, MASKS = 5, 50
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as far as its adapters need it: the matrices of one layer, as (out, in)."""
+
+    name: str
+    layers: int
+    matrices: Mapping[str, tuple[int, int]]
+    r: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the rows of a report."""
+        sizes = {"layers": self.layers, "matrices": dict(self.matrices), "r": self.r}
+        return {"model": self.name, **sizes, "entries": self.entries, "dtype": "float32"}
+
+    @property
+    def entries(self) -> int:
+        """Of all lora_A, lora_E and lora_B."""
+        return self.layers * sum(self.r * (i + o + 1) for o, i in self.matrices.values())
+
+
+# The six matrices that the paper adapts.
+DEBERTA_BASE = Architecture(
+    "DeBERTa-base",
+    layers=12,
+    matrices={
+        "query": (768, 768),
+        "key": (768, 768),
+        "value": (768, 768),
+        "attention_output": (768, 768),
+        "intermediate": (3072, 768),
+        "output": (768, 3072),
+    },
+    r=12,
+)
+LLAMA_8B = Architecture(
+    "Llama-8B",
+    layers=32,
+    matrices={
+        "q": (4096, 4096),
+        "k": (1024, 4096),
+        "v": (1024, 4096),
+        "o": (4096, 4096),
+        "gate": (14336, 4096),
+        "up": (14336, 4096),
+        "down": (4096, 14336),
+    },
+    r=16,
+)
+# As many adapters as Llama-8B has, with next to no entries: what is left is the host's work, which
+# is what an eager step costs where a GPU does the rest.
+HOST_ALONE = Architecture(
+    "224 matrices of 4x4", layers=32, matrices=dict.fromkeys(LLAMA_8B.matrices, (4, 4)), r=16
+)
 
 
 class _Matrices(nn.Module):
     """All adapted matrices; a forward that costs nothing and has a loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: _hollow(*shape) for name, shape in MATRICES.items()})
-            for _ in range(12)
+            nn.ModuleDict(
+                {name: _hollow(*shape, device) for name, shape in architecture.matrices.items()}
+            )
+            for _ in range(architecture.layers)
         )
 
     def forward(self) -> SimpleNamespace:
-        return SimpleNamespace(loss=torch.zeros(()))
+        return SimpleNamespace(loss=torch.zeros((), device=self._device))
 
 
-def _hollow(out_features: int, in_features: int) -> nn.Linear:
+def _hollow(out_features: int, in_features: int, device: torch.device) -> nn.Linear:
     """A linear layer whose weight takes no memory: these benches only use the adapters."""
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-    weight = torch.zeros(()).expand(out_features, in_features)
+    weight = torch.zeros((), device=device).expand(out_features, in_features)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
-def deberta_matrices() -> PeftModel:
-    """72 adapters with random factors and gradients, equal in every call.
-
-    Steps up to 10 only update the importance; from 11 to 79 every step masks (deltaT = 1).
-    """
-    model = with_adapters(_Matrices(), list(MATRICES), init_r=12, orth_reg_weight=0.5)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
+def adapted_model(architecture: Architecture, device: torch.device | None = None) -> PeftModel:
+    """An adapter on every matrix, with random factors and gradients, equal in every call."""
+    device = device or torch.device("cpu")
+    matrices = _Matrices(architecture, device)
+    options = {"init_r": architecture.r, "orth_reg_weight": 0.5}
+    model = with_adapters(matrices, list(architecture.matrices), **options)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in trained(model):
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+        parameter.grad = torch.empty_like(parameter).normal_(std=1e-3, generator=generator)
     return model
+
+
+def trained(model: PeftModel) -> list[Tensor]:
+    """Every lora_A, lora_E and lora_B; PEFT's `ranknum`, trainable on a GPU, is none of them."""
+    return [p for name, p in model.named_parameters() if ".lora_" in name]
 
 
 def with_adapters(model: nn.Module, target_modules: list[str], **options: Any) -> PeftModel:
     """`get_peft_model` for AdaLoRA."""
-    schedule = {"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 1}
-    config = AdaLoraConfig(target_modules=target_modules, target_r=8, **schedule, **options)
+    schedule = {"target_r": TARGET_R, **SCHEDULE}
+    config = AdaLoraConfig(target_modules=target_modules, **schedule, **options)
     return get_peft_model(model, config)

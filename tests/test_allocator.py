@@ -13,8 +13,9 @@ from helpers import CountOps, Mlp, batch, trainable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalora_kernels import BudgetSchedule, RankAllocator, SVDLinear, orth_reg
+from adalora_kernels import BudgetSchedule, RankAllocator, SVDLinear, ops, orth_reg, orth_reg_grad_
 
 STEPS = 40
 
@@ -248,6 +249,150 @@ def test_dispatched_ops_of_a_masking_step_do_not_grow_with_the_model():
     assert counts[0].total() == counts[1].total() <= 40
 
 
+def test_advance_and_update_are_a_step():
+    runs = []
+    for apart in (False, True):
+        model, optimizer, allocator = setup(deltaT=3)
+        for step in range(1, 30):
+            optimizer.zero_grad()
+            model.loss(*batch(step)).backward()
+            optimizer.step()
+            if apart:
+                budget = allocator.advance(step)
+                allocator.update()
+            else:
+                budget = allocator.step(step)
+            assert budget == allocator.schedule.budget(step)
+        runs.append((*model.parameters(), *allocator.state_dict()["exp_avg_unc"]))
+        assert allocator.summary()["total_rank"] == allocator.schedule.budget(27)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Record(TorchDispatchMode):
+    """Keeps what is dispatched, as a CUDA graph does: ops and tensors, none of the Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+def test_a_recorded_update_follows_the_budget():
+    def run(replays):
+        model, optimizer, allocator = setup(deltaT=4)
+        record = Record()
+        for step in range(1, 30):
+            optimizer.zero_grad(set_to_none=False)
+            model.loss(*batch(step)).backward()
+            optimizer.step()
+            allocator.advance(step)
+            if record.calls and replays:
+                record.replay()
+            else:
+                with record:
+                    allocator.update()
+            yield allocator.rank_pattern, allocator.scores(), [p.clone() for p in trainable(model)]
+
+    budgets = set()
+    for eager, replayed in zip(run(False), run(True), strict=True):
+        assert eager[0] == replayed[0]
+        assert all(torch.equal(eager[1][name], replayed[1][name]) for name in eager[1])
+        assert all(torch.equal(a, b) for a, b in zip(eager[2], replayed[2], strict=True))
+        budgets.add(sum(map(sum, eager[0].values())))
+    assert len(budgets) > 3
+
+
+def captured(step):
+    """`step` as a CUDA graph, after three runs of it on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU (CUDA graphs)")
+def test_a_captured_training_step_is_the_eager_one():
+    def run(captures):
+        torch.manual_seed(0)
+        model = Mlp(lora_alpha=16).cuda()
+        allocator = RankAllocator(model, target_r=3, total_step=70, tinit=10, tfinal=10, deltaT=10)
+        optimizer = torch.optim.AdamW(trainable(model), lr=5e-3, capturable=True)
+        x, target = (t.cuda() for t in batch(0))
+
+        def step():
+            optimizer.zero_grad(set_to_none=False)
+            model.loss(x, target).backward()
+            orth_reg_grad_(allocator.adapters, 0.1)
+            optimizer.step()
+            allocator.update()
+
+        # Both do what capturing does first, so that they start alike.
+        for p in trainable(model):
+            p.grad = torch.zeros_like(p)
+        allocator.advance(1)
+        replay = captured(step) if captures else step
+        if not captures:
+            for _ in range(3):
+                step()
+        for number in range(2, 52):
+            for buffer, t in zip((x, target), batch(number), strict=True):
+                buffer.copy_(t)
+            allocator.advance(number)
+            replay()
+            yield allocator.rank_pattern, [p.detach().clone() for p in trainable(model)]
+
+    budgets = set()
+    for eager, replayed in zip(run(False), run(True), strict=True):
+        assert eager[0] == replayed[0]
+        torch.testing.assert_close(eager[1], replayed[1], rtol=1e-6, atol=1e-7)
+        budgets.add(sum(map(sum, eager[0].values())))
+    assert len(budgets) > 3, "three changes of the budget"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_step_and_regulariser_neither_sync_nor_launch_much():
+    model = nn.ModuleList(SVDLinear(40, 24, r=4) for _ in range(72)).cuda()
+    allocator = RankAllocator(model, target_r=2, total_step=20, tfinal=5)
+    for p in trainable(model):
+        p.grad = torch.randn_like(p)
+
+    def both(step):
+        orth_reg_grad_(allocator.adapters, 0.1)
+        allocator.step(step)
+
+    both(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile() as profile:
+            both(2)
+        both(15)
+        both(16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    ours = [name for name in names if "adalora" in name]
+    if "cuda" in ops.library.device_types:
+        # Importance: gradients, averages, scores. Allocation. Orthogonality and its gradient.
+        assert len(ours) == 6, names
+        assert len(names) <= 20, names
+
+
 def test_the_state_follows_a_model_that_was_moved():
     model, _, allocator = setup()
     model.to("meta")
@@ -293,6 +438,7 @@ def test_state_dtype(dtype):
         ({"beta2": 0.0}, ValueError, r"beta2 .*0\.0"),
         ({"beta2": "x"}, TypeError, "beta2 .*str"),
         ({"tinit": 50}, ValueError, "tinit=50"),
+        ({"state_dtype": torch.float16}, ValueError, r"state_dtype .*float16"),
         ({"model": nn.Linear(3, 3)}, ValueError, "no AdaLoRA adapter"),
         ({"model": None}, TypeError, "NoneType"),
     ],
@@ -314,6 +460,46 @@ def test_step_refuses():
         allocator.step(1.0)
     with pytest.raises(ValueError, match=r"global_step .*-1"):
         allocator.step(-1)
+    model, _, allocator = setup()
+    model.loss(*batch(1)).backward()
+    for scale, error, says in (
+        ("1", TypeError, "grad_scale .*str"),
+        (True, TypeError, "grad_scale .*bool"),
+        (torch.ones(2), ValueError, r"grad_scale .*\(2,\)"),
+        (torch.ones(1).double(), ValueError, "grad_scale .*float64"),
+        (torch.ones(1, device="meta"), ValueError, "grad_scale .*meta"),
+    ):
+        with pytest.raises(error, match=says):
+            allocator.step(1, grad_scale=scale)
+    assert allocator.global_step == 0, "nothing was changed"
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_scaled_gradients(as_tensor):
+    scores = []
+    for scale in (1.0, 1024.0):
+        model, _, allocator = setup()
+        (scale * model.loss(*batch(1))).backward()
+        factor = 1 / scale
+        allocator.step(1, grad_scale=torch.tensor(factor) if as_tensor else factor)
+        scores.append(torch.cat(list(allocator.scores().values())))
+    torch.testing.assert_close(*scores)
+
+
+def test_bfloat16_averages_take_half_of_the_memory_and_resume():
+    model, optimizer, allocator = setup(state_dtype=torch.bfloat16)
+    train(model, optimizer, allocator, range(1, 12))
+    state = allocator.state_dict()
+    assert {t.dtype for t in state["exp_avg_ipt"] + state["exp_avg_unc"]} == {torch.bfloat16}
+    assert state["scores"].dtype == torch.float32
+    other = setup(seed=99, state_dtype=torch.bfloat16)[2]
+    other.load_state_dict(state)
+    again = other.state_dict()
+    assert all(
+        torch.equal(a, b) for a, b in zip(again["exp_avg_unc"], state["exp_avg_unc"], strict=True)
+    )
+    train(model, optimizer, allocator, range(12, STEPS + 1))
+    assert alive(model) == 9
 
 
 # Resuming

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Mlp, adapter, batch
+from helpers import CountOps, Mlp, adapter, batch
 from torch import nn
 
-from adalora_kernels import orth_reg, orth_reg_grad_, svd_delta, svd_linear
+from adalora_kernels import SVDLinear, orth_reg, orth_reg_grad_, svd_delta, svd_linear
+from adalora_kernels.adapters import find_adapters
 
 
 def arguments(**changes):
@@ -204,6 +205,38 @@ def test_orth_reg_grad_leaves_frozen_parameters_alone():
     pairs[0][0].requires_grad_(False)
     orth_reg_grad_(pairs, 0.3)
     assert pairs[0][0].grad is None and pairs[0][1].grad is not None
+
+
+def test_orth_reg_grad_of_a_shared_matrix_counts_both_of_its_pairs():
+    A, B = adapter(3, 5, 4)[::2]
+    other = adapter(3, 5, 6)[2]
+    pairs = [(A, B), (A, other)]
+    expected = torch.autograd.grad(orth_reg(pairs, 0.3), (A, B, other))
+    orth_reg_grad_(pairs, 0.3)
+    torch.testing.assert_close((A.grad, B.grad, other.grad), expected)
+
+
+def test_orth_reg_takes_adapters():
+    model = Mlp()
+    adapters = find_adapters(model)
+    assert torch.equal(orth_reg(adapters, 0.3), orth_reg(model, 0.3))
+    pairs = [(a.lora_A, a.lora_B) for a in adapters]
+    assert torch.equal(orth_reg_grad_(iter(adapters), 0.3), orth_reg(pairs, 0.3))
+
+
+def test_dispatched_ops_of_the_regulariser_do_not_grow_with_the_model():
+    for layers in (2, 72):
+        model = nn.ModuleList(SVDLinear(8, 8, r=4) for _ in range(layers))
+        adapters = find_adapters(model)
+        leaves = [p for a in adapters for p in (a.lora_A, a.lora_B)]
+        for p in leaves:
+            p.grad = torch.zeros_like(p)
+        with CountOps() as into_grad:
+            orth_reg_grad_(adapters, 0.1)
+        with CountOps() as through_autograd:
+            torch.autograd.grad(orth_reg(adapters, 0.1), leaves)
+        assert into_grad.counts.total() <= 5
+        assert through_autograd.counts.total() <= 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,5 +1,6 @@
 """The benchmark round for a GPU, as far as it runs without one."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -173,6 +174,195 @@ def test_ratios_are_taken_within_a_round(bench):
     timing = bench.timings(samples, "a")["b"]
     assert (timing.slower.p25, timing.slower.p75, timing.faster.median) == (2.0, 2.0, 0.5)
     assert timing.seconds.median == 4.0
+
+
+@pytest.fixture(scope="module")
+def allocation(bench):
+    """The module; `bench` makes it importable."""
+    return importlib.import_module("benchmarks.gpu_allocation")
+
+
+@pytest.fixture(scope="module")
+def allocation_smoke(tmp_path_factory):
+    """(what was printed, the report as JSON) of the whole script, once."""
+    out = tmp_path_factory.mktemp("allocation")
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_allocation", "--smoke", "--out", out],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout, json.loads((out / "allocation_gpu.json").read_text())
+
+
+def test_allocation_smoke_has_every_rival_of_every_case(allocation, allocation_smoke):
+    printed, report = allocation_smoke
+    assert report["refused"] == report["not_reached"] == []
+    found = {}
+    for row in report["rows"]:
+        found.setdefault((row["case"], row["measure"]), []).append(row["rival"])
+    a = allocation
+    steps = [a.PEFT, a.APPLIED, a.STEP]
+    orthogonality = [a.PEFT, a.APPLIED, a.ORTH_REG, a.GRAD_OF_MODEL, a.GRAD_OF_ADAPTERS, a.BATCHED]
+    expected = {
+        (a.DEVICE, a.RATIO): [a.FLOOR, a.UPDATE, a.FOREACH],
+        (a.DEVICE, a.RATE): [a.FLOOR, a.UPDATE, a.FOREACH],
+        (a.MASKING, a.FASTER): [*steps, a.CAPTURED],
+        (a.MASKING, "dispatched ops"): [*steps, a.CAPTURED],
+        (a.IMPORTANCE, a.FASTER): [*steps, a.FOREACH],
+        (a.ORTHOGONALITY, a.FASTER): orthogonality,
+        (a.ORTHOGONALITY, "dispatched ops"): orthogonality,
+        (a.ORTHOGONALITY_DEVICE, a.FASTER): [a.PEFT, a.GRAD_OF_ADAPTERS, a.BATCHED],
+        (a.ORTHOGONALITY_DEVICE, a.RATE): [a.GRAD_OF_ADAPTERS, a.BATCHED],
+    }
+    assert {key: sorted(rivals) for key, rivals in found.items()} == {
+        key: sorted(rivals) for key, rivals in expected.items()
+    }
+    assert report["environment"]["implementations"].keys() >= {"importance_update_", "allocate_"}
+    assert all(rival in printed for rivals in expected.values() for rival in rivals)
+    assert max(map(len, printed.splitlines())) <= 150
+
+
+def new_report(allocation):
+    ceilings = allocation.measure_ceilings(CPU)
+    report = allocation.Report(allocation.environment(CPU), ceilings, allocation.FORMULAS)
+    allocation.note_implementations(report, "cpu")
+    return report
+
+
+def test_kernels_that_are_not_there_fail_the_run_and_are_in_the_table(allocation, monkeypatch):
+    from adalora_kernels.ops import Implementation
+
+    rows = [
+        Implementation("svd_linear", "triton", ""),
+        Implementation("importance_update_", "reference (plain PyTorch)", "built for CPU only"),
+        Implementation("allocate_", "CUDA C++", ""),
+    ]
+    monkeypatch.setattr(allocation.ops, "implementations", lambda _: rows)
+    report = new_report(allocation)
+    assert not report.ours_refused
+    allocation.note_implementations(report, "cuda")
+    assert report.ours_refused
+    table = "\n".join(allocation.table(report))
+    assert (
+        "REFUSED CUDA C++, all: NOT THERE, below importance_update_ are plain PyTorch: "
+        "built for CPU only" in table
+    )
+    for line in (
+        "ours, reference (plain PyTorch): importance_update_",
+        "ours, CUDA C++: allocate_",
+    ):
+        assert line in table.splitlines()
+
+
+def test_wrong_rivals_of_the_allocation_are_refused(allocation, monkeypatch):
+    def wrong_importance(model, *args):
+        right = ours_importance(model, *args)
+        return dataclasses.replace(right, scores=lambda: right.scores() * 1.001)
+
+    def wrong_orthogonality(model, **options):
+        return allocation.Orthogonality(model, lambda: model.base_model().loss * 1.001)
+
+    rivals = allocation.rivals_
+    ours_importance = rivals.direct_importance
+    monkeypatch.setattr(rivals, "direct_importance", wrong_importance)
+    monkeypatch.setattr(rivals, "direct_orthogonality", wrong_orthogonality)
+    report = new_report(allocation)
+    allocation.measure(allocation.TINY, CPU, report, seconds=0.0)
+    wrong = {allocation.STEP, allocation.GRAD_OF_MODEL, allocation.GRAD_OF_ADAPTERS}
+    assert {e["rival"] for e in report.refused} == wrong and report.ours_refused
+    assert all(e["why"].startswith("ArithmeticError") for e in report.refused)
+    wrong |= {allocation.UPDATE, allocation.CAPTURED}
+    assert wrong.isdisjoint(result.row.rival for result in report.results)
+
+
+def test_goals_of_the_allocation_are_those_of_the_design(allocation, monkeypatch):
+    made_up = {"RankAllocator.step": 0.031, "allocator.update()": 1.25, "torch._foreach": 9.0}
+
+    def samples(calls, *_, **__):
+        return {name: allocation.Sample([made_up.get(name, 1.0)] * 3, "made up") for name in calls}
+
+    monkeypatch.setattr(allocation, "LLAMA_8B", allocation.TINY)
+    for timer in ("interleaved", "wall_clock"):
+        monkeypatch.setattr(allocation, timer, samples)
+    report = new_report(allocation)
+    allocation.measure(allocation.TINY, CPU, report, seconds=0.0)
+    verdicts = {(r.row.case, r.row.rival): r.row.verdict for r in report.results if r.row.verdict}
+    a = allocation
+    assert verdicts == {
+        (a.DEVICE, a.UPDATE): "goal <= 1.3: met",
+        (a.MASKING, a.STEP): "goal >= 30: met",
+        **{(a.MASKING, name): "goal >= 30: MISSED" for name in (a.APPLIED, a.CAPTURED)},
+        **{
+            (a.ORTHOGONALITY, name): "goal >= 30: MISSED"
+            for name in (a.APPLIED, a.ORTH_REG, a.GRAD_OF_MODEL, a.GRAD_OF_ADAPTERS)
+        },
+    }
+
+
+def test_kernel_names_are_cut_to_what_a_reader_needs(allocation):
+    use = importlib.import_module("benchmarks.gpu_timing").KernelUse
+    ours = "void adalora::cuda::(anonymous namespace)::update<float>(adalora::Table<int>, int*)"
+    assert use(ours, 1, 1.0).short_name == "update"
+    assert use("_gemm_kernel", 1, 1.0).short_name == "_gemm_kernel"
+    assert use("Memset (Device)", 1, 1.0).is_kernel is False
+
+
+@pytest.fixture
+def round_(tmp_path):
+    """Runs stages with an interpreter that only says how it was called."""
+    script = tmp_path / "benchmarks" / "gpu_round.sh"
+    script.parent.mkdir()
+    script.write_text((ROOT / "benchmarks" / "gpu_round.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && exit ${NO_LIBRARY:-0}\n'
+        'echo "library=$ADALORA_KERNELS_LIBRARY build=$ADALORA_KERNELS_BUILD: $*"\n'
+        '[ "$1" != setup.py ]\n'
+    )
+    python.chmod(0o755)
+
+    def run(*stages, **environment):
+        env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **environment}
+        done = subprocess.run(
+            ["bash", script, *stages], env=env, capture_output=True, text=True, timeout=60
+        )
+        return done, (tmp_path / "out" / "log.txt").read_text()
+
+    return run
+
+
+def test_round_builds_the_library_unless_there_is_one(round_, tmp_path):
+    done, log = round_("carried", "build", "allocation")
+    assert done.returncode == 0 and "build=cuda" not in log
+    assert "library= build=: -m benchmarks.gpu_allocation" in log
+    done, log = round_("carried", "build", "allocation", NO_LIBRARY="1")
+    assert done.returncode == 1 and "FAILED" in done.stdout
+    assert "library= build=cuda: setup.py build_ext --inplace" in log
+    assert "library= build=: -m benchmarks.gpu_allocation" in log
+
+
+def test_round_tries_a_library_that_was_brought_along(round_, tmp_path):
+    library = tmp_path / "build" / "carried" / "_C.abi3.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    _, log = round_("carried", "build", "allocation", NO_LIBRARY="1")
+    assert f"library={library} build=: -m adalora_kernels" in log
+    # The build failed.
+    assert f"library={library} build=: -m benchmarks.gpu_allocation" in log
+
+
+def test_round_keeps_time_for_the_benchmarks(round_):
+    _, log = round_("build", "tune", "allocation", "svd_linear", NO_LIBRARY="1")
+    assert "== build, at most 120 s" in log and "== allocation, at most 80 s" in log
+    done, log = round_("build", "tune", "allocation", NO_LIBRARY="1", ROUND_SECONDS="87")
+    assert "tune (optional)                no time for it" in done.stdout
+    assert "== tune" not in log
+    limit = int(log.partition("== allocation, at most ")[2].partition(" s")[0])
+    assert 80 >= limit > 70
 
 
 def test_the_script_is_valid_bash():

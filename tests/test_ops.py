@@ -151,6 +151,12 @@ def test_opcheck_of_the_model_ops():
     grads = [torch.randn_like(params[0]), None, torch.randn_like(params[2])]
     state = (*averages, torch.zeros(3), skipped, 0.85, 0.85)
     opcheck(OPS.importance_update_, (params, grads, *state))
+    opcheck(OPS.importance_update_, (params, grads, *state, torch.tensor([0.5])))
+    matrices = ([params[0]], [params[2]], [grads[0]], [grads[2]])
+    opcheck(OPS.orth_reg_grad_, (torch.ones(2), norms, residuals, *matrices))
+    for budget in (None, torch.tensor([2])):
+        mask = torch.tensor([True, False, True])
+        opcheck(OPS.allocate_, (torch.rand(3), budget, mask, [params[1]]))
 
 
 def test_every_op_is_checked_here():
@@ -160,8 +166,10 @@ def test_every_op_is_checked_here():
         "svd_delta",
         "svd_delta_backward",
         "importance_update_",
+        "allocate_",
         "orth_reg",
         "orth_reg_backward",
+        "orth_reg_grad_",
     }
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"ops"},
-    {"reference", "adapters", "kernels"},
+    {"reference", "adapters", "kernels", "_extension"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]
 

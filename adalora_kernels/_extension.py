@@ -1,0 +1,60 @@
+"""Loads the compiled library of csrc/, which implements ops for CPU and CUDA tensors.
+
+Without it everything works through `reference`; nothing here raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# Names a library to load instead of the installed one; empty: none.
+VARIABLE = "ADALORA_KERNELS_LIBRARY"
+
+
+class Library(NamedTuple):
+    """The library that was loaded, if any.
+
+    Attributes:
+        path: where it is; None if there is none.
+        built_for: "CPU", or "CPU and CUDA (8.0 9.0 …)"; empty if there is none.
+        why_not: why there is none; empty if there is one.
+    """
+
+    path: Path | None
+    built_for: str
+    why_not: str
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """The types of device that it has code for."""
+        return tuple(name for name in ("cpu", "cuda") if name.upper() in self.built_for)
+
+
+def load() -> Library:
+    """Load it; its implementations then belong to the ops of the same names."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        if not named:
+            return Library(None, "", f"{VARIABLE} is empty")
+        path = Path(named)
+    else:
+        found = sorted(Path(__file__).parent.glob("_C*.so"))
+        if not found:
+            return Library(None, "", "this installation has no compiled library")
+        path = found[0]
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        function = ctypes.CDLL(str(path)).adalora_built_for
+    except (OSError, AttributeError, RuntimeError) as error:
+        # torch names the file only; the linker's complaint is the cause.
+        why_not = f"{path} cannot be loaded: {error.__cause__ or error}"
+        warnings.warn(why_not, RuntimeWarning, stacklevel=2)
+        return Library(None, "", why_not)
+    function.restype = ctypes.c_char_p
+    return Library(path, function().decode(), "")

@@ -1,0 +1,231 @@
+// The importance averages of all adapters in one pass over memory, cut into chunks of fixed size.
+//
+// A chunk leaves sums of I * U by triplet; they are added in the order of the chunks afterwards, so
+// that the scores do not depend on who computed which chunk.
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "ops.h"
+#include "simd.h"
+
+namespace adalora::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;  // entries, about
+constexpr int64_t kBlock = 1024;     // entries that are converted and summed at a time, about
+
+struct Chunk {
+  const ImportanceUpdate::Parameter* parameter;
+  int64_t start, count;  // entries
+  int64_t columns;       // entry start + i is one of triplet i % columns
+  int64_t triplet;       // the first one's place in the scores
+  double weight;         // of an entry in the triplet's score
+  int64_t partial;       // place of its `columns` sums
+};
+
+template <class T>
+struct Factors {
+  T grad_scale, beta1, beta2;
+};
+
+template <class T>
+ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, T* sums, int64_t count,
+                                 Factors<T> f) {
+  constexpr T largest = std::numeric_limits<T>::max();
+  const T one_minus_beta1 = 1 - f.beta1, one_minus_beta2 = 1 - f.beta2;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    T x = std::abs(w[i] * g[i]) * f.grad_scale;
+    // nan_to_num: what is not below the largest is replaced by it, and NaN by 0.
+    const T bounded = x < largest ? x : largest;
+    x = x == x ? bounded : T(0);
+    const T average = ipt[i] + one_minus_beta1 * (x - ipt[i]);
+    const T uncertainty = unc[i] + one_minus_beta2 * (std::abs(x - average) - unc[i]);
+    ipt[i] = average;
+    unc[i] = uncertainty;
+    sums[i] += average * uncertainty;
+  }
+}
+
+template <class T>
+ADALORA_INLINE void score_block(const T* ipt, const T* unc, T* sums, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) sums[i] += ipt[i] * unc[i];
+}
+
+// Adds up entries `columns` apart, halving; the sums are the first `columns` ones then.
+template <class T>
+ADALORA_INLINE void fold_block(T* sums, int64_t columns, int64_t count) {
+  for (int64_t rows = count / columns; rows > 1;) {
+    const int64_t half = (rows + 1) / 2, others = (rows - half) * columns;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < others; ++i) sums[i] += sums[half * columns + i];
+    rows = half;
+  }
+}
+
+ADALORA_CLONES void update(const float* w, const float* g, float* ipt, float* unc, float* sums,
+                           int64_t count, Factors<float> factors) {
+  update_block(w, g, ipt, unc, sums, count, factors);
+}
+ADALORA_CLONES void update(const double* w, const double* g, double* ipt, double* unc, double* sums,
+                           int64_t count, Factors<double> factors) {
+  update_block(w, g, ipt, unc, sums, count, factors);
+}
+ADALORA_CLONES void score(const float* ipt, const float* unc, float* sums, int64_t count) {
+  score_block(ipt, unc, sums, count);
+}
+ADALORA_CLONES void score(const double* ipt, const double* unc, double* sums, int64_t count) {
+  score_block(ipt, unc, sums, count);
+}
+ADALORA_CLONES void fold(float* sums, int64_t columns, int64_t count) {
+  fold_block(sums, columns, count);
+}
+ADALORA_CLONES void fold(double* sums, int64_t columns, int64_t count) {
+  fold_block(sums, columns, count);
+}
+ADALORA_CLONES void widen(float* to, const void* from, Type type, int64_t start, int64_t count) {
+  load(to, from, type, start, 1, count);
+}
+ADALORA_CLONES void widen(double* to, const void* from, Type type, int64_t start, int64_t count) {
+  load(to, from, type, start, 1, count);
+}
+ADALORA_CLONES void narrow(const float* from, void* to, Type type, int64_t start, int64_t count) {
+  store(from, to, type, start, 1, count);
+}
+ADALORA_CLONES void narrow(const double* from, void* to, Type type, int64_t start, int64_t count) {
+  store(from, to, type, start, 1, count);
+}
+
+// A number is inf or NaN exactly when all bits of its exponent are set.
+template <class Bits>
+ADALORA_INLINE bool any_has_all(const Bits* p, Bits exponent, int64_t count) {
+  Bits found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= (p[i] & exponent) == exponent;
+  return found != 0;
+}
+ADALORA_CLONES bool holds_inf_or_nan(const void* grad, Type type, int64_t start, int64_t count) {
+  switch (type) {
+    case Type::float32:
+      return any_has_all(static_cast<const uint32_t*>(grad) + start, 0x7f800000u, count);
+    case Type::bfloat16:
+      return any_has_all(static_cast<const uint16_t*>(grad) + start, uint16_t{0x7f80}, count);
+    case Type::float16:
+      return any_has_all(static_cast<const uint16_t*>(grad) + start, uint16_t{0x7c00}, count);
+    case Type::float64:
+      return any_has_all(static_cast<const uint64_t*>(grad) + start,
+                         uint64_t{0x7ff0000000000000}, count);
+  }
+  return false;
+}
+
+// Entries of a tensor as T: in place where they are T already, else in the buffer.
+template <class T>
+T* as(const void* data, Type type, int64_t start, int64_t count, T* buffer) {
+  if (type == type_of<T>()) return static_cast<T*>(const_cast<void*>(data)) + start;
+  widen(buffer, data, type, start, count);
+  return buffer;
+}
+
+template <class T>
+void run_chunk(const Chunk& chunk, Factors<T> factors, double* partials) {
+  const auto& p = *chunk.parameter;
+  // Every block starts with the first triplet of the chunk, and as well aligned as the chunk.
+  const int64_t period = std::lcm(chunk.columns, kLanes);
+  const int64_t block = std::min(std::max<int64_t>(1, kBlock / period) * period, chunk.count);
+  T* sums = scratch<T>(5 * block);
+  T *w = sums + block, *g = w + block, *i = g + block, *u = i + block;
+  std::fill(sums, w, T(0));
+  for (int64_t done = 0; done < chunk.count; done += block) {
+    const int64_t start = chunk.start + done, count = std::min(block, chunk.count - done);
+    T* ipt = as(p.exp_avg_ipt, p.state_type, start, count, i);
+    T* unc = as(p.exp_avg_unc, p.state_type, start, count, u);
+    if (p.grad == nullptr) {
+      score(ipt, unc, sums, count);
+      continue;
+    }
+    update(as(p.weight, p.weight_type, start, count, w),
+           as(p.grad, p.grad_type, start, count, g), ipt, unc, sums, count, factors);
+    if (ipt == i) {
+      narrow(ipt, p.exp_avg_ipt, p.state_type, start, count);
+      narrow(unc, p.exp_avg_unc, p.state_type, start, count);
+    }
+  }
+  fold(sums, chunk.columns, block);
+  for (int64_t column = 0; column < chunk.columns; ++column)
+    partials[chunk.partial + column] = sums[column] * chunk.weight;
+}
+
+std::vector<Chunk> chunks_of(const ImportanceUpdate& op) {
+  std::vector<Chunk> chunks;
+  int64_t partial = 0;
+  auto add = [&](const ImportanceUpdate::Parameter& parameter, int64_t start, int64_t count,
+                 int64_t columns, int64_t triplet, double weight) {
+    chunks.push_back({&parameter, start, count, columns, triplet, weight, partial});
+    partial += columns;
+  };
+  for (const auto& adapter : op.adapters) {
+    const int64_t r = adapter.r;
+    if (r == 0) continue;
+    for (int64_t row = 0; row < r; ++row)
+      for (int64_t k = 0; k < adapter.in; k += kChunk)
+        add(adapter.A, row * adapter.in + k, std::min(kChunk, adapter.in - k), 1,
+            adapter.first + row, 1.0 / adapter.in);
+    add(adapter.E, 0, r, r, adapter.first, 1.0);
+    const int64_t rows = (kChunk / r + kLanes) / kLanes * kLanes;
+    for (int64_t n = 0; n < adapter.out; n += rows)
+      add(adapter.B, n * r, std::min(rows, adapter.out - n) * r, r, adapter.first,
+          1.0 / adapter.out);
+  }
+  return chunks;
+}
+
+template <class T>
+void run(const ImportanceUpdate& op) {
+  const std::vector<Chunk> chunks = chunks_of(op);
+  const auto count = static_cast<int64_t>(chunks.size());
+  int64_t entries = 0, with_grad = 0;
+  for (const Chunk& chunk : chunks) {
+    entries += chunk.count;
+    if (chunk.parameter->grad != nullptr) with_grad += chunk.count;
+  }
+  if (with_grad == 0) return;
+  // Before anything is written. The gradients are still in a cache when they are needed again.
+  std::atomic<bool> bad{false};
+  for_each(count, with_grad, [&](int64_t i) {
+    const auto& [p, start, n, columns, triplet, weight, partial] = chunks[i];
+    if (p->grad == nullptr || bad.load(std::memory_order_relaxed)) return;
+    if (holds_inf_or_nan(p->grad, p->grad_type, start, n)) bad = true;
+  });
+  if (bad) {
+    ++*op.skipped;
+    return;
+  }
+  const Factors<T> factors{op.grad_scale == nullptr ? T(1) : T(*op.grad_scale), T(op.beta1),
+                           T(op.beta2)};
+  std::vector<double> partials(chunks.back().partial + chunks.back().columns);
+  for_each(count, entries, [&](int64_t i) { run_chunk(chunks[i], factors, partials.data()); });
+  std::vector<double> scores(op.total_rank, 0.0);
+  for (const Chunk& chunk : chunks)
+    for (int64_t column = 0; column < chunk.columns; ++column)
+      scores[chunk.triplet + column] += partials[chunk.partial + column];
+  narrow(scores.data(), op.scores, op.scores_type, 0, op.total_rank);
+}
+
+bool is_double(const ImportanceUpdate::Parameter& p) {
+  return p.weight_type == Type::float64 || p.grad_type == Type::float64 ||
+         p.state_type == Type::float64;
+}
+
+}  // namespace
+
+void importance_update(const ImportanceUpdate& op) {
+  bool wide = op.scores_type == Type::float64;
+  for (const auto& adapter : op.adapters)
+    wide |= is_double(adapter.A) || is_double(adapter.E) || is_double(adapter.B);
+  wide ? run<double>(op) : run<float>(op);
+}
+
+}  // namespace adalora::cpu

@@ -1,0 +1,55 @@
+"""Loading the compiled library, and everything working without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adalora_kernels import _extension, ops
+
+ROOT = Path(__file__).parent.parent
+SHOW = "import adalora_kernels.ops as o; print(*o.library, sep='|', end='|')"
+
+
+def python(*arguments, library):
+    environment = os.environ | {_extension.VARIABLE: str(library)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_the_library_every_op_runs_the_reference():
+    done = python("-c", SHOW, library="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None||ADALORA_KERNELS_LIBRARY is empty")
+    assert done.stderr == ""
+
+
+def test_without_the_library_the_tests_of_the_allocator_pass():
+    tests = ["tests/test_allocator.py", "tests/test_functional.py", "-k", "not ddp"]
+    done = python("-m", "pytest", *tests, library="")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
+def test_a_library_that_cannot_be_loaded_is_reported_and_left_out(tmp_path, content):
+    path = tmp_path / "_C.abi3.so"
+    if content is not None:
+        path.write_bytes(content)
+    done = python("-c", SHOW, library=path)
+    assert done.returncode == 0, done.stderr
+    assert f"RuntimeWarning: {path} cannot be loaded" in done.stderr
+    assert f"{path} cannot be loaded" in done.stdout.split("|")[2]
+
+
+def test_the_report_says_which_library_runs():
+    done = python("-m", "adalora_kernels", library="")
+    assert done.returncode == 0, done.stdout
+    assert "compiled library: none (ADALORA_KERNELS_LIBRARY is empty)" in done.stdout
+    if ops.library.path is None:
+        pytest.skip(f"no library to report: {ops.library.why_not}")
+    done = python("-m", "adalora_kernels", library=ops.library.path)
+    assert done.returncode == 0, done.stdout
+    assert f"compiled library: for {ops.library.built_for}, {ops.library.path}" in done.stdout
+    assert "importance_update_     C++\n" in done.stdout
