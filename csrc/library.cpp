@@ -74,6 +74,8 @@ class Cuda {
   static constexpr bool mixes = true;
 
   explicit Cuda(const Tensor& t) : like_(t), guard_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this torch has CUDA tensors but no libtorch_cuda");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);

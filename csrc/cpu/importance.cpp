@@ -31,7 +31,7 @@ struct Factors {
 };
 
 template <class T>
-ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, T* sums, int64_t count,
+ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, int64_t count,
                                  Factors<T> f) {
   constexpr T largest = std::numeric_limits<T>::max();
   const T one_minus_beta1 = 1 - f.beta1, one_minus_beta2 = 1 - f.beta2;
@@ -41,11 +41,10 @@ ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, T* sums
     // nan_to_num: what is not below the largest is replaced by it, and NaN by 0.
     const T bounded = x < largest ? x : largest;
     x = x == x ? bounded : T(0);
-    const T average = ipt[i] + one_minus_beta1 * (x - ipt[i]);
-    const T uncertainty = unc[i] + one_minus_beta2 * (std::abs(x - average) - unc[i]);
+    // Sums of what is not negative: nothing cancels.
+    const T average = f.beta1 * ipt[i] + one_minus_beta1 * x;
+    unc[i] = f.beta2 * unc[i] + one_minus_beta2 * std::abs(x - average);
     ipt[i] = average;
-    unc[i] = uncertainty;
-    sums[i] += average * uncertainty;
   }
 }
 
@@ -66,13 +65,13 @@ ADALORA_INLINE void fold_block(T* sums, int64_t columns, int64_t count) {
   }
 }
 
-ADALORA_CLONES void update(const float* w, const float* g, float* ipt, float* unc, float* sums,
-                           int64_t count, Factors<float> factors) {
-  update_block(w, g, ipt, unc, sums, count, factors);
+ADALORA_CLONES void update(const float* w, const float* g, float* ipt, float* unc, int64_t count,
+                           Factors<float> factors) {
+  update_block(w, g, ipt, unc, count, factors);
 }
-ADALORA_CLONES void update(const double* w, const double* g, double* ipt, double* unc, double* sums,
+ADALORA_CLONES void update(const double* w, const double* g, double* ipt, double* unc,
                            int64_t count, Factors<double> factors) {
-  update_block(w, g, ipt, unc, sums, count, factors);
+  update_block(w, g, ipt, unc, count, factors);
 }
 ADALORA_CLONES void score(const float* ipt, const float* unc, float* sums, int64_t count) {
   score_block(ipt, unc, sums, count);
@@ -142,16 +141,18 @@ void run_chunk(const Chunk& chunk, Factors<T> factors, double* partials) {
     const int64_t start = chunk.start + done, count = std::min(block, chunk.count - done);
     T* ipt = as(p.exp_avg_ipt, p.state_type, start, count, i);
     T* unc = as(p.exp_avg_unc, p.state_type, start, count, u);
-    if (p.grad == nullptr) {
-      score(ipt, unc, sums, count);
-      continue;
+    if (p.grad != nullptr) {
+      update(as(p.weight, p.weight_type, start, count, w),
+             as(p.grad, p.grad_type, start, count, g), ipt, unc, count, factors);
+      if (ipt == i) {
+        narrow(ipt, p.exp_avg_ipt, p.state_type, start, count);
+        narrow(unc, p.exp_avg_unc, p.state_type, start, count);
+        // The score is that of the averages as they are kept.
+        widen(ipt, p.exp_avg_ipt, p.state_type, start, count);
+        widen(unc, p.exp_avg_unc, p.state_type, start, count);
+      }
     }
-    update(as(p.weight, p.weight_type, start, count, w),
-           as(p.grad, p.grad_type, start, count, g), ipt, unc, sums, count, factors);
-    if (ipt == i) {
-      narrow(ipt, p.exp_avg_ipt, p.state_type, start, count);
-      narrow(unc, p.exp_avg_unc, p.state_type, start, count);
-    }
+    score(ipt, unc, sums, count);
   }
   fold(sums, chunk.columns, block);
   for (int64_t column = 0; column < chunk.columns; ++column)
