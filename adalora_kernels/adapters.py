@@ -45,7 +45,7 @@ class Adapter:
                 owners["lora_E"]._parameters[key],
                 owners["lora_B"]._parameters[key],
             )
-        except KeyError:  # A parametrization, for instance.
+        except KeyError:  # FSDP, for instance, puts views into their place for a while.
             owned = [getattr(module, factor) for factor in _FACTORS]
             a, e, b = owned if self.key is None else [owner[self.key] for owner in owned]
             return a, e, b

@@ -29,6 +29,24 @@ def test_wrappers_do_not_change_names():
     assert [a.name for a in find_adapters(model)] == [f"layers.{i}.lora_E" for i in range(3)]
 
 
+def test_parameters_may_be_replaced():
+    model = Mlp()
+    adapter = find_adapters(model)[1]
+    layer = model.layers[1]
+    layer.lora_E = nn.Parameter(torch.ones(6, 1))
+    assert adapter.lora_E is layer.lora_E
+    # By a view that is no parameter, as FSDP does while a layer runs.
+    view = layer.lora_A.detach()
+    del layer.lora_A
+    layer.lora_A = view
+    assert adapter.parameters == (view, layer.lora_E, layer.lora_B)
+
+
+def test_a_module_in_two_places_is_one_adapter():
+    layer = TwinLinear(5, 5, r=2)
+    assert [a.name for a in find_adapters(nn.Sequential(layer, nn.Tanh(), layer))] == ["0.lora_E"]
+
+
 def test_plain_lora_is_not_an_adapter():
     layer = nn.Linear(3, 3)
     layer.lora_A, layer.lora_B = nn.Linear(3, 2), nn.Linear(2, 3)

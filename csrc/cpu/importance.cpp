@@ -27,14 +27,15 @@ struct Chunk {
 
 template <class T>
 struct Factors {
-  T grad_scale, beta1, beta2;
+  T grad_scale;
+  T keep_ipt, take_ipt;  // beta1 and 1 - beta1, each rounded only once
+  T keep_unc, take_unc;
 };
 
 template <class T>
 ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, int64_t count,
                                  Factors<T> f) {
   constexpr T largest = std::numeric_limits<T>::max();
-  const T one_minus_beta1 = 1 - f.beta1, one_minus_beta2 = 1 - f.beta2;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     T x = std::abs(w[i] * g[i]) * f.grad_scale;
@@ -42,8 +43,8 @@ ADALORA_INLINE void update_block(const T* w, const T* g, T* ipt, T* unc, int64_t
     const T bounded = x < largest ? x : largest;
     x = x == x ? bounded : T(0);
     // Sums of what is not negative: nothing cancels.
-    const T average = f.beta1 * ipt[i] + one_minus_beta1 * x;
-    unc[i] = f.beta2 * unc[i] + one_minus_beta2 * std::abs(x - average);
+    const T average = f.keep_ipt * ipt[i] + f.take_ipt * x;
+    unc[i] = f.keep_unc * unc[i] + f.take_unc * std::abs(x - average);
     ipt[i] = average;
   }
 }
@@ -205,7 +206,7 @@ void run(const ImportanceUpdate& op) {
     return;
   }
   const Factors<T> factors{op.grad_scale == nullptr ? T(1) : T(*op.grad_scale), T(op.beta1),
-                           T(op.beta2)};
+                           T(1 - op.beta1), T(op.beta2), T(1 - op.beta2)};
   std::vector<double> partials(chunks.back().partial + chunks.back().columns);
   for_each(count, entries, [&](int64_t i) { run_chunk(chunks[i], factors, partials.data()); });
   std::vector<double> scores(op.total_rank, 0.0);
