@@ -396,6 +396,20 @@ def test_gradient_at_exact_orthogonality_is_zero(device):
 
 
 @on_devices
+def test_gradient_of_a_sum_of_norms(device):
+    # Autograd hands over an expanded scalar.
+    A, B = orth_case([(12, 100, 70), (3, 20, 40)], FP32, device)
+    norms, residuals = OPS.orth_reg(A, B)
+    one = torch.ones((), device=device).expand(4)
+    actual = OPS.orth_reg_backward(one, norms, residuals, A, B)
+    expected = OPS.orth_reg_backward(one.contiguous(), norms, residuals, A, B)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    into = [[torch.zeros_like(t) for t in part] for part in (A, B)]
+    OPS.orth_reg_grad_(one, norms, residuals, A, B, *into)
+    torch.testing.assert_close(into, [*map(list, expected)], rtol=0, atol=0)
+
+
+@on_devices
 @pytest.mark.parametrize("grads", ["contiguous", "transposed"])
 def test_gradients_are_added_to_what_is_there(device, grads):
     A, B = orth_case([(12, 100, 70), (3, 20, 40), (1, 9, 9)], FP32, device)
