@@ -371,6 +371,7 @@ def test_step_and_regulariser_neither_sync_nor_launch_much():
     allocator = RankAllocator(model, target_r=2, total_step=20, tfinal=5)
     for p in trainable(model):
         p.grad = torch.randn_like(p)
+    before = allocator.state_dict()
 
     def both(step):
         orth_reg_grad_(allocator.adapters, 0.1)
@@ -379,12 +380,15 @@ def test_step_and_regulariser_neither_sync_nor_launch_much():
     both(1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile() as profile:
-            both(2)
+        both(2)
         both(15)
         both(16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    allocator.load_state_dict(before)
+    with torch.profiler.profile() as profile:
+        both(3)
+        torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     ours = [name for name in names if "adalora" in name]
     if "cuda" in ops.library.device_types:
