@@ -104,7 +104,7 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
 
 
 def _modules_with_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those of `model.named_modules()` that have a lora_A, in a third of its time."""
+    """Those of `model.named_modules()` that have a lora_A, faster."""
     seen = set()
     stack: list[tuple[str, nn.Module | None]] = [("", model)]
     while stack:

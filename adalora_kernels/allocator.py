@@ -180,7 +180,8 @@ class RankAllocator:
         self.shrunk = False
         self._narrow_dtype = state_dtype
         device, dtype, ranks = self._device, self._scores_dtype, sum(self._ranks)
-        # Captured graphs hold the addresses of all of these: they are only ever written in place.
+        # Captured graphs hold the addresses of all of these: while the model stays where it is and
+        # the pattern is not frozen, they are only written in place.
         self._exp_avg_ipt = [self._average_of(p) for p in self._parameters()]
         self._exp_avg_unc = [self._average_of(p) for p in self._parameters()]
         self._scores = torch.zeros(ranks, dtype=dtype, device=device)
@@ -439,12 +440,11 @@ class RankAllocator:
                 raise ValueError(f"state has {key} of shape {actual}, expected {shape}")
         self._follow_model()
         if not state["frozen"]:
-            for name in ("exp_avg_ipt", "exp_avg_unc"):
-                averages = getattr(self, f"_{name}") or list(
-                    map(self._average_of, self._parameters())
-                )
-                torch._foreach_copy_(averages, state[name])
-                setattr(self, f"_{name}", averages)
+            if self.frozen:
+                self._exp_avg_ipt = [self._average_of(p) for p in self._parameters()]
+                self._exp_avg_unc = [self._average_of(p) for p in self._parameters()]
+            torch._foreach_copy_(self._exp_avg_ipt, state["exp_avg_ipt"])
+            torch._foreach_copy_(self._exp_avg_unc, state["exp_avg_unc"])
         for name in ("scores", "mask", "skipped"):
             getattr(self, f"_{name}").copy_(state[name])
         self.global_step = state["global_step"]

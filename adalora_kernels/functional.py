@@ -233,9 +233,10 @@ def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
 
 def _pairs(pairs_or_model: Pairs) -> tuple[list[Tensor], list[Tensor]]:
     if isinstance(pairs_or_model, nn.Module):
-        pairs_or_model = find_adapters(pairs_or_model)
-        if not pairs_or_model:
-            raise ValueError("no AdaLoRA adapter in the model")
+        adapters = find_adapters(pairs_or_model)
+        if not adapters:
+            raise ValueError(f"no AdaLoRA adapter in this {type(pairs_or_model).__name__}")
+        pairs_or_model = adapters
     elif isinstance(pairs_or_model, Tensor) or not isinstance(pairs_or_model, Iterable):
         raise TypeError(
             "pairs_or_model must be a torch.nn.Module or (lora_A, lora_B) pairs, "

@@ -44,6 +44,14 @@ Type type_of(const Tensor& t, const char* name) {
 
 bool is_single_or_double(Type type) { return type == Type::float32 || type == Type::float64; }
 
+Type type_of_scores(const Tensor& scores, int64_t total_rank) {
+  const Type type = type_of(scores, "scores");
+  STD_TORCH_CHECK(
+      scores.numel() == total_rank && scores.is_contiguous() && is_single_or_double(type),
+      "scores must be (", total_rank, ",) in float32 or float64");
+  return type;
+}
+
 bool has_shape(const Tensor& t, int64_t rows, int64_t columns) {
   const auto sizes = t.sizes();
   return sizes.size() == 2 && sizes[0] == rows && sizes[1] == columns;
@@ -167,10 +175,7 @@ void importance_update_(Tensors params, MaybeTensors grads, Tensors exp_avg_ipt,
     op.adapters.push_back(a);
   }
   op.scores = scores.data_ptr();
-  op.scores_type = type_of(scores, "scores");
-  STD_TORCH_CHECK(scores.numel() == op.total_rank && scores.is_contiguous() &&
-                      is_single_or_double(op.scores_type),
-                  "scores must be (", op.total_rank, ",) in float32 or float64");
+  op.scores_type = type_of_scores(scores, op.total_rank);
   STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,
                   "skipped must be one int64");
   check_device<Device>(skipped, scores, "skipped");
@@ -233,10 +238,12 @@ std::tuple<Tensor, Tensor> orth_reg(Tensors A, Tensors B) {
 }
 
 template <class Device>
-void run_backward(const Tensor& grad_norms, const Tensor& norms, const Tensor& residuals,
+void run_backward(const Tensor& expanded, const Tensor& norms, const Tensor& residuals,
                   const Tensors& A, const Tensors& B, const Tensors& grad_A, const Tensors& grad_B,
                   bool accumulate) {
   OrthRegBackward op{};
+  // As autograd makes it, the gradient of a sum is an expanded scalar.
+  const Tensor grad_norms = torch::stable::contiguous(expanded);
   op.matrices = rows_of<Device>(A, B, norms);
   op.grads = rows_of<Device>(grad_A, grad_B, norms);
   STD_TORCH_CHECK(op.grads.size() == op.matrices.size(), "there must be a gradient of every matrix");
@@ -267,8 +274,6 @@ std::tuple<Tensors, Tensors> orth_reg_backward(Tensor grad_norms, Tensor norms, 
   Tensors dA, dB;
   for (const Tensor& a : A) dA.push_back(torch::stable::new_empty(a, a.sizes()));
   for (const Tensor& b : B) dB.push_back(torch::stable::new_empty(b, b.sizes()));
-  // As autograd makes it, the gradient of a mean is an expanded scalar.
-  grad_norms = torch::stable::contiguous(grad_norms);
   run_backward<Device>(grad_norms, norms, residuals, A, B, dA, dB, false);
   return {dA, dB};
 }
@@ -276,7 +281,6 @@ std::tuple<Tensors, Tensors> orth_reg_backward(Tensor grad_norms, Tensor norms, 
 template <class Device>
 void orth_reg_grad_(Tensor grad_norms, Tensor norms, Tensor residuals, Tensors A, Tensors B,
                     Tensors grad_A, Tensors grad_B) {
-  grad_norms = torch::stable::contiguous(grad_norms);
   run_backward<Device>(grad_norms, norms, residuals, A, B, grad_A, grad_B, true);
 }
 
@@ -292,10 +296,7 @@ void allocate_(Tensor scores, std::optional<Tensor> budget, Tensor mask, Tensors
     op.total_rank += E.size(0);
   }
   op.scores = scores.data_ptr();
-  op.scores_type = type_of(scores, "scores");
-  STD_TORCH_CHECK(scores.numel() == op.total_rank && scores.is_contiguous() &&
-                      is_single_or_double(op.scores_type),
-                  "scores must be (", op.total_rank, ",) in float32 or float64");
+  op.scores_type = type_of_scores(scores, op.total_rank);
   STD_TORCH_CHECK(mask.numel() == op.total_rank && mask.is_contiguous() &&
                       mask.scalar_type() == ScalarType::Bool,
                   "mask must be (", op.total_rank, ",) bool");

@@ -44,6 +44,16 @@ struct ImportanceUpdate {
   double beta1, beta2;
 };
 
+// Whether any of it is float64: all of it is computed in that then.
+inline bool holds_float64(const ImportanceUpdate& op) {
+  bool found = op.scores_type == Type::float64;
+  for (const auto& adapter : op.adapters)
+    for (const auto* p : {&adapter.A, &adapter.E, &adapter.B})
+      found |= p->weight_type == Type::float64 || p->state_type == Type::float64 ||
+               (p->grad != nullptr && p->grad_type == Type::float64);
+  return found;
+}
+
 // A matrix as the regulariser sees it: r rows of `length`, entry (i, k) at
 // data[i * row_stride + k * stride]. lora_A (r, in) is that already, lora_B (out, r) transposed.
 struct Rows {

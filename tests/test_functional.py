@@ -260,7 +260,7 @@ def test_orth_reg_of_a_rank_zero_pair_is_zero():
         (torch.ones(2, 2), 0.1, TypeError, "Tensor"),
         (3, 0.1, TypeError, "int"),
         ([], 0.1, ValueError, "empty"),
-        (nn.Linear(3, 3), 0.1, ValueError, "no AdaLoRA adapter"),
+        (nn.Linear(3, 3), 0.1, ValueError, "no AdaLoRA adapter in this Linear"),
         ([torch.ones(2, 2)], 0.1, TypeError, r"\[0\]"),
         ([(torch.ones(2, 3), torch.ones(4, 3))], 0.1, ValueError, r"\(2, 3\) and \(4, 3\)"),
         ([(torch.ones(2, 3).int(), torch.ones(4, 2))], 0.1, TypeError, "int32"),

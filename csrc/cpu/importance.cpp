@@ -216,18 +216,10 @@ void run(const ImportanceUpdate& op) {
   narrow(scores.data(), op.scores, op.scores_type, 0, op.total_rank);
 }
 
-bool is_double(const ImportanceUpdate::Parameter& p) {
-  return p.weight_type == Type::float64 || p.grad_type == Type::float64 ||
-         p.state_type == Type::float64;
-}
-
 }  // namespace
 
 void importance_update(const ImportanceUpdate& op) {
-  bool wide = op.scores_type == Type::float64;
-  for (const auto& adapter : op.adapters)
-    wide |= is_double(adapter.A) || is_double(adapter.E) || is_double(adapter.B);
-  wide ? run<double>(op) : run<float>(op);
+  holds_float64(op) ? run<double>(op) : run<float>(op);
 }
 
 }  // namespace adalora::cpu

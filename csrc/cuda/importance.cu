@@ -342,18 +342,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool is_double(const ImportanceUpdate::Parameter& p) {
-  return p.weight_type == Type::float64 || p.state_type == Type::float64 ||
-         (p.grad != nullptr && p.grad_type == Type::float64);
-}
-
-bool is_double(const ImportanceUpdate& op) {
-  return op.scores_type == Type::float64 ||
-         std::any_of(op.adapters.begin(), op.adapters.end(), [](const auto& adapter) {
-           return is_double(adapter.A) || is_double(adapter.E) || is_double(adapter.B);
-         });
-}
-
 bool is_aligned(const ImportanceUpdate::Parameter& p) {
   const bool states = cuda::is_aligned(p.exp_avg_ipt, p.state_type) &&
                       cuda::is_aligned(p.exp_avg_unc, p.state_type);
@@ -508,11 +496,11 @@ int64_t importance_update_workspace(const ImportanceUpdate& op) {
     partials += strips.chunks_A + strips.chunks_B * adapter.r;
   }
   return flag_capacity(op) * static_cast<int64_t>(sizeof(int32_t)) +
-         partials * size_of(is_double(op) ? Type::float64 : Type::float32);
+         partials * size_of(holds_float64(op) ? Type::float64 : Type::float32);
 }
 
 cudaError_t importance_update(const ImportanceUpdate& op, void* workspace, cudaStream_t stream) {
-  return is_double(op) ? run<double>(op, workspace, stream) : run<float>(op, workspace, stream);
+  return holds_float64(op) ? run<double>(op, workspace, stream) : run<float>(op, workspace, stream);
 }
 
 }  // namespace adalora::cuda
