@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
+PEFT := build/$(subst ==,-,$(shell grep '^peft==' constraints.txt)).tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
 # The oldest triton that is supported, for the kernels that are only compiled.
@@ -12,7 +13,7 @@ OLDEST_TRITON := 3.6.0
 
 .PHONY: install test compile-oldest demo bench lint format clean
 
-install: $(VENV)/.installed $(DATA)
+install: $(VENV)/.installed $(DATA) $(PEFT)
 
 # torch before the package, whose library is built with it.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -26,6 +27,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* 
 $(DATA): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) vaderSentiment
+
+# Its tests are in PEFT's source archive only, too.
+$(PEFT): | $(VENV)/.installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) peft
 
 test: install
 	$(BIN)/pytest

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from . import functional
 from .adapters import Adapter, find_adapters
 
 _STATE_FORMAT = 1
@@ -34,6 +37,7 @@ class BudgetSchedule:
         tfinal: steps after the last.
         deltaT: steps between two prunings.
         total_step: steps of the whole training. Steps count from 1, so the last is total_step.
+            None: not known yet; nothing after step tinit can be asked until it is.
 
     Raises:
         TypeError: an argument is not an int.
@@ -46,13 +50,15 @@ class BudgetSchedule:
     tinit: int
     tfinal: int
     deltaT: int
-    total_step: int
+    total_step: int | None
 
     def __post_init__(self) -> None:
         for name in ("init_budget", "target_budget", "tinit", "tfinal"):
             _check_int(name, getattr(self, name), 0)
-        for name in ("deltaT", "total_step"):
-            _check_int(name, getattr(self, name), 1)
+        _check_int("deltaT", self.deltaT, 1)
+        if self.total_step is None:
+            return
+        _check_int("total_step", self.total_step, 1)
         if self.tinit >= self.final_step:
             raise ValueError(
                 "tinit must be less than total_step - tfinal, got "
@@ -61,7 +67,13 @@ class BudgetSchedule:
 
     @property
     def final_step(self) -> int:
-        """The last step of the budgeting phase, at which the pattern is frozen."""
+        """The last step of the budgeting phase, at which the pattern is frozen.
+
+        Raises:
+            RuntimeError: total_step is not known yet.
+        """
+        if self.total_step is None:
+            raise RuntimeError("total_step is not known yet: set it, for the budget depends on it")
         return self.total_step - self.tfinal
 
     def phase(self, step: int) -> str:
@@ -93,9 +105,10 @@ class BudgetSchedule:
 class RankAllocator:
     """Scores every triplet of every adapter, and keeps the best ones within the budget.
 
-    Call `step` once per optimizer step, after `optimizer.step()` and before `zero_grad()`. Pruning
-    writes 0 into lora_E; a pruned triplet still gets a gradient there and can come back, until
-    the pattern is frozen at step total_step - tfinal. Works on our layers, loralib's and PEFT's.
+    Either `attach` it to the optimizer, or call `step` once per optimizer step, after
+    `optimizer.step()` and before `zero_grad()`. Pruning writes 0 into lora_E; a pruned triplet
+    still gets a gradient there and can come back, until the pattern is frozen at step
+    total_step - tfinal. Works on our layers, loralib's and PEFT's.
 
     Memory: two averages in float32 (float64 for float64 parameters) per adapter entry, freed when
     the pattern is frozen.
@@ -109,17 +122,22 @@ class RankAllocator:
     Args:
         model: where to look for adapters (`find_adapters`); all on one device.
         target_r: average number of triplets per matrix at the end.
-        total_step, tinit, tfinal, deltaT: see `BudgetSchedule`.
+        total_step, tinit, tfinal, deltaT: see `BudgetSchedule`. total_step may follow by
+            `set_total_step`.
         beta1, beta2: decay of the averages of sensitivity and uncertainty (eq. 9, 10), in (0, 1).
         target_total_rank: triplets at the end over all matrices, in place of target_r per matrix.
         adapter_name: which of PEFT's named adapters; by default the trainable ones.
         state_dtype: of the averages: torch.float32, or torch.bfloat16 for half of the memory. A
             bfloat16 average is rounded to 8 bits at every step, a relative error of up to
             2⁻⁸ / (1 - beta): 2.6 % at 0.85. float64 parameters always have float64 averages.
+        orth_reg_weight: weight of the orthogonality regulariser whose gradient an optimizer that
+            this is attached to gets; see `orth_reg_grad_`. Without `attach` it has no effect.
 
     Attributes:
         schedule: the `BudgetSchedule`; may be replaced by one with the same init_budget.
         adapters: the adapters, in module order. Ties between triplets go to the earlier one.
+        orth_reg: the regulariser at the last step of an optimizer that this is attached to, a
+            scalar on the device; None before that, or at weight 0.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -132,7 +150,7 @@ class RankAllocator:
         model: nn.Module,
         *,
         target_r: int,
-        total_step: int,
+        total_step: int | None = None,
         tinit: int = 0,
         tfinal: int = 0,
         deltaT: int = 1,
@@ -141,6 +159,7 @@ class RankAllocator:
         target_total_rank: int | None = None,
         adapter_name: str | None = None,
         state_dtype: torch.dtype = torch.float32,
+        orth_reg_weight: float = 0.0,
     ) -> None:
         _check_int("target_r", target_r, 0)
         if target_total_rank is not None:
@@ -152,6 +171,12 @@ class RankAllocator:
                 raise ValueError(f"{name} must be in (0, 1), got {beta}")
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {state_dtype}")
+        if isinstance(orth_reg_weight, bool) or not isinstance(orth_reg_weight, int | float):
+            raise TypeError(
+                f"orth_reg_weight must be a number, got {type(orth_reg_weight).__name__}"
+            )
+        if not orth_reg_weight >= 0.0:
+            raise ValueError(f"orth_reg_weight must be at least 0, got {orth_reg_weight}")
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
@@ -178,10 +203,19 @@ class RankAllocator:
         self.global_step = 0
         self.frozen = False
         self.shrunk = False
+        self.orth_reg_weight = orth_reg_weight
+        self.orth_reg: Tensor | None = None
         self._narrow_dtype = state_dtype
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """The state before the first step, where the model is.
+
+        Captured graphs hold the addresses of all of it: while the model stays where it is and the
+        pattern is not frozen, it is only written in place.
+        """
         device, dtype, ranks = self._device, self._scores_dtype, sum(self._ranks)
-        # Captured graphs hold the addresses of all of these: while the model stays where it is and
-        # the pattern is not frozen, they are only written in place.
         self._exp_avg_ipt = [self._average_of(p) for p in self._parameters()]
         self._exp_avg_unc = [self._average_of(p) for p in self._parameters()]
         self._scores = torch.zeros(ranks, dtype=dtype, device=device)
@@ -213,6 +247,116 @@ class RankAllocator:
             parameter.shape, dtype=self._average_dtype(parameter), device=parameter.device
         )
 
+    def set_total_step(self, total_step: int) -> None:
+        """Set the number of training steps in the schedule.
+
+        Raises:
+            TypeError, ValueError: as `BudgetSchedule`.
+        """
+        _check_int("total_step", total_step, 1)
+        self.schedule = dataclasses.replace(self.schedule, total_step=total_step)
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer steps this; see `attach`."""
+        return bool(self._hooks)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
+
+        Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
+        `orth_reg_weight`, is added to the adapters' gradients; after it comes our `step`, with
+        the number of the last one plus 1. So the regulariser counts once per optimizer step,
+        whatever the model returns, however many micro-batches there are, and not in any loss. It
+        comes after gradient clipping, which no longer sees it. Steps that a GradScaler skips do
+        not count, unless the optimizer is a fused one: those can't know, and count, but leave the
+        averages as they are. An optimizer step for which no adapter has a gradient is ignored.
+
+        Uses the optimizer's public step hooks, which are not saved or copied with it: attach
+        again after loading or copying. A step captured in a CUDA graph needs `advance` and
+        `update` instead.
+
+        Args:
+            optimizer: over all trainable adapter parameters; or a wrapper that has it as its
+                `optimizer`, such as Accelerate's.
+
+        Raises:
+            TypeError: not a torch optimizer.
+            ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
+                are sharded.
+            RuntimeError: already attached.
+        """
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if self.attached:
+            raise RuntimeError("attached to an optimizer already: call detach() first")
+        if any("DTensor" in type(p).__name__ for p in self._parameters()):
+            raise ValueError("the adapters are sharded (FSDP2, DTensor), which is not supported")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for adapter in self.adapters:
+            if any(p.requires_grad and id(p) not in held for p in adapter.parameters):
+                raise ValueError(
+                    f"optimizer must have all trainable adapter parameters, lacks one of those "
+                    f"beside {adapter.name}"
+                )
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        )
+
+    def detach(self) -> None:
+        """End what `attach` began. Without effect if there is nothing to end."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no optimizer that would step it.
+        return {**self.__dict__, "_hooks": ()}
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._parameters())
+
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an attached allocator can't be captured in a CUDA graph, for its budget changes: "
+                "detach() it, and capture update() (see RankAllocator)"
+            )
+        weight = self.orth_reg_weight
+        if weight == 0.0 or not self._has_gradients():
+            return
+        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
+            raise RuntimeError(
+                "an attached allocator can't add its regulariser to gradients that are made by a "
+                "closure: use orth_reg in the loss, and orth_reg_weight=0 here"
+            )
+        # A fused optimizer divides by the GradScaler's scale itself.
+        scale = getattr(optimizer, "grad_scale", None)
+        self.orth_reg = functional.orth_reg_grad_(
+            self.adapters, weight, grad_scale=None if scale is None else 1.0 / scale
+        )
+
+    def _after_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self._has_gradients():
+            return
+        # What a fused optimizer under a GradScaler has instead of not being called. It is not to
+        # be read here; a scale of inf makes the update skip itself on the device.
+        overflow = getattr(optimizer, "found_inf", None)
+        scale = None
+        if overflow is not None:
+            scale = torch.full((1,), torch.inf, device=self._device)
+            scale = scale.where(overflow.to(self._device) > 0, 1.0)
+        self._step(self.global_step + 1, scale)
+
     def step(self, global_step: int, *, grad_scale: float | Tensor | None = None) -> int:
         """Update the importance averages and, where the schedule says so, prune.
 
@@ -228,16 +372,41 @@ class RankAllocator:
 
         Raises:
             TypeError, ValueError: global_step is not an int ≥ 0, or what `update` raises.
-            RuntimeError: no adapter has a gradient, before the pattern is frozen.
+            RuntimeError: no adapter has a gradient, before the pattern is frozen; or an optimizer
+                does this already (`attach`).
         """
         _check_int("global_step", global_step, 0)
+        if self.attached:
+            raise RuntimeError("attached to an optimizer, whose step() has done this: see attach()")
+        return self._step(global_step, self._scale(grad_scale))
+
+    def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
         parameters = self._learning(global_step)
-        scale = self._scale(grad_scale)
         budget = self.advance(global_step)
-        self._update(parameters, scale)
-        if global_step >= self.schedule.final_step and not self.frozen:
-            self._freeze()
+        self._update(parameters, grad_scale)
+        self._freeze_if_final()
         return budget
+
+    @torch.no_grad()
+    def skip(self, global_step: int) -> int:
+        """A `step` that the optimizer skipped, because a GradScaler found inf or NaN.
+
+        The averages stay, and while there are any `summary()` counts it; budget and pattern
+        follow the schedule.
+
+        Args, returns, raises: as `advance`.
+        """
+        final = self.frozen or global_step >= self.schedule.final_step
+        budget = self.advance(global_step)
+        if not final:
+            self._skipped += 1
+        self._update([], None)
+        self._freeze_if_final()
+        return budget
+
+    def _freeze_if_final(self) -> None:
+        if self.global_step >= self.schedule.final_step and not self.frozen:
+            self._freeze()
 
     @torch.no_grad()
     def advance(self, global_step: int) -> int:
@@ -324,6 +493,9 @@ class RankAllocator:
         device, dtype = self._device, self._scores_dtype
         if self._scores.device == device and self._scores.dtype == dtype:
             return
+        if self._scores.is_meta:
+            self._make_state()
+            return
         if not self.frozen:
             dtypes = [self._average_dtype(p) for p in self._parameters()]
             for averages in (self._exp_avg_ipt, self._exp_avg_unc):
@@ -366,7 +538,8 @@ class RankAllocator:
         """Where the run stands, for logs. Reads the device.
 
         Keys: step, phase, budget, total_rank (triplets alive), init_budget, target_budget,
-        matrices, skipped_steps (steps with inf or NaN gradients), frozen, shrunk.
+        matrices, skipped_steps (steps with inf or NaN gradients, before the pattern is frozen),
+        frozen, shrunk.
         """
         step, schedule = self.global_step, self.schedule
         return {

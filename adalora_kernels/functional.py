@@ -176,14 +176,23 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
 
 
 @torch.no_grad()
-def orth_reg_grad_(pairs_or_model: Pairs, weight: float, squared: bool = False) -> Tensor:
+def orth_reg_grad_(
+    pairs_or_model: Pairs,
+    weight: float,
+    squared: bool = False,
+    *,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
     """Add the gradient of `orth_reg` straight into the `.grad` of the adapters.
 
     To be called once per optimizer step, after the last backward and before clipping: the
     regulariser then counts once under gradient accumulation, DDP and activation checkpointing,
-    and no autograd graph is built. With a GradScaler, call `scaler.unscale_(optimizer)` first.
+    and no autograd graph is built. With a GradScaler, call `scaler.unscale_(optimizer)` first, or
+    give grad_scale.
 
     Args, raises: those of `orth_reg`. Parameters that need no gradient are left out.
+        grad_scale: what ∂L/∂w is of the gradients, one number on the adapters' device: 1 / 1024 if
+            the loss was multiplied by 1024. None: 1.
 
     Returns:
         The value of the regulariser, a scalar on the adapters' device; nothing is read back.
@@ -192,6 +201,8 @@ def orth_reg_grad_(pairs_or_model: Pairs, weight: float, squared: bool = False) 
     _check_weight(weight)
     norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
     grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
+    if grad_scale is not None:
+        grad_norms = (grad_norms / grad_scale).to(grad_norms.dtype)
     targets, aside = _gradients_of(lora_A + lora_B)
     grad_A, grad_B = targets[: len(lora_A)], targets[len(lora_A) :]
     torch.ops.adalora.orth_reg_grad_(grad_norms, norms, residuals, lora_A, lora_B, grad_A, grad_B)

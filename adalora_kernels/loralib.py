@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -66,8 +65,7 @@ class RankAllocator:
         self.allocator = _RankAllocator(
             model,
             target_r=target_rank,
-            # The shortest schedule that is valid, until set_total_step brings the real one.
-            total_step=init_warmup + final_warmup + 1 if total_step is None else total_step,
+            total_step=total_step,
             tinit=init_warmup,
             tfinal=final_warmup,
             deltaT=mask_interval,
@@ -82,8 +80,7 @@ class RankAllocator:
         Raises:
             TypeError, ValueError: as `BudgetSchedule`.
         """
-        schedule = self.allocator.schedule
-        self.allocator.schedule = dataclasses.replace(schedule, total_step=total_step)
+        self.allocator.set_total_step(total_step)
         self.total_step = total_step
 
     def get_rank_pattern(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 from .allocator import RankAllocator
 
 _SUFFIX = re.compile(r"\.?lora_E(\.[^.]+)?$")
+_LOGGED = "adalora/"  # how AdaLoraCallback's keys begin
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<matrix>.+)$")
 
 
@@ -103,7 +104,8 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
     """Draw loss, budget and total rank over the steps of a run, to a PNG.
 
     Args:
-        history: records with the keys step, loss, budget and total_rank. A value may be None.
+        history: records with the keys step, loss, budget and total_rank. A value may be None. Or
+            the `state.log_history` of a Trainer with an `AdaLoraCallback`.
         path: the file to write.
 
     Raises:
@@ -111,6 +113,13 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
         ImportError: matplotlib is missing (extra "plot").
     """
     records = list(history)
+    if any(_LOGGED + "budget" in record for record in records):
+        # A Trainer's; it also holds evaluations and a summary of the run.
+        records = [
+            {key.removeprefix(_LOGGED): value for key, value in record.items()}
+            for record in records
+            if _LOGGED + "budget" in record
+        ]
     if not records:
         raise ValueError("history is empty")
     for i, record in enumerate(records):

@@ -275,13 +275,16 @@ def importance_update_(
     The averages are float32 or bfloat16 (float64 for float64 parameters), contiguous. If any
     gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which counts
     such steps. `scores` is flat, (total rank,), in float32 or float64. `grad_scale` (one float32)
-    is what ∂L/∂w is of the gradients: 1 / 1024 if the loss was multiplied by 1024.
+    is what ∂L/∂w is of the gradients: 1 / 1024 if the loss was multiplied by 1024. Where it is
+    inf or NaN, the step is skipped as well.
     """
     # The extremes are finite exactly when everything is; the decision stays on the device.
     extremes = [e for g in grads if g is not None and g.numel() > 0 for e in torch.aminmax(g)]
     if not extremes:
         return
     finite = torch.stack(extremes).isfinite().all()
+    if grad_scale is not None:
+        finite = finite & grad_scale.isfinite().all()
     skipped += ~finite
     step = finite.to(scores.dtype)
     for w, g, avg_ipt, avg_unc in zip(params, grads, exp_avg_ipt, exp_avg_unc, strict=True):

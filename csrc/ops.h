@@ -16,8 +16,8 @@ inline int64_t size_of(Type type) {
 // One step of the importance averages, and the triplet scores that follow (paper, eq. 7 to 11):
 //   ipt = |w * g| * grad_scale;  I = beta1 I + (1 - beta1) ipt;  U = beta2 U + (1 - beta2) |ipt - I|
 //   scores[i] = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji),  s = I * U
-// ipt is 0 where that is NaN, and the largest finite number where it is infinite. If any gradient
-// holds inf or NaN, nothing changes but *skipped, which grows by one.
+// ipt is 0 where that is NaN, and the largest finite number where it is infinite. If any gradient,
+// or grad_scale, is inf or NaN, nothing changes but *skipped, which grows by one.
 struct ImportanceUpdate {
   struct Parameter {
     const void* weight;  // this and all below: contiguous, rows x columns

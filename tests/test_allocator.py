@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_target_above_the_initial_budget_prunes_nothing():
         ({"total_step": 0}, ValueError, "total_step .*0"),
         ({"tfinal": -1}, ValueError, "tfinal .*-1"),
         ({"total_step": 10.0}, TypeError, "total_step .*float"),
-        ({"total_step": None}, TypeError, "total_step .*NoneType"),
+        ({"total_step": "10"}, TypeError, "total_step .*str"),
         ({"target_budget": True}, TypeError, "target_budget .*bool"),
     ],
 )
@@ -697,3 +698,178 @@ def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(tmp_path):
     assert first == second
     assert first["ranks"] == first["expected"] and sum(first["ranks"].values()) == 9
     assert first["difference"] < 1e-6
+
+
+# Attached to an optimizer
+
+
+def attached_setup(optimizer="adamw", **options):
+    """As `setup`, with the allocator attached and an orthogonality weight of 0.1."""
+    model, _, allocator = setup(orth_reg_weight=0.1, **options)
+    kinds = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+        "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    }
+    made = kinds[optimizer](trainable(model))
+    allocator.attach(made)
+    return model, made, allocator
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("kind", ["adamw", "fused", "sgd"])
+def test_attached_is_the_loop_by_hand(kind, micro_batches):
+    results = []
+    for by_hand in (False, True):
+        model, optimizer, allocator = attached_setup(kind)
+        if by_hand:
+            allocator.detach()
+            assert not allocator.attached
+        for step in range(1, allocator.schedule.total_step + 1):
+            for i in range(micro_batches):
+                (model.loss(*batch(100 * step + i)) / micro_batches).backward()
+            if by_hand:
+                orth_reg_grad_(model, 0.1)
+            optimizer.step()
+            if by_hand:
+                allocator.step(step)
+            optimizer.zero_grad()
+        results.append((*model.parameters(), *allocator.state_dict()["exp_avg_ipt"]))
+        assert allocator.frozen and allocator.global_step == allocator.schedule.total_step
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_attach_refuses():
+    model, optimizer, allocator = attached_setup()
+    with pytest.raises(RuntimeError, match=r"attached .*detach"):
+        allocator.attach(optimizer)
+    model.loss(*batch(1)).backward()
+    with pytest.raises(RuntimeError, match=r"attached .*step\(\)"):
+        allocator.step(1)
+    with pytest.raises(RuntimeError, match="closure"):
+        optimizer.step(lambda: model.loss(*batch(1)))
+    allocator.detach()
+    allocator.detach()
+    with pytest.raises(TypeError, match=r"optimizer .*Mlp"):
+        allocator.attach(model)
+    few = torch.optim.SGD([model.layers[0].lora_A], lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizer .*layers\.0\.lora_E"):
+        allocator.attach(few)
+    few.step()
+    assert allocator.global_step == 0 and not allocator.attached
+    model.layers[0].lora_A.requires_grad_(False)
+    allocator.attach(torch.optim.SGD(trainable(model), lr=0.1))
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan")])
+def test_orth_reg_weight_refuses(weight):
+    with pytest.raises(ValueError, match=r"orth_reg_weight .*at least 0"):
+        setup(orth_reg_weight=weight)
+    with pytest.raises(TypeError, match=r"orth_reg_weight .*str"):
+        setup(orth_reg_weight="0.1")
+
+
+def test_an_optimizer_step_without_gradients_does_not_count():
+    model, optimizer, allocator = attached_setup()
+    optimizer.step()
+    assert allocator.global_step == 0 and allocator.orth_reg is None
+    assert all(p.grad is None for p in model.parameters())
+    model.loss(*batch(1)).backward()
+    optimizer.step()
+    assert allocator.global_step == 1
+    torch.testing.assert_close(allocator.orth_reg > 0, torch.tensor(True))
+
+
+def test_no_regulariser_at_weight_zero():
+    model, optimizer, allocator = attached_setup()
+    allocator.orth_reg_weight = 0.0
+    model.loss(*batch(1)).backward()
+    with CountOps() as ops:
+        optimizer.step()
+    assert not any("orth_reg" in name for name in ops.counts)
+    assert ops.counts["adalora::importance_update_"] == 1
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("kind", ["adamw", "fused"])
+def test_attached_under_a_grad_scaler(kind, clip):
+    """The same as without one; a step that overflows, outside the adapters, teaches nothing."""
+    results = []
+    for scaled in (False, True):
+        model, optimizer, allocator = attached_setup(kind)
+        other = nn.Parameter(torch.zeros(1))
+        optimizer.add_param_group({"params": [other]})
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for step in range(1, 13):
+            loss = model.loss(*batch(step)) + 0 * other.sum()
+            if step == 5:
+                if not scaled:
+                    continue
+                loss = loss + torch.inf * other.sum()
+            scaler.scale(loss).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+            before = copy.deepcopy(allocator.state_dict())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if step == 5:
+                after = allocator.state_dict()
+                for key in ("exp_avg_ipt", "exp_avg_unc"):
+                    assert all(map(torch.equal, before[key], after[key]))
+        results.append([*model.parameters(), *allocator.state_dict()["exp_avg_ipt"]])
+        # A scaler does not call the optimizer at all then, but for a fused one.
+        counted = scaled and kind == "fused"
+        assert allocator.summary()["skipped_steps"] == int(counted)
+        assert allocator.global_step == (12 if counted else 11)
+    if kind == "adamw":  # the budget of a fused one is a step ahead
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_scale_that_is_not_finite_skips_the_step():
+    for scale in (torch.inf, torch.nan):
+        model, _, allocator = setup()
+        model.loss(*batch(1)).backward()
+        allocator.step(1, grad_scale=scale)
+        assert allocator.summary()["skipped_steps"] == 1
+        assert not any(t.any() for t in allocator.state_dict()["exp_avg_ipt"])
+
+
+def test_skipped_steps_follow_the_schedule():
+    model, optimizer, allocator = setup()
+    train(model, optimizer, allocator, range(1, 8))
+    before = allocator.state_dict()
+    last = allocator.schedule.final_step
+    for step in range(8, last + 1):
+        assert allocator.skip(step) == allocator.schedule.budget(step)
+    assert all(map(torch.equal, before["scores"], allocator.state_dict()["scores"]))
+    summary = allocator.summary()
+    assert summary["skipped_steps"] == last - 8, "at the last one there is nothing to learn"
+    assert summary["frozen"] and summary["total_rank"] == allocator.schedule.target_budget
+
+
+def test_a_copy_is_not_attached():
+    model, optimizer, allocator = attached_setup()
+    for copied in (copy.deepcopy(allocator), pickle.loads(pickle.dumps(allocator))):
+        assert not copied.attached
+    assert allocator.attached
+    model.loss(*batch(1)).backward()
+    optimizer.step()
+    assert allocator.global_step == 1 and copied.global_step == 0
+
+
+def test_a_schedule_without_an_end():
+    model, _, allocator = setup(total_step=None)
+    model.loss(*batch(1)).backward()
+    with pytest.raises(RuntimeError, match="total_step is not known"):
+        allocator.step(1)
+    assert allocator.global_step == 0 and allocator.summary()["phase"] == "initial"
+    for wrong, error in ((0, ValueError), (1.0, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="total_step"):
+            allocator.set_total_step(wrong)
+    with pytest.raises(ValueError, match="tinit must be less"):
+        allocator.set_total_step(allocator.schedule.tinit)
+    allocator.set_total_step(30)
+    allocator.step(1)
+    assert allocator.schedule.total_step == 30

@@ -355,6 +355,15 @@ def test_gradients_that_are_not_finite(emulated, dtype, value):
     assert model.skipped.item() == 2
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=["inf", "-inf", "nan"])
+def test_a_scale_that_is_not_finite(emulated, value):
+    model = Model(SMALL)
+    before = _bits(model.state())
+    model.step(emulated.importance_update_, grad_scale=torch.tensor([value]))
+    _assert_same_bits(_bits(model.state()), before)
+    assert model.skipped.item() == 1
+
+
 def test_products_that_are_not_finite(emulated):
     """inf * 0 counts as 0, inf as the largest finite number."""
     model = Model(SMALL)

@@ -15,6 +15,8 @@ PACKAGE = ROOT / "adalora_kernels"
 # Design, section 3: a module imports from those to its right only.
 LAYERS = [
     {"__main__"},
+    {"trainer"},
+    {"export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
     {"functional"},
@@ -36,10 +38,12 @@ def test_import_loads_none_of_the_optional_packages():
 def test_submodules_load_when_they_are_used():
     code = (
         "import adalora_kernels as a;"
-        "print(a.loralib.__name__, a.peft.apply.__name__, a.plot.rank_heatmap.__name__)"
+        "print(a.loralib.__name__, a.peft.apply.__name__, a.plot.rank_heatmap.__name__,"
+        " a.trainer.AdaLoraCallback.__name__, a.export.export_lora.__name__)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.split() == ["adalora_kernels.loralib", "apply", "rank_heatmap"]
+    names = ["adalora_kernels.loralib", "apply", "rank_heatmap", "AdaLoraCallback", "export_lora"]
+    assert result.stdout.split() == names
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = adalora_kernels.nothing
 

@@ -8,8 +8,20 @@ import warnings
 import peft
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from helpers import assert_as_good_as_eager
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.adalora import AdaLoraModel, SVDQuantLinear
 from peft.tuners.adalora import SVDLinear as PeftSVDLinear
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -465,3 +477,483 @@ def test_no_warnings():
 def test_versions():
     # The comparisons above are with this one; another may differ in what is compared.
     assert peft.__version__ == "0.21.2"
+
+
+# Where else adapters live: other layers, other ways to make them
+
+
+def pattern_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]
+
+
+def trained(model, steps=30):
+    """The model after `steps` steps with our allocator attached; its allocator."""
+    allocator = adalora_kernels.peft.allocator_of(model)
+    optimizer = optimizer_of(model, "adamw")
+    allocator.attach(optimizer)
+    for step in range(1, steps + 1):
+        x, labels = batch(step)
+        model(x, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    allocator.detach()
+    return allocator
+
+
+@pytest.fixture
+def enabled():
+    adalora_kernels.peft.enable()
+    yield
+    adalora_kernels.peft.disable()
+
+
+def test_enable_and_disable_leave_pefts_classes_as_they_were():
+    classes = (AdaLoraModel, AdaLoraConfig, PeftSVDLinear)
+    before = [dict(vars(cls)) for cls in classes]
+    adalora_kernels.peft.enable()
+    adalora_kernels.peft.enable()
+    try:
+        assert [dict(vars(cls)) for cls in classes] != before
+        model = make()
+        assert isinstance(model.base_model.rankallocator, RankAllocator)
+        assert type(model.base_model.model.fc0) is not PeftSVDLinear
+    finally:
+        adalora_kernels.peft.disable()
+    assert [dict(vars(cls)) for cls in classes] == before
+    plain = make()
+    assert type(plain.base_model) is AdaLoraModel
+    assert type(plain.base_model.model.fc0) is PeftSVDLinear
+    assert not isinstance(plain.base_model.rankallocator, RankAllocator)
+    # What was made in between stays ours, and works.
+    assert trained(model).summary()["total_rank"] == 9
+
+
+def test_an_enabled_model_trains_like_an_applied_one(enabled):
+    losses = train(model := make(tinit=3, tfinal=5), optimizer_of(model, "sgd"), range(1, 31))
+    adalora_kernels.peft.disable()
+    applied = make(tinit=3, tfinal=5)
+    adalora_kernels.peft.apply(applied)
+    assert train(applied, optimizer_of(applied, "sgd"), range(1, 31)) == losses
+
+
+def test_total_step_may_come_later():
+    model = make()
+    model.peft_config["default"].total_step = None
+    allocator = adalora_kernels.peft.apply(model).allocator
+    x, labels = batch(1)
+    model(x, labels=labels).loss.backward()
+    with pytest.raises(RuntimeError, match="total_step is not known"):
+        allocator.step(1)
+    model.peft_config["default"].total_step = STEPS
+    assert allocator.schedule.total_step == STEPS
+    allocator.set_total_step(40)
+    assert model.peft_config["default"].total_step == 40
+
+
+def inject(name="default", **options):
+    torch.manual_seed(0)
+    arguments = {"init_r": 6, "target_r": 3, "total_step": STEPS, "tinit": 3, "tfinal": 5}
+    config = AdaLoraConfig(**{**arguments, "target_modules": ["fc0", "fc1", "fc2"], **options})
+    return inject_adapter_in_model(config, Net(), name).train()
+
+
+@pytest.mark.parametrize("how", ["apply", "enable"])
+def test_injected_adapters_are_allocated(how, tmp_path):
+    if how == "enable":
+        adalora_kernels.peft.enable()
+    try:
+        model = inject()
+    finally:
+        adalora_kernels.peft.disable()
+    report = adalora_kernels.peft.apply(model)
+    assert report.swapped == ["fc0", "fc1", "fc2"]
+    assert adalora_kernels.peft.apply(model).allocator is report.allocator
+    assert adalora_kernels.peft.allocator_of(model) is report.allocator
+    optimizer = optimizer_of(model, "adamw")
+    for step in range(1, 31):
+        x, labels = batch(step)
+        (model(x, labels=labels).loss + orth_reg(model, 0.5)).backward()
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert report.allocator.frozen and sum(report.allocator.ranks().values()) == 9
+    # PEFT's own functions save it, and load it into another such model and into a PeftModel.
+    model.peft_config["default"].save_pretrained(tmp_path)
+    state = get_peft_model_state_dict(model)
+    assert sum(len(t) for name, t in state.items() if "lora_E" in name) == 9
+    save_file(
+        {f"base_model.model.{name}": t for name, t in state.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path).eval()
+    x, _ = batch(1)
+    torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits)
+    other = inject(rank_pattern=pattern_in(tmp_path))
+    adalora_kernels.peft.apply(other)
+    set_peft_model_state_dict(other, state)
+    torch.testing.assert_close(other.eval()(x).logits, model(x).logits)
+    copied = copy.deepcopy(model)
+    assert adalora_kernels.peft.allocator_of(copied) is not report.allocator
+    assert copied.update_and_allocate.__self__ is adalora_kernels.peft.allocator_of(copied)
+
+
+def test_an_adapter_inside_another_model():
+    """sentence-transformers, for instance, adds the adapter to the transformer inside."""
+    model = nn.Sequential(inject(), nn.Identity())
+    report = adalora_kernels.peft.apply(model)
+    assert report.swapped == ["fc0", "fc1", "fc2"]
+    assert adalora_kernels.peft.allocator_of(nn.Sequential(model)) is report.allocator
+
+
+def test_transformers_add_adapter():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    )
+    model.add_adapter(AdaLoraConfig(init_r=3, target_r=1, total_step=9, target_modules=["query"]))
+    report = adalora_kernels.peft.apply(model)
+    assert len(report.swapped) == 1 and report.allocator.schedule.init_budget == 3
+    assert callable(model.update_and_allocate)
+
+
+def test_mixed_adapters():
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=20, tfinal=5, target_modules=["fc0", "fc1"]
+    )
+    model = get_peft_model(Net(), config, "ada", mixed=True)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["fc1", "fc2"]))
+    model.set_adapter(["ada", "plain"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+            parameter.requires_grad_(True)
+    x, labels = batch(1)
+    expected = model(x).logits
+    report = adalora_kernels.peft.apply(model)
+    assert report.swapped == ["fc0", "fc1"] or report.swapped == ["fc0", "fc1.base_layer"]
+    torch.testing.assert_close(model(x).logits, expected)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    report.allocator.attach(optimizer)
+    for step in range(1, 21):
+        x, labels = batch(step)
+        model(x, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(report.allocator.ranks().values()) == 4
+
+
+def test_several_trainable_adapters_are_refused():
+    model = get_peft_model(Net(), LoraConfig(target_modules=["fc0"]), "lora", mixed=True)
+    for name in ("a", "b"):
+        model.add_adapter(name, AdaLoraConfig(total_step=9, target_modules=["fc1"]))
+    with pytest.raises(ValueError, match=r"several .*\['a', 'b'\]"):
+        adalora_kernels.peft.apply(model)
+    assert type(model.base_model.model.fc1) is PeftSVDLinear
+
+
+@pytest.mark.parametrize("name", ["fc", "f", "lora_E", "lora", "0", "model"])
+def test_an_adapter_named_like_a_module(name, tmp_path):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        init_r=6, target_r=3, total_step=STEPS, tfinal=5, target_modules=["fc0", "fc1", "fc2"]
+    )
+    model = get_peft_model(Net(), config, name).train()
+    adalora_kernels.peft.apply(model)
+    assert sum(trained(model).ranks().values()) == 9
+    model.save_pretrained(tmp_path)
+    x, _ = batch(1)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / name).eval()  # under PEFT's usual name
+    torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits)
+    assert list(pattern_in(tmp_path / name)) == [f"fc{i}.lora_E" for i in range(3)]
+
+
+def test_a_pruned_adapter_is_trained_further(tmp_path, enabled):
+    """The second run keeps all that is there, the third prunes it further."""
+    x, _ = batch(1)
+    model, logits = make(tinit=3, tfinal=5), None
+    for run, (target_r, before, after) in enumerate([(3, 18, 9), (3, 9, 9), (2, 9, 6)]):
+        folder = tmp_path / str(run)
+        if run > 0:
+            config = PeftConfig.from_pretrained(tmp_path / str(run - 1))
+            config.target_r = target_r
+            torch.manual_seed(0)
+            model = PeftModel.from_pretrained(
+                Net(), tmp_path / str(run - 1), is_trainable=True, config=config
+            )
+            torch.testing.assert_close(model.eval()(x).logits, logits)
+        allocator = adalora_kernels.peft.allocator_of(model)
+        assert allocator.schedule.init_budget == before
+        trained(model.train())
+        assert sum(allocator.ranks().values()) == after
+        model.save_pretrained(folder)
+        logits = model.eval()(x).logits
+        assert {len(alive) for alive in pattern_in(folder).values()} == {6}
+        assert sum(map(sum, pattern_in(folder).values())) == after
+    adalora_kernels.peft.disable()
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), folder).eval()
+    assert type(loaded.base_model.model.fc0) is PeftSVDLinear
+    torch.testing.assert_close(loaded(x).logits, logits)
+
+
+def test_apply_after_a_pruned_adapter_was_loaded_for_training(tmp_path):
+    model = make(tinit=3, tfinal=5)
+    adalora_kernels.peft.apply(model)
+    trained(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    other = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True).train()
+    allocator = adalora_kernels.peft.apply(other).allocator
+    assert allocator.schedule.init_budget == 9
+    assert sum(trained(other).ranks().values()) == 9
+
+
+def test_rank_zero(tmp_path):
+    model = make(tinit=3, tfinal=5, target_r=0)
+    adalora_kernels.peft.apply(model)
+    allocator = trained(model)
+    assert set(allocator.ranks().values()) == {0}
+    allocator.shrink()
+    x, labels = batch(1)
+    with model.disable_adapter():
+        base = model(x).logits
+    torch.testing.assert_close(model(x).logits, base)
+    model.base_model(x, labels=labels)  # the regulariser of nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes it for damaged
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make().unload(), tmp_path)
+    assert set(loaded.state_dict()) >= {"base_model.model.fc0.lora_E.default"}
+
+
+def test_a_trainable_adapter_that_is_not_the_first(enabled):
+    options = {"init_r": 4, "total_step": STEPS, "target_modules": ["fc0", "fc1"]}
+    first = AdaLoraConfig(inference_mode=True, **options)
+    model = get_peft_model(Net(), first, "first").train()
+    assert adalora_kernels.peft.allocator_of(model) is None
+    x, labels = batch(1)
+    assert model.base_model(x, labels=labels).loss is not None  # PEFT: AttributeError
+    model.add_adapter("second", AdaLoraConfig(target_r=2, tfinal=4, **options))
+    model.set_adapter("second")
+    assert sum(trained(model).ranks().values()) == 4
+    model.delete_adapter("second")
+    assert adalora_kernels.peft.allocator_of(model) is None
+    model.add_adapter("third", AdaLoraConfig(target_r=2, **options))
+    assert adalora_kernels.peft.allocator_of(model).adapters[0].key == "third"
+
+
+def test_low_cpu_mem_usage(tmp_path, enabled):
+    """PEFT itself cannot load a pruned adapter so."""
+    saved = make(tinit=3, tfinal=5)
+    trained(saved)
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(
+        Net(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
+    ).train()
+    x, _ = batch(1)
+    torch.testing.assert_close(model.eval()(x).logits, saved.eval()(x).logits)
+    assert sum(trained(model.train()).ranks().values()) == 9
+
+
+def test_an_empty_model_that_is_filled_later(enabled):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=6, target_r=3, total_step=STEPS, target_modules=["fc0", "fc1"])
+    model = get_peft_model(Net(), config, low_cpu_mem_usage=True).train()
+    assert model.base_model.model.fc0.lora_A["default"].is_meta
+    state = {n: torch.randn(p.shape) for n, p in model.named_parameters() if "lora_" in n}
+    model.load_state_dict(state, strict=False, assign=True)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+    assert sum(trained(model).ranks().values()) == 6
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_gradient_checkpointing(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_bert()
+        adalora_kernels.peft.apply(model)
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.base_model.model.enable_input_require_grads()
+        for name, parameter in model.named_parameters():
+            if "lora_E" in name:
+                nn.init.ones_(parameter)
+        ids = torch.arange(20).reshape(2, 10)
+        model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append([p.grad for p in adapter_parameters(model).values() if p.requires_grad])
+    assert all(g is not None for g in gradients[0])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merging_after_training(kind, safe):
+    model = make(kind, tinit=3, tfinal=5)
+    adalora_kernels.peft.apply(model)
+    trained(model)
+    x, _ = batch(1)
+    y = model.eval()(x).logits
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(model(x).logits, y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x).logits, y)
+    with torch.no_grad():
+        model.base_model.model.fc0.lora_A["default"][0, 0] = torch.nan
+        model.base_model.model.fc0.lora_E["default"].fill_(1.0)
+    if safe:
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_adapter(safe_merge=True)
+
+
+def test_merge_and_unload_leaves_nothing_of_ours():
+    model = make()
+    adalora_kernels.peft.apply(model)
+    names = set(vars(Net()))
+    assert set(vars(model.merge_and_unload())) - names == set()
+
+
+class Opaque(nn.Module):
+    """A base layer of which nothing is known but its output: what a quantised one is to us."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.data * 64).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.to(x.dtype) / 64, self.bias.to(x.dtype))
+
+
+def gradients(model):
+    return [p.grad for p in adapter_parameters(model).values() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_gptq_layers(dtype):
+    """PEFT's layer class over an opaque base: gptqmodel itself needs a GPU."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=4, total_step=9, lora_alpha=8)
+    base = Opaque(nn.Linear(16, 24))
+    layer = SVDQuantLinear(base, "default", config, r=4, lora_alpha=8)
+    nn.init.normal_(layer.lora_E["default"])
+    model = nn.ModuleDict({"layer": layer})
+    model.peft_config = {"default": config}
+    x, g = torch.randn(5, 16).to(dtype), torch.randn(5, 24).to(dtype)
+    results = []
+    for ours in (False, True):
+        if ours:
+            assert adalora_kernels.peft.apply(model).swapped == ["layer"]
+        model.zero_grad()
+        y = layer(x)
+        y.backward(g)
+        factors = [getattr(layer, f)["default"] for f in ("lora_A", "lora_E", "lora_B")]
+        results.append([y, *(p.grad for p in factors)])
+    a, e, b = (p.detach().double().requires_grad_() for p in factors)
+    oracle = base(x.double()) + 8 / (4 + 1e-5) * (x.double() @ (a * e).T @ b.T)
+    oracle.backward(g.double())
+    for mine, theirs, exact in zip(*results[::-1], [oracle, a.grad, e.grad, b.grad], strict=True):
+        assert_as_good_as_eager(mine, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_layers(bits, dtype):
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes (extra test)")
+
+    def quantised():
+        torch.manual_seed(0)
+        net = Net()
+        for name in ("fc0", "fc1", "fc2"):
+            linear = getattr(net, name)
+            sizes = (linear.in_features, linear.out_features)
+            if bits == 8:
+                layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+                layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
+            else:
+                layer = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+                layer.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4")
+            layer.bias = linear.bias
+            setattr(net, name, layer.to("cpu"))
+        setattr(net, f"is_loaded_in_{bits}bit", True)
+        names = ["fc0", "fc1", "fc2"]
+        options = {"init_r": 6, "target_r": 3, "lora_alpha": 8, "total_step": STEPS, "tfinal": 5}
+        model = get_peft_model(net, AdaLoraConfig(target_modules=names, **options)).train()
+        for name in names:
+            nn.init.normal_(getattr(model.base_model.model, name).lora_E["default"], std=0.5)
+        return model
+
+    results = []
+    x, labels = batch(1)
+    x = x.to(dtype).requires_grad_()
+    for ours in (False, True):
+        model = quantised()
+        if ours:
+            report = adalora_kernels.peft.apply(model)
+            assert len(report.swapped) == 3 and report.left == {}
+        x.grad = None
+        y = model(x).logits
+        nn.functional.cross_entropy(y.float(), labels).backward()
+        results.append([y, x.grad, *gradients(model)])
+    assert len(results[0]) == len(results[1]) == 11
+    # PEFT's 8-bit layers return float32 whatever the base layer does; ours the base layer's dtype.
+    assert results[1][0].dtype == dtype
+    for mine, theirs in zip(*results, strict=True):
+        # Both round to dtype here and there, in three layers.
+        assert (mine - theirs).norm() <= 16 * torch.finfo(dtype).eps * theirs.norm()
+    optimizer = optimizer_of(model, "adamw")
+    report.allocator.attach(optimizer)
+    for step in range(1, 31):
+        x, labels = batch(step)
+        nn.functional.cross_entropy(model(x.to(dtype)).logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(report.allocator.ranks().values()) == 9
+
+
+def test_the_scaling_does_not_drift():
+    """PEFT's ranknum becomes trainable where the adapter is cast, as over a bfloat16 base."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=4, total_step=9, target_modules=["fc0", "fc1"])
+    model = get_peft_model(Net().to(torch.bfloat16), config).train()
+    adalora_kernels.peft.apply(model)
+    ranknums = [p for n, p in model.named_parameters() if "ranknum" in n]
+    assert len(ranknums) == 2 and not any(p.requires_grad for p in ranknums)
+
+
+@pytest.mark.parametrize("loop", ["forgotten", "by_hand", "attached"])
+def test_a_forgotten_allocator_is_warned_of_once(loop):
+    model = make()
+    allocator = adalora_kernels.peft.apply(model).allocator
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), fused=True)
+    if loop == "attached":
+        allocator.attach(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 6):
+            x, labels = batch(step)
+            model(x, labels=labels).loss.backward()
+            optimizer.step()
+            if loop == "by_hand":
+                model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    expected = ["AdaLoRA is training as plain LoRA"] if loop == "forgotten" else []
+    assert [m.split(":")[0] for m in messages] == expected
+    assert adalora_kernels.peft._waiting_hook is None or len(adalora_kernels.peft._waiting) > 0
+
+
+def test_disabled_adapters_have_no_regulariser():
+    model = make()
+    adalora_kernels.peft.apply(model)
+    x, labels = batch(1)
+    with model.disable_adapter():
+        loss = model.base_model(x, labels=labels).loss
+        task = nn.functional.cross_entropy(model(x).logits, labels)
+    torch.testing.assert_close(loss, task)

@@ -53,6 +53,19 @@ def test_budget_curve(tmp_path):
     assert imread(tmp_path / "budget.png")[..., :3].std() > 0.05
 
 
+def test_budget_curve_of_a_trainer(tmp_path):
+    run = [
+        {"step": i, "loss": 1 / i, "adalora/budget": 20 - i, "adalora/total_rank": 20 - i}
+        for i in range(1, 10)
+    ]
+    history = [*run[:5], {"step": 5, "eval_loss": 0.3}, *run[5:], {"step": 9, "train_runtime": 1.0}]
+    plot.budget_curve(history, tmp_path / "trainer.png")
+    plain = [{key.removeprefix("adalora/"): v for key, v in record.items()} for record in run]
+    plot.budget_curve(plain, tmp_path / "plain.png")
+    pictures = [imread(tmp_path / f"{name}.png") for name in ("trainer", "plain")]
+    assert (pictures[0] == pictures[1]).all()
+
+
 def test_refusals(tmp_path):
     target = tmp_path / "x.png"
     with pytest.raises(TypeError, match="list"):

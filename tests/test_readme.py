@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of README and docs run as they stand."""
 
 import re
 import subprocess
@@ -7,17 +7,31 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SECTIONS = [section.partition("\n") for section in README.split("\n## ")]
+ROOT = Path(__file__).parent.parent
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/peft.md")}
 EXAMPLES = {
-    title: code
-    for title, _, body in SECTIONS
-    for code in re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    f"{name}: {title} {i}".strip(" 0"): code
+    for name, page in PAGES.items()
+    for title, _, body in (section.partition("\n") for section in re.split("\n###? ", page))
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", body, re.DOTALL))
 }
 
 
 def test_every_example_is_found():
-    assert len(EXAMPLES) == README.count("```python") == 3
+    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values()) == 7
+
+
+def test_examples_of_loops_are_short():
+    for name, code in EXAMPLES.items():
+        if name.startswith("docs"):
+            lines = [line for line in code.splitlines() if line and "import" not in line]
+            assert len(lines) <= 15, name
+
+
+def test_links_lead_somewhere():
+    for name, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
 
 
 @pytest.mark.parametrize("code", EXAMPLES.values(), ids=EXAMPLES.keys())

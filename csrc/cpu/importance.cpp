@@ -195,7 +195,7 @@ void run(const ImportanceUpdate& op) {
   }
   if (with_grad == 0) return;
   // Before anything is written. The gradients are still in a cache when they are needed again.
-  std::atomic<bool> bad{false};
+  std::atomic<bool> bad{op.grad_scale != nullptr && !std::isfinite(*op.grad_scale)};
   for_each(count, with_grad, [&](int64_t i) {
     const auto& [p, start, n, columns, triplet, weight, partial] = chunks[i];
     if (p->grad == nullptr || bad.load(std::memory_order_relaxed)) return;

@@ -129,10 +129,10 @@ __device__ bool has_non_finite(const Gradient& gradient, int64_t begin, int leng
   return found;
 }
 
-// flags[blockIdx.x] = whether this block saw a gradient that is not finite.
+// flags[blockIdx.x] = whether this block saw a gradient, or the scale, that is not finite.
 template <class Compute>
 __global__ void __launch_bounds__(kThreads, sizeof(Compute) == 4 ? kGateBlocks : kDoubleBlocks)
-    gate(__grid_constant__ const Table<Gradient> table, int32_t* flags) {
+    gate(__grid_constant__ const Table<Gradient> table, const float* grad_scale, int32_t* flags) {
   bool found = false;
   for (uint32_t task = blockIdx.x; task < table.tasks; task += gridDim.x) {
     const Gradient& gradient = table.entries[table.find(task)];
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute) == 4 ? kGateBlocks :
   }
   const int any = __syncthreads_or(found);
   if (threadIdx.x == 0) {
-    flags[blockIdx.x] = any;
+    flags[blockIdx.x] = any || !(std::fabs(read_scale<float>(grad_scale)) <= kLargest<float>);
   }
 }
 
@@ -416,7 +416,7 @@ cudaError_t run(const ImportanceUpdate& op, void* workspace, cudaStream_t stream
     }
     int32_t* own_flags = flags + flag_count;
     flag_count += blocks;
-    return launch(gate<Compute>, blocks, stream, table, own_flags);
+    return launch(gate<Compute>, blocks, stream, table, op.grad_scale, own_flags);
   };
   TableWriter<Gradient, decltype(launch_gate)> gate_writer(launch_gate);
   for (const auto& adapter : op.adapters) {
