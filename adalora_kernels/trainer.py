@@ -91,7 +91,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         trainer, resumed = _trainer_that_calls()
         if state.global_step > 0:
             folder = _checkpoint(args, state) if resumed is None else Path(resumed)
-            allocator.load_state_dict(load_state(_state_file(folder, state.global_step)))
+            allocator.load_state_dict(load_state(_state_file(folder)))
         allocator.global_step = state.global_step
         allocator.detach()  # from one of another training, that was interrupted
         allocator.attach(optimizer)
@@ -140,7 +140,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         if self._training is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            file = _state_file(Path(state.best_model_checkpoint), state.global_step)
+            file = _state_file(Path(state.best_model_checkpoint))
             self._training.load_state_dict(load_state(file))
         self._end()
 
@@ -192,13 +192,13 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _state_file(folder: Path, step: int) -> Path:
+def _state_file(folder: Path) -> Path:
     """The allocator's state in the checkpoint `folder`."""
     file = folder / STATE_NAME
     if not file.is_file():
         raise RuntimeError(
-            f"resuming at step {step} needs the {STATE_NAME} that AdaLoraCallback writes into "
-            f"checkpoints, and {folder} has none"
+            f"{folder} has no {STATE_NAME}, which AdaLoraCallback writes into checkpoints, and "
+            "without which the training can't go on from one"
         )
     return file
 

@@ -122,7 +122,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     hub = Path(huggingface_hub.constants.HF_HUB_CACHE)
     if config.rootpath not in hub.parents:
-        raise pytest.UsageError(f"HF_HOME must be in {config.rootpath}: models are made there")
+        raise pytest.UsageError(f"HF_HUB_CACHE must be in {config.rootpath}: models are made there")
     make_models(hub)
     nn.modules.module.register_module_forward_hook(count_forward)
     if config.getoption("--ours"):

