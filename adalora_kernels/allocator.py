@@ -378,7 +378,7 @@ class RankAllocator:
         _check_int("global_step", global_step, 0)
         if self.attached:
             raise RuntimeError("attached to an optimizer, whose step() has done this: see attach()")
-        return self._step(global_step, self._scale(grad_scale))
+        return self._step(global_step, functional.as_grad_scale(grad_scale, self._device))
 
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
         parameters = self._learning(global_step)
@@ -437,7 +437,8 @@ class RankAllocator:
             ValueError: it is a tensor of another shape, dtype or device.
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
-        self._update(self._learning(self.global_step), self._scale(grad_scale))
+        scale = functional.as_grad_scale(grad_scale, self._device)
+        self._update(self._learning(self.global_step), scale)
 
     def _learning(self, global_step: int) -> list[nn.Parameter]:
         """The parameters whose averages the step updates: all, or none any more."""
@@ -468,25 +469,6 @@ class RankAllocator:
             lora_E = parameters[1::3] or [adapter.lora_E for adapter in self.adapters]
             budget = None if self.frozen else self._budget
             torch.ops.adalora.allocate_(self._scores, budget, self._mask, lora_E)
-
-    def _scale(self, grad_scale: float | Tensor | None) -> Tensor | None:
-        """As the op takes it."""
-        if grad_scale is None:
-            return None
-        if isinstance(grad_scale, Tensor):
-            if grad_scale.numel() != 1 or grad_scale.dtype != torch.float32:
-                raise ValueError(
-                    "grad_scale must be one float32, "
-                    f"got {grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
-                )
-            if grad_scale.device != self._device:
-                raise ValueError(f"grad_scale must be on {self._device}, is on {grad_scale.device}")
-            return grad_scale
-        if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float):
-            raise TypeError(
-                f"grad_scale must be a number or a tensor, got {type(grad_scale).__name__}"
-            )
-        return torch.full((1,), grad_scale, dtype=torch.float32, device=self._device)
 
     def _follow_model(self) -> None:
         """Bring the state to the device and dtype of the model, which may have been moved since."""

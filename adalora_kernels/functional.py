@@ -181,7 +181,7 @@ def orth_reg_grad_(
     weight: float,
     squared: bool = False,
     *,
-    grad_scale: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
 ) -> Tensor:
     """Add the gradient of `orth_reg` straight into the `.grad` of the adapters.
 
@@ -191,24 +191,48 @@ def orth_reg_grad_(
     give grad_scale.
 
     Args, raises: those of `orth_reg`. Parameters that need no gradient are left out.
-        grad_scale: what ∂L/∂w is of the gradients, one number on the adapters' device: 1 / 1024 if
-            the loss was multiplied by 1024. None: 1.
+        grad_scale: what ∂L/∂w is of the gradients; 1 / 1024 if the loss was multiplied by 1024. A
+            number, or one float32 on the adapters' device. None: 1.
 
     Returns:
         The value of the regulariser, a scalar on the adapters' device; nothing is read back.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
     _check_weight(weight)
+    scale = as_grad_scale(grad_scale, lora_A[0].device)
     norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
     grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
-    if grad_scale is not None:
-        grad_norms = (grad_norms / grad_scale).to(grad_norms.dtype)
+    if scale is not None:
+        grad_norms = grad_norms / scale
     targets, aside = _gradients_of(lora_A + lora_B)
     grad_A, grad_B = targets[: len(lora_A)], targets[len(lora_A) :]
     torch.ops.adalora.orth_reg_grad_(grad_norms, norms, residuals, lora_A, lora_B, grad_A, grad_B)
     for grad, part in aside:
         grad.add_(part)
     return _penalty(norms, weight, squared)
+
+
+def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """The factor between gradients and ∂L/∂w as the ops take it: one float32 on `device`.
+
+    Raises:
+        TypeError: neither a number nor a tensor.
+        ValueError: a tensor of another shape, dtype or device.
+    """
+    if grad_scale is None:
+        return None
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.numel() != 1 or grad_scale.dtype != torch.float32:
+            raise ValueError(
+                "grad_scale must be one float32, "
+                f"got {grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
+            )
+        if grad_scale.device != device:
+            raise ValueError(f"grad_scale must be on {device}, is on {grad_scale.device}")
+        return grad_scale
+    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float):
+        raise TypeError(f"grad_scale must be a number or a tensor, got {type(grad_scale).__name__}")
+    return torch.full((1,), grad_scale, dtype=torch.float32, device=device)
 
 
 def _gradients_of(

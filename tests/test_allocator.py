@@ -367,6 +367,28 @@ def test_a_captured_training_step_is_the_eager_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("overflow", [False, True], ids=["finite", "overflow"])
+def test_attached_under_a_scaler_does_not_sync(overflow):
+    """A fused optimizer has GradScaler's scale and its verdict on the device; so have we."""
+    model = nn.ModuleList(SVDLinear(40, 24, r=4) for _ in range(72)).cuda()
+    allocator = RankAllocator(model, target_r=2, total_step=20, tfinal=5, orth_reg_weight=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), fused=True)
+    allocator.attach(optimizer)
+    for step in range(1, 4):
+        for p in trainable(model):
+            p.grad = torch.randn_like(p)
+        optimizer.grad_scale = torch.full((), 1024.0, device="cuda")
+        optimizer.found_inf = torch.full((), float(overflow), device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert allocator.summary()["skipped_steps"] == (3 if overflow else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_step_and_regulariser_neither_sync_nor_launch_much():
     model = nn.ModuleList(SVDLinear(40, 24, r=4) for _ in range(72)).cuda()
     allocator = RankAllocator(model, target_r=2, total_step=20, tfinal=5)

@@ -189,6 +189,29 @@ def test_orth_reg_grad_adds_the_same_gradient(squared):
         torch.testing.assert_close(t.grad, g + e)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("squared", [False, True])
+def test_orth_reg_grad_into_scaled_gradients(squared, as_tensor):
+    pairs = orth_pairs()
+    leaves = [t for pair in pairs for t in pair]
+    expected = torch.autograd.grad(orth_reg(pairs, 0.3, squared), leaves)
+    scale = torch.tensor(1 / 1024) if as_tensor else 1 / 1024
+    orth_reg_grad_(pairs, 0.3, squared, grad_scale=scale)
+    torch.testing.assert_close([t.grad / 1024 for t in leaves], list(expected))
+
+
+def test_orth_reg_grad_refuses_scales():
+    pairs = orth_pairs()
+    for scale, error, says in (
+        ("1", TypeError, "grad_scale .*str"),
+        (torch.ones(2), ValueError, r"grad_scale .*\(2,\)"),
+        (torch.ones(1, device="meta"), ValueError, "grad_scale .*meta"),
+    ):
+        with pytest.raises(error, match=says):
+            orth_reg_grad_(pairs, 0.3, grad_scale=scale)
+    assert all(t.grad is None for pair in pairs for t in pair), "nothing was changed"
+
+
 def test_orth_reg_grad_counts_once_under_accumulation():
     model = Mlp()
     (orth_reg(model, 0.5) + sum(model.loss(*batch(i)) / 4 for i in range(4))).backward()
