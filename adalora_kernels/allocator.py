@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,12 +170,7 @@ class RankAllocator:
                 raise ValueError(f"{name} must be in (0, 1), got {beta}")
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {state_dtype}")
-        if isinstance(orth_reg_weight, bool) or not isinstance(orth_reg_weight, int | float):
-            raise TypeError(
-                f"orth_reg_weight must be a number, got {type(orth_reg_weight).__name__}"
-            )
-        if not orth_reg_weight >= 0.0:
-            raise ValueError(f"orth_reg_weight must be at least 0, got {orth_reg_weight}")
+        functional.check_weight("orth_reg_weight", orth_reg_weight)
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
@@ -254,7 +248,7 @@ class RankAllocator:
             TypeError, ValueError: as `BudgetSchedule`.
         """
         _check_int("total_step", total_step, 1)
-        self.schedule = dataclasses.replace(self.schedule, total_step=total_step)
+        self.schedule = replace(self.schedule, total_step=total_step)
 
     @property
     def attached(self) -> bool:
@@ -319,7 +313,8 @@ class RankAllocator:
         return {**self.__dict__, "_hooks": ()}
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
+        # Without a list of all: as a rule the first one answers it.
+        return any(p.grad is not None for adapter in self.adapters for p in adapter.parameters)
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

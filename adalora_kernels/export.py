@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, find_adapters
 from .allocator import RankAllocator
 from .modules import SVDLinear
-from .peft import allocator_of
+from .peft import allocator_of, spread
 
 STATE_NAME = "adalora_state.safetensors"
 
@@ -326,7 +326,8 @@ def save_adapter(
         pattern = torch.zeros(source.config["init_r"], dtype=torch.bool)
         if full_rank:
             pattern[: layer.length] = True
-            a, e, b = (_spread(t, d, layer) for t, d in ((a, 0), (e, 0), (b, 1)))
+            slots, length = layer.slots, layer.length
+            a, e, b = (spread(t, d, slots, length) for t, d in ((a, 0), (e, 0), (b, 1)))
         else:
             keep = layer.alive | (e.squeeze(1) != 0) | fresh
             pattern[layer.slots[keep]] = True
@@ -342,15 +343,6 @@ def save_adapter(
             save_state(source.allocator, folder / STATE_NAME)
         else:
             Path(path, STATE_NAME).unlink(missing_ok=True)
-
-
-def _spread(tensor: Tensor, dim: int, layer: _Layer) -> Tensor:
-    """All `length` triplets, with zeros for those that the layer no longer stores."""
-    if len(layer.slots) == layer.length:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = layer.length
-    return tensor.new_zeros(shape).index_copy_(dim, layer.slots, tensor)
 
 
 def export_lora(

@@ -170,7 +170,7 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
         ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
-    _check_weight(weight)
+    check_weight("weight", weight)
     norms, _ = torch.ops.adalora.orth_reg(lora_A, lora_B)
     return _penalty(norms, weight, squared)
 
@@ -198,7 +198,7 @@ def orth_reg_grad_(
         The value of the regulariser, a scalar on the adapters' device; nothing is read back.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
-    _check_weight(weight)
+    check_weight("weight", weight)
     scale = as_grad_scale(grad_scale, lora_A[0].device)
     norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
     grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
@@ -381,11 +381,12 @@ def _check_numbers(scaling: float, dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(name: str, weight: float) -> None:
+    """Raise TypeError or ValueError if `weight` is not a number ≥ 0."""
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"weight must be a number, got {type(weight).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(weight).__name__}")
     if not weight >= 0.0:
-        raise ValueError(f"weight must be at least 0, got {weight}")
+        raise ValueError(f"{name} must be at least 0, got {weight}")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -237,8 +237,8 @@ def _take_over(host: _Host) -> PeftRankAllocator | None:
     _freeze_ranknums(host.root)
     if host.tuner is not None:
         host.tuner.__class__ = _AdaLoraModel
+    without_tuner = dataclasses.replace(host, tuner=None)
     for method, function in _TUNER_METHODS.items():
-        without_tuner = dataclasses.replace(host, tuner=None)
         host.root.__dict__[method] = functools.partial(function, without_tuner)
     if allocator is not None:
         allocator.bind(host)
@@ -287,7 +287,7 @@ class PeftRankAllocator(RankAllocator):
     def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
         self._config = config
         self._schedule: BudgetSchedule
-        self._followed: tuple[int | None, ...] | None = None
+        self._followed: tuple[int | None, ...]
         self.saves_all = False
         super().__init__(
             root,
@@ -306,14 +306,12 @@ class PeftRankAllocator(RankAllocator):
     def schedule(self) -> BudgetSchedule:
         """The `BudgetSchedule` of the config."""
         current = self._settings()
-        if self._followed != current:
+        if current != self._followed:
             options: dict[str, Any] = dict(zip(_SCHEDULE, current[1:], strict=True))
-            schedule = dataclasses.replace(self._schedule, **options)
-            if self._followed is not None and self._followed[0] != current[0]:
-                schedule = dataclasses.replace(
-                    schedule, target_budget=self._config.target_r * len(self.adapters)
-                )
-            self._schedule, self._followed = schedule, current
+            if current[0] != self._followed[0]:
+                options["target_budget"] = self._config.target_r * len(self.adapters)
+            self._schedule = dataclasses.replace(self._schedule, **options)
+            self._followed = current
         return self._schedule
 
     @schedule.setter
@@ -391,12 +389,17 @@ class PeftRankAllocator(RankAllocator):
                 part = result[key]
                 rows = kept.to(part.device).nonzero().squeeze(1)
                 if self.shrunk:
-                    shape = list(part.shape)
-                    shape[dim] = len(kept)
-                    result[key] = part.new_zeros(shape).index_copy(dim, rows, part.detach())
+                    result[key] = spread(part.detach(), dim, rows, len(kept))
                 else:
                     result[key] = part.index_select(dim, rows)
         return result
+
+
+def spread(part: Tensor, dim: int, slots: Tensor, length: int) -> Tensor:
+    """`length` entries along `dim`: those of `part` at `slots` (n,) int64, and zeros."""
+    shape = list(part.shape)
+    shape[dim] = length
+    return part.new_zeros(shape).index_copy_(dim, slots, part)
 
 
 # Allocators that have not been stepped yet, with the number of optimizer steps since they exist.
@@ -657,11 +660,8 @@ class _AdaLoraModel(AdaLoraModel):
         super().delete_adapter(adapter_name)
         allocator = self._own_allocator()
         if allocator is not None and allocator.adapters[0].key == adapter_name:
-            self._forget_allocator()
-
-    def _forget_allocator(self) -> None:
-        del self.rankallocator, self.trainable_adapter_name
-        del self.model.update_and_allocate
+            del self.rankallocator, self.trainable_adapter_name
+            del self.model.update_and_allocate
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -689,19 +689,32 @@ class _AdaLoraConfig(AdaLoraConfig):
         Where nothing has been pruned, it is what has been assigned; PEFT assigns a shortened
         pattern when it saves, which is not needed.
         """
-        assigned: dict[str, Any] | None = self.__dict__.get("rank_pattern")
         allocator = self.allocator
         if allocator is None or not allocator.begun:
-            return assigned
-        pattern = allocator.rank_pattern
-        if all(all(alive) for alive in pattern.values()):
-            return assigned
-        return _composed(assigned, pattern, allocator)
+            return self.__dict__.get("rank_pattern")
+        return self._since_start(allocator.rank_pattern, allocator.adapters[0].key)
 
     @rank_pattern.setter
     def rank_pattern(self, pattern: dict[str, Any] | None) -> None:
         if self.allocator is None or not self.allocator.begun:
             self.__dict__["rank_pattern"] = pattern
+
+    def _since_start(
+        self, pattern: dict[str, list[bool]], key: str | None
+    ) -> dict[str, Any] | None:
+        """The pattern of a run, over the triplets of the run that it goes on from, if it does."""
+        started: dict[str, Any] | None = self.__dict__["rank_pattern"]
+        if all(all(alive) for alive in pattern.values()):
+            return started
+        before = {_module_name(name, key): alive for name, alive in (started or {}).items()}
+        result = {}
+        for name, alive in pattern.items():
+            outer = before.get(_module_name(name, key), alive)
+            inner = iter(alive)
+            # Where PEFT's own pattern of this very run is replaced, the lengths are equal.
+            same = len(outer) == len(alive)
+            result[name] = alive if same else [o and next(inner) for o in outer]
+        return result
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, with the rank_pattern by the names in PEFT's files: without the adapter's.
@@ -711,12 +724,11 @@ class _AdaLoraConfig(AdaLoraConfig):
         """
         allocator, written = self.allocator, copy.copy(self)
         if allocator is not None:
-            pattern = self.__dict__["rank_pattern"]
-            if self.rank_pattern is not pattern and not allocator.saves_all:
-                kept = [mask.tolist() for mask in allocator.kept()]
-                names = [adapter.name for adapter in allocator.adapters]
-                pattern = _composed(pattern, dict(zip(names, kept, strict=True)), allocator)
             key = allocator.adapters[0].key
+            pattern = self.__dict__["rank_pattern"]
+            if allocator.begun and not allocator.saves_all:
+                kept = zip(allocator.adapters, allocator.kept(), strict=True)
+                pattern = self._since_start({a.name: mask.tolist() for a, mask in kept}, key)
             written.rank_pattern = pattern and {
                 f"{_module_name(name, key)}.lora_E": alive for name, alive in pattern.items()
             }
@@ -734,20 +746,3 @@ class _AdaLoraConfig(AdaLoraConfig):
 
 def _allocator_in(config: Any) -> PeftRankAllocator | None:
     return config.allocator if isinstance(config, _AdaLoraConfig) else None
-
-
-def _composed(
-    first: dict[str, Any] | None, second: dict[str, list[bool]], allocator: Any
-) -> dict[str, list[bool]]:
-    """The pattern of a run, over the triplets of the run that it goes on from."""
-    if not first:
-        return second
-    key = allocator.adapters[0].key
-    before = {_module_name(name, key): alive for name, alive in first.items()}
-    result = {}
-    for name, alive in second.items():
-        outer = before.get(_module_name(name, key), alive)
-        inner = iter(alive)
-        # Where PEFT's own pattern of this very run is replaced, the lengths are equal.
-        result[name] = alive if len(outer) == len(alive) else [o and next(inner) for o in outer]
-    return result

@@ -12,7 +12,7 @@ from typing import Any
 from .allocator import RankAllocator
 
 _SUFFIX = re.compile(r"\.?lora_E(\.[^.]+)?$")
-_LOGGED = "adalora/"  # how AdaLoraCallback's keys begin
+LOGGED = "adalora/"  # how AdaLoraCallback's keys begin
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<matrix>.+)$")
 
 
@@ -113,12 +113,12 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
         ImportError: matplotlib is missing (extra "plot").
     """
     records = list(history)
-    if any(_LOGGED + "budget" in record for record in records):
+    if any(LOGGED + "budget" in record for record in records):
         # A Trainer's; it also holds evaluations and a summary of the run.
         records = [
-            {key.removeprefix(_LOGGED): value for key, value in record.items()}
+            {key.removeprefix(LOGGED): value for key, value in record.items()}
             for record in records
-            if _LOGGED + "budget" in record
+            if LOGGED + "budget" in record
         ]
     if not records:
         raise ValueError("history is empty")

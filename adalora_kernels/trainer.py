@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import peft
 from .allocator import RankAllocator
 from .export import STATE_NAME, load_state, save_state
+from .plot import LOGGED
 
 
 class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -120,9 +121,9 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         if allocator is None or logs is None or "loss" not in logs:
             return
         summary = allocator.summary()
-        own = {f"adalora/{key}": summary[key] for key in ("budget", "total_rank", "skipped_steps")}
+        own = {LOGGED + key: summary[key] for key in ("budget", "total_rank", "skipped_steps")}
         if allocator.orth_reg is not None:
-            own["adalora/orth_reg"] = allocator.orth_reg.item()
+            own[LOGGED + "orth_reg"] = allocator.orth_reg.item()
         logs.update(own)
         state.log_history[-1].update(own)  # a copy, made before the callbacks are called
 

@@ -799,7 +799,7 @@ def test_an_optimizer_step_without_gradients_does_not_count():
     model.loss(*batch(1)).backward()
     optimizer.step()
     assert allocator.global_step == 1
-    torch.testing.assert_close(allocator.orth_reg > 0, torch.tensor(True))
+    assert allocator.orth_reg > 0
 
 
 def test_no_regulariser_at_weight_zero():

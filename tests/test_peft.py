@@ -632,7 +632,7 @@ def test_mixed_adapters():
     x, labels = batch(1)
     expected = model(x).logits
     report = adalora_kernels.peft.apply(model)
-    assert report.swapped == ["fc0", "fc1"] or report.swapped == ["fc0", "fc1.base_layer"]
+    assert report.swapped == ["fc0", "fc1.base_layer"]  # under the plain LoRA
     torch.testing.assert_close(model(x).logits, expected)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     report.allocator.attach(optimizer)
