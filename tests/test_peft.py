@@ -1,6 +1,7 @@
 """`adalora_kernels.peft.apply` beside the real PEFT."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -433,6 +434,13 @@ def test_total_step_set_on_the_config_is_followed():
     model.peft_config["default"].total_step = 50
     train(model, optimizer_of(model, "sgd"), [1])
     assert allocator.schedule.total_step == 50
+    assert allocator.schedule.target_budget == 9
+    model.peft_config["default"].target_r = 2
+    assert allocator.schedule.target_budget == 6
+    # A schedule that is set goes to the config, and keeps a budget that no target_r gives.
+    allocator.schedule = dataclasses.replace(allocator.schedule, target_budget=7, tinit=4)
+    assert model.peft_config["default"].tinit == 4
+    assert allocator.schedule.target_budget == 7
 
 
 def test_copies_and_pickles():
