@@ -49,6 +49,7 @@ demo: install
 
 bench: install
 	$(BIN)/pytest benchmarks
+	$(BIN)/python -m benchmarks.report
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -1,11 +1,14 @@
-"""What competes in the allocation step, on a CPU and on a GPU, and what it has to compute."""
+"""Who competes in the importance update and the allocation, and what those have to give.
+
+PEFT's, ours, the authors' formulas (loralib) and our definition (reference.py) in plain torch, and
+the most that plain torch can do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
@@ -14,22 +17,40 @@ from torch import Tensor
 
 import adalora_kernels
 import adalora_kernels.peft
-from adalora_kernels import RankAllocator, reference
+from adalora_kernels import BudgetSchedule, RankAllocator, reference
 from adalora_kernels.adapters import Adapter, find_adapters
-from benchmarks.harness import check, poisoned_memory
-from benchmarks.peft_models import MASKS, SCHEDULE, TARGET_R, UPDATES
+from benchmarks.counting import Call
+from benchmarks.numerics import check, poisoned_memory
+from benchmarks.peft_models import MASKS, SCHEDULE, UPDATES, Architecture, adapted_model
 
 PEFT = "PEFT"
 APPLIED = "adalora_kernels.peft.apply"
-STEP = "RankAllocator.step"
+LORALIB, REFERENCE = "loralib", "reference.py"
+STEP, UPDATE = "RankAllocator.step", "RankAllocator.update"
+CAPTURED = "RankAllocator.update, captured"
 FOREACH = "torch._foreach, no gate"
-ORTH_REG = "orth_reg(adapters)"
-GRAD_OF_MODEL, GRAD_OF_ADAPTERS = "orth_reg_grad_(model)", "orth_reg_grad_(adapters)"
-BATCHED = "batched by shape"
+OURS = (APPLIED, STEP, UPDATE, CAPTURED)
 
 BETA = 0.85
-WEIGHT = 0.5
+# Reads w, g and both averages, and writes both averages.
 BYTES_PER_ENTRY = 24
+# Of models with more entries w and g alone are 32 MB.
+_LARGE = 2**22
+
+
+def models_of(
+    architecture: Architecture, names: Sequence[str], device: torch.device
+) -> dict[str, PeftModel]:
+    """A model for each rival, for a cache might keep the tensors of one for the next.
+
+    A large one takes seconds to make, and no cache keeps it, so it is shared by all that leave
+    its modules alone. What they write there the check of their results puts back.
+    """
+    shared = adapted_model(architecture, device) if architecture.entries > _LARGE else None
+    return {
+        name: adapted_model(architecture, device) if shared is None or name == APPLIED else shared
+        for name in names
+    }
 
 
 def adapters_of(model: PeftModel) -> list[Adapter]:
@@ -37,10 +58,25 @@ def adapters_of(model: PeftModel) -> list[Adapter]:
     return find_adapters(model.base_model.model)
 
 
+def parameters_of(model: PeftModel) -> list[Tensor]:
+    """A_0, E_0, B_0, A_1, …"""
+    return [p for adapter in adapters_of(model) for p in adapter.parameters]
+
+
 def allocator_of(model: PeftModel) -> RankAllocator:
-    """With the schedule and the betas of PEFT's."""
-    options = {"target_r": TARGET_R, "beta1": BETA, "beta2": BETA, **SCHEDULE}
+    """With the budget, the schedule and the betas of PEFT's."""
+    options = {"target_r": _target_r(model), "beta1": BETA, "beta2": BETA, **SCHEDULE}
     return RankAllocator(model.base_model.model, **options)
+
+
+def _schedule_of(model: PeftModel) -> BudgetSchedule:
+    ranks = [adapter.lora_A.shape[0] for adapter in adapters_of(model)]
+    return BudgetSchedule(sum(ranks), _target_r(model) * len(ranks), **SCHEDULE)
+
+
+def _target_r(model: PeftModel) -> int:
+    target_r: int = model.peft_config["default"].target_r
+    return target_r
 
 
 @dataclass(frozen=True)
@@ -80,9 +116,34 @@ def applied_importance(model: PeftModel) -> Importance:
     return _ours(model, allocator, model.base_model.update_and_allocate)
 
 
-def direct_importance(model: PeftModel, allocator: RankAllocator | None = None) -> Importance:
-    allocator = allocator or allocator_of(model)
+def direct_importance(model: PeftModel) -> Importance:
+    allocator = allocator_of(model)
     return _ours(model, allocator, allocator.step)
+
+
+def captured_importance(model: PeftModel) -> Importance:
+    """What is left of `allocator.step` where the step is part of a CUDA graph.
+
+    The graph is captured here; what that takes, it takes back. On a CPU there is none.
+    """
+    allocator = allocator_of(model)
+    replay: Callable[[], object] = allocator.update
+    if allocator.adapters[0].lora_E.is_cuda:
+        before = allocator.state_dict()
+        allocator.advance(UPDATES)
+        allocator.update()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            allocator.update()
+        allocator.load_state_dict(before)
+        replay = graph.replay
+
+    def step(step: int) -> None:
+        allocator.advance(step)
+        replay()
+
+    return _ours(model, allocator, step)
 
 
 def _ours(model: PeftModel, allocator: RankAllocator, step: Callable[[int], object]) -> Importance:
@@ -96,6 +157,88 @@ def _ours(model: PeftModel, allocator: RankAllocator, step: Callable[[int], obje
     return Importance(model, step, averages, scores)
 
 
+class Loralib:
+    """The authors' formulas over the same parameters, one after the other.
+
+    Their own loops look every parameter up by its name; these have them in lists. The reading of
+    the threshold, for which the host waits, is theirs.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.parameters = parameters_of(model)
+        self.exp_avg_ipt = [torch.zeros_like(p) for p in self.parameters]
+        self.exp_avg_unc = [torch.zeros_like(p) for p in self.parameters]
+        self.schedule = _schedule_of(model)
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        for i, parameter in enumerate(self.parameters):
+            ipt = (parameter * parameter.grad).abs()
+            self.exp_avg_ipt[i] = BETA * self.exp_avg_ipt[i] + (1 - BETA) * ipt
+            distance = (ipt - self.exp_avg_ipt[i]).abs()
+            self.exp_avg_unc[i] = BETA * self.exp_avg_unc[i] + (1 - BETA) * distance
+        if self.schedule.masks_at(step):
+            self._mask(self.schedule.init_budget - self.schedule.budget(step))
+
+    def _mask(self, dropped: int) -> None:
+        entries = [i * u for i, u in zip(self.exp_avg_ipt, self.exp_avg_unc, strict=True)]
+        scores = [
+            E + A.mean(dim=1, keepdim=True) + B.mean(dim=0).view(-1, 1)
+            for A, E, B in zip(entries[0::3], entries[1::3], entries[2::3], strict=True)
+        ]
+        threshold = torch.kthvalue(torch.cat(scores).flatten(), dropped).values.item()
+        for lora_E, score in zip(self.parameters[1::3], scores, strict=True):
+            lora_E.masked_fill_(score <= threshold, 0.0)
+
+
+def loralib_importance(model: PeftModel) -> Importance:
+    rival = Loralib(model)
+    return Importance(model, rival.step, lambda: (rival.exp_avg_ipt, rival.exp_avg_unc))
+
+
+class Reference:
+    """The definition of our ops, called directly, the lists made once."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.parameters = parameters_of(model)
+        self.grads = [p.grad for p in self.parameters]
+        self.exp_avg_ipt = [torch.zeros_like(p) for p in self.parameters]
+        self.exp_avg_unc = [torch.zeros_like(p) for p in self.parameters]
+        self.schedule = _schedule_of(model)
+        self.scores = self.parameters[0].new_zeros(self.schedule.init_budget)
+        self.skipped = torch.zeros(1, dtype=torch.int64, device=self.scores.device)
+        self.budget = torch.zeros_like(self.skipped)
+        self.mask = torch.ones_like(self.scores, dtype=torch.bool)
+
+    def step(self, step: int) -> None:
+        self.learn()
+        if self.schedule.masks_at(step):
+            self.budget.fill_(self.schedule.budget(step))
+            self.prune()
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        averages = (self.exp_avg_ipt, self.exp_avg_unc)
+        reference.importance_update_(
+            self.parameters, self.grads, *averages, self.scores, self.skipped, BETA, BETA
+        )
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        reference.allocate_(self.scores, self.budget, self.mask, self.parameters[1::3])
+
+    def update(self) -> None:
+        """Both, for the last budget: a CUDA graph can hold it."""
+        self.learn()
+        self.prune()
+
+
+def reference_importance(model: PeftModel) -> Importance:
+    rival = Reference(model)
+    averages = (rival.exp_avg_ipt, rival.exp_avg_unc)
+    return Importance(model, rival.step, lambda: averages, lambda: rival.scores)
+
+
 class Foreach:
     """The importance update in `torch._foreach_*` over all parameters, and the scores.
 
@@ -105,7 +248,7 @@ class Foreach:
 
     def __init__(self, model: PeftModel) -> None:
         adapters = adapters_of(model)
-        self.parameters = [p for adapter in adapters for p in adapter.parameters]
+        self.parameters = parameters_of(model)
         self.grads = [p.grad for p in self.parameters if p.grad is not None]
         self.exp_avg_ipt: list[Tensor] = [torch.empty(0)] * len(self.parameters)
         self.exp_avg_unc = list(self.exp_avg_ipt)
@@ -138,8 +281,8 @@ class Foreach:
             self.by_triplet.index_add_(0, rows, mean)
 
 
-def foreach_importance(model: PeftModel, foreach: Foreach | None = None) -> Importance:
-    rival = foreach or Foreach(model)
+def foreach_importance(model: PeftModel) -> Importance:
+    rival = Foreach(model)
     return Importance(
         model,
         lambda step: rival.update(),
@@ -149,39 +292,51 @@ def foreach_importance(model: PeftModel, foreach: Foreach | None = None) -> Impo
     )
 
 
-def wrong_importance(rivals: Mapping[str, Importance], updates: int = 3) -> dict[str, Exception]:
-    """Which rivals, PEFT first, are wrong after some updates and a masking step, or fail.
+MAKE: Mapping[str, Callable[[PeftModel], Importance]] = {
+    PEFT: peft_importance,
+    APPLIED: applied_importance,
+    STEP: direct_importance,
+    UPDATE: direct_importance,
+    CAPTURED: captured_importance,
+    FOREACH: foreach_importance,
+    LORALIB: loralib_importance,
+    REFERENCE: reference_importance,
+}
 
-    All are held against float64; ours, and the others, must have at most twice PEFT's error, with
-    memory poisoned.
+
+def wrong_importance(rivals: Mapping[str, Importance]) -> dict[str, Exception]:
+    """Which rivals, PEFT first, are wrong after an update and a masking step, or fail.
+
+    All are held against float64, with memory poisoned for all but PEFT. Ours must have at most
+    twice PEFT's error, the others must be the same but for rounding. What was masked is put back.
     """
     theirs = rivals[PEFT].model
-    parameters = [p for adapter in adapters_of(theirs) for p in adapter.parameters]
+    parameters = parameters_of(theirs)
     exact_w = [p.detach().double() for p in parameters]
     exact_g = [p.grad.double() for p in parameters if p.grad is not None]
     exact_ipt, exact_unc = ([torch.zeros_like(w) for w in exact_w] for _ in range(2))
     scores = exact_w[0].new_zeros(sum(w.shape[0] for w in exact_w[1::3]))
     skipped = torch.zeros(1, dtype=torch.int64, device=scores.device)
     eager: Sequence[Tensor | None] = [None] * (2 * len(parameters))
-    for _ in range(updates + 1):
+    for _ in (UPDATES, MASKS):
         reference.importance_update_(
             exact_w, exact_g, exact_ipt, exact_unc, scores, skipped, BETA, BETA
         )
-    budget = allocator_of(theirs).schedule.budget(MASKS)
-    kept = reference.top_b_mask(scores, budget)
+    kept = reference.top_b_mask(scores, _schedule_of(theirs).budget(MASKS))
     threshold = scores[kept].amin()
     # Where rounding may decide.
     close = (scores - threshold).abs() <= 1e-5 * threshold
     wrong = {}
     for name, rival in rivals.items():
+        before = [adapter.lora_E.detach().clone() for adapter in adapters_of(rival.model)]
         try:
             with contextlib.nullcontext() if name == PEFT else poisoned_memory():
-                for _ in range(updates):
-                    rival.step(UPDATES)
+                rival.step(UPDATES)
                 rival.step(MASKS)
             averages = list(chain(*rival.averages()))
             for i, exact in enumerate(chain(exact_ipt, exact_unc)):
-                check(f"{name}: average {i}", averages[i], exact, eager[i])
+                theirs_ = eager[i] if name in OURS else None
+                check(f"{name}: average {i}", averages[i], exact, theirs_)
             if rival.scores is not None:
                 check(f"{name}: scores", rival.scores(), scores, None)
             if rival.masks:
@@ -191,6 +346,9 @@ def wrong_importance(rivals: Mapping[str, Importance], updates: int = 3) -> dict
         # Anything can go wrong in a kernel, and it is the bench that decides what it ends.
         except Exception as error:
             wrong[name] = error
+        with torch.no_grad():
+            for adapter, lora_E in zip(adapters_of(rival.model), before, strict=True):
+                adapter.lora_E.copy_(lora_E)
     return wrong
 
 
@@ -204,7 +362,7 @@ def _check_kept(name: str, alive: Tensor, kept: Tensor, close: Tensor) -> None:
         raise ArithmeticError(f"{name} keeps {int(alive.sum())} triplets, {different} wrong ones")
 
 
-def traffic(entries: int) -> Callable[[], object]:
+def traffic(entries: int) -> Call:
     """What no implementation can avoid: read w, g and both averages, and write both averages."""
     w, g, ipt, unc = torch.ones(4, entries).unbind()
 
@@ -214,120 +372,3 @@ def traffic(entries: int) -> Callable[[], object]:
         unc.mul_(1.0)
 
     return move
-
-
-@dataclass(frozen=True)
-class Orthogonality:
-    """A rival: `step` adds the gradients to those of the model and returns the value."""
-
-    model: PeftModel
-    step: Callable[[], Tensor]
-
-
-def peft_orthogonality(model: PeftModel) -> Orthogonality:
-    """The real `AdaLoraModel.forward`, around a model that only returns a loss of 0."""
-    return Orthogonality(model, partial(_through_model, model))
-
-
-def applied_orthogonality(model: PeftModel) -> Orthogonality:
-    adalora_kernels.peft.apply(model)
-    return Orthogonality(model, partial(_through_model, model))
-
-
-def _through_model(model: PeftModel) -> Tensor:
-    # Not `model()`: without a task type PeftModel goes past AdaLoraModel, hence the regulariser.
-    loss: Tensor = model.base_model().loss
-    loss.backward()
-    return loss
-
-
-def differentiated_orthogonality(model: PeftModel) -> Orthogonality:
-    adapters = adapters_of(model)
-
-    def step() -> Tensor:
-        loss = adalora_kernels.orth_reg(adapters, WEIGHT)
-        loss.backward()
-        return loss
-
-    return Orthogonality(model, step)
-
-
-def direct_orthogonality(model: PeftModel, search: bool = False) -> Orthogonality:
-    """`search`: given the model, it looks for the adapters in every call."""
-    where = model if search else adapters_of(model)
-    return Orthogonality(model, partial(adalora_kernels.orth_reg_grad_, where, WEIGHT))
-
-
-def batched_orthogonality(model: PeftModel) -> Orthogonality:
-    """Stacks what has the same shape, and has the gradient written out: no autograd."""
-    adapters = adapters_of(model)
-    by_shape: dict[tuple[bool, torch.Size], list[Tensor]] = {}
-    for adapter in adapters:
-        for wide, factor in ((True, adapter.lora_A), (False, adapter.lora_B)):
-            by_shape.setdefault((wide, factor.shape), []).append(factor)
-    r = adapters[0].lora_A.shape[0]
-    eye = torch.eye(r, device=adapters[0].lora_A.device)
-    scale = WEIGHT / (2 * len(adapters))
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        norms, grads, more = [], [], []
-        for (wide, _), factors in by_shape.items():
-            stacked = torch.stack(factors)
-            rows = stacked if wide else stacked.mT
-            residual = torch.baddbmm(eye, rows, rows.mT, beta=-1.0)
-            norm = torch.linalg.matrix_norm(residual, keepdim=True)
-            norms.append(norm.flatten())
-            residual.mul_(torch.where(norm > 0, 2.0 * scale / norm, 0.0))
-            grad = torch.bmm(residual, stacked) if wide else torch.bmm(stacked, residual)
-            more += grad.unbind()
-            grads += [factor.grad for factor in factors]
-        torch._foreach_add_(grads, more)
-        return scale * torch.cat(norms).sum()
-
-    return Orthogonality(model, step)
-
-
-def wrong_orthogonality(rivals: Mapping[str, Orthogonality]) -> dict[str, Exception]:
-    """Which rivals, PEFT first, are wrong or fail, by the rule of `wrong_importance`."""
-    theirs = rivals[PEFT].model
-    exact_factors = [p.detach().double().requires_grad_() for p in _factors(theirs)]
-    norms, _ = reference.orth_reg(exact_factors[0::2], exact_factors[1::2])
-    value = WEIGHT * norms.mean()
-    exact = [value, *torch.autograd.grad(value, exact_factors)]
-    eager: Sequence[Tensor | None] = [None] * len(exact)
-    wrong = {}
-    for name, rival in rivals.items():
-        before = [_grad(p).clone() for p in _factors(rival.model)]
-        for parameter in _factors(rival.model):
-            _grad(parameter).zero_()
-        try:
-            with contextlib.nullcontext() if name == PEFT else poisoned_memory():
-                value = rival.step()
-            actual = [value, *(_grad(p).clone() for p in _factors(rival.model))]
-            for i, (result, wanted, theirs_) in enumerate(zip(actual, exact, eager, strict=True)):
-                what = f"gradient {i}" if i else "value"
-                check(f"{name}: {what}", result, wanted, theirs_)
-            if name == PEFT:
-                eager = actual
-        except Exception as error:
-            wrong[name] = error
-        for parameter, grad in zip(_factors(rival.model), before, strict=True):
-            _grad(parameter).copy_(grad)
-    return wrong
-
-
-def _factors(model: PeftModel) -> list[Tensor]:
-    return list(chain(*((a.lora_A, a.lora_B) for a in adapters_of(model))))
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise ValueError("a factor without a gradient")
-    return parameter.grad
-
-
-def raise_first(wrong: Mapping[str, Exception]) -> None:
-    """For a bench that a wrong rival must end."""
-    for error in wrong.values():
-        raise error

@@ -1,112 +1,160 @@
-"""The importance update and the allocation of a whole model: time, memory traffic, ops, host syncs.
+"""The importance update of a whole model, without masking: time, memory traffic, ops, host syncs.
 
-Each model with its adapters takes a gigabyte at Llama-8B's shapes, so both benches of an
-architecture share the rivals, whose results are checked when they are made.
+On a GPU, where that is bound by the host, what the device does is a case of its own: the update and
+the allocation in CUDA graphs over inputs beyond the L2, against a copy that moves as many bytes.
+PEFT and loralib compute no scores in such a step; the others do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-import pytest
+import torch
+from peft import PeftModel
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import allocation_rivals as rivals_
-from benchmarks.allocation_rivals import APPLIED, BYTES_PER_ENTRY, FOREACH, PEFT, STEP, Importance
-from benchmarks.harness import CountOps, Row, against, interleaved, speed
+from benchmarks import allocation_rivals
+from benchmarks.allocation_cases import (
+    RATE,
+    SYNCS,
+    Case,
+    contestants,
+    details_of,
+    guarded_counts,
+    has_goals,
+    measure_steps,
+    of_steps,
+    whole_models,
+)
+from benchmarks.allocation_rivals import (
+    APPLIED,
+    BYTES_PER_ENTRY,
+    FOREACH,
+    LORALIB,
+    MAKE,
+    OURS,
+    PEFT,
+    REFERENCE,
+    STEP,
+    UPDATE,
+    Foreach,
+    Reference,
+    allocator_of,
+)
+from benchmarks.contest import Context, Outcome
+from benchmarks.counting import Call
 from benchmarks.peft_models import (
     DEBERTA_BASE,
-    HOST_ALONE,
     LLAMA_8B,
     MASKS,
     UPDATES,
     Architecture,
     adapted_model,
 )
+from benchmarks.results import Row, Run, speed
+from benchmarks.timing import Sample, sets_beyond_cache, timings
 
-FLOOR = "memory traffic alone"
-# The rounds: a step of PEFT's takes 25 ms, or the better part of a second.
-ROUNDS = {DEBERTA_BASE.name: 60, LLAMA_8B.name: 15, HOST_ALONE.name: 30}
-# Design, section 6: on DeBERTa-base.
-SPEED_GOAL = (">=", 10.0)
-OPS_GOAL, SYNCS_GOAL = ("<=", 40), ("<=", 0)
-
-
-@dataclass(frozen=True)
-class Contest:
-    """An architecture and what competes on it."""
-
-    architecture: Architecture
-    rivals: Mapping[str, Importance]
+IMPORTANCE, DEVICE = "importance only", "importance + allocation on the device"
+RIVALS = (PEFT, APPLIED, STEP, FOREACH, LORALIB, REFERENCE)
+COPY = "copy of as many bytes"
+RATIO = f"time / {COPY}"
+SYNCS_GOAL = ("<=", 0)
+# Design, section 6.
+COPY_GOAL = ("<=", 1.3)
 
 
-@pytest.fixture(
-    scope="module",
-    params=(DEBERTA_BASE, LLAMA_8B, HOST_ALONE),
-    ids=lambda architecture: architecture.name,
-)
-def contest(request: pytest.FixtureRequest, one_thread: None) -> Contest:
-    make = {
-        PEFT: rivals_.peft_importance,
-        APPLIED: rivals_.applied_importance,
-        STEP: rivals_.direct_importance,
-        FOREACH: rivals_.foreach_importance,
-    }
-    rivals = {name: rival(adapted_model(request.param)) for name, rival in make.items()}
-    rivals_.raise_first(rivals_.wrong_importance(rivals))
-    return Contest(request.param, rivals)
+def cases(context: Context) -> Sequence[Case]:
+    """What the device does first, where that is another question than what the host does."""
+    device = whole_models(context) if context.for_gpu else ()
+    return [
+        *(Case(DEVICE, each, (COPY, UPDATE, FOREACH, REFERENCE)) for each in device),
+        *of_steps(IMPORTANCE, RIVALS, context, _with_steps(context)),
+    ]
 
 
-@pytest.mark.benchmark(group="importance")
-def bench_importance(benchmark: BenchmarkFixture, record: list[Row], contest: Contest) -> None:
-    """Without masking. PEFT computes no scores in such a step; the others do."""
-    _bench(benchmark, record, contest, "importance", UPDATES)
+def _with_steps(context: Context) -> list[Architecture]:
+    """Those of which a masking step, which has all of this in it, does not say enough."""
+    models = whole_models(context)
+    return list(models) if context.for_gpu else [each for each in models if each is not LLAMA_8B]
 
 
-@pytest.mark.benchmark(group="update_and_allocate")
-def bench_update_and_allocate(
-    benchmark: BenchmarkFixture, record: list[Row], contest: Contest
-) -> None:
-    """With masking."""
-    row = _bench(benchmark, record, contest, "update_and_allocate, masking", MASKS)
-    for name, rival in contest.rivals.items():
-        if rival.masks:
-            with CountOps() as ops:
-                rival.step(MASKS)
-            goals = (None, None) if name == PEFT else (OPS_GOAL, SYNCS_GOAL)
-            record.append(row(name, "dispatched ops", ops.calls.total(), goals[0]))
-            if name != PEFT:
-                record.append(row(name, "ops inside those", ops.inner.total()))
-            record.append(row(name, "host syncs", ops.host_syncs, goals[1]))
+def measure(case: Case, context: Context) -> Outcome:
+    """Of a case, all rivals."""
+    if case.work == DEVICE:
+        return _measure_device(case, context)
+    return measure_steps(case, context, UPDATES, {(name, SYNCS): SYNCS_GOAL for name in OURS})
 
 
-def _bench(
-    benchmark: BenchmarkFixture, record: list[Row], contest: Contest, case: str, step: int
-) -> partial[Row]:
-    """The rows of time and traffic; what makes more rows of the same case."""
-    architecture = contest.architecture
-    calls = {
-        name: partial(rival.step, step)
-        for name, rival in contest.rivals.items()
-        if rival.masks or step == UPDATES
-    }
-    if architecture is not HOST_ALONE:
-        calls[FLOOR] = rivals_.traffic(architecture.entries)
-    seconds = interleaved(benchmark, calls, rounds=ROUNDS[architecture.name], warmup=2)
-    row = partial(Row, case, architecture.settings)
-    has_goal = step == MASKS and architecture is DEBERTA_BASE
-    for name, timing in against(PEFT, seconds).items():
-        if name != PEFT:
-            goal = SPEED_GOAL if has_goal and name != FLOOR else None
-            record.append(row(name, "PEFT's time / time", timing.faster, goal, timing.seconds))
-    if architecture is HOST_ALONE:
-        return row
-    for name, timing in against(FLOOR, seconds).items():
-        traffic = BYTES_PER_ENTRY * architecture.entries * 1e-9
-        rate = speed(traffic, timing.seconds)
-        record.append(row(name, "GB/s at 24 B per entry", rate, None, timing.seconds))
-        if name != FLOOR:
-            record.append(row(name, f"speed / {FLOOR}", timing.faster))
-    return row
+def _update_of(model: PeftModel) -> Call:
+    allocator = allocator_of(model)
+    allocator.advance(MASKS)
+    return allocator.update
+
+
+def _reference_of(model: PeftModel) -> Call:
+    reference = Reference(model)
+    reference.step(MASKS)
+    return reference.update
+
+
+# What is captured, of a model that has been in no other call.
+ON_DEVICE: Mapping[str, Callable[[PeftModel], Call]] = {
+    UPDATE: _update_of,
+    FOREACH: lambda model: Foreach(model).update,
+    REFERENCE: _reference_of,
+}
+
+
+def _measure_device(case: Case, context: Context) -> Outcome:
+    make = {name: MAKE[name] for name in (PEFT, *ON_DEVICE)}
+    outcome, right = contestants(case, context, make, allocation_rivals.wrong_importance, OURS)
+    names = [name for name in ON_DEVICE if name in right]
+    del right
+    if not context.timed:
+        return outcome
+    architecture, device = case.architecture, context.device
+    count = sets_beyond_cache(16 * architecture.entries, device)
+    calls = {COPY: [_copy(architecture, device) for _ in range(count)]}
+    models = [adapted_model(architecture, device) for _ in range(count)]
+    calls |= {name: [ON_DEVICE[name](model) for model in models] for name in names}
+    moved = BYTES_PER_ENTRY * architecture.entries
+    least = moved / context.ceilings.copy
+    samples = outcome.time(context, calls, seconds=2.0, call_seconds=least)
+    goals = {UPDATE: COPY_GOAL} if has_goals(case, context) else {}
+    outcome.rows += _against_copy(case, samples, context.ceilings.copy, goals)
+    return outcome
+
+
+def _copy(architecture: Architecture, device: torch.device) -> Call:
+    half = BYTES_PER_ENTRY // 2 * architecture.entries
+    source, target = (torch.ones(half // 4, device=device) for _ in range(2))
+    return partial(target.copy_, source)
+
+
+def _against_copy(
+    case: Case,
+    samples: Mapping[str, Sample],
+    ceiling: float,
+    goals: Mapping[str, tuple[str, float]],
+) -> Iterator[Row]:
+    moved = BYTES_PER_ENTRY * case.architecture.entries
+    for name, timing in timings(samples, COPY).items():
+        rate = speed(moved * 1e-9, timing.seconds)
+        of_ceiling = {"bytes": moved, "of the ceiling": rate.median * 1e9 / ceiling}
+        details = details_of(samples[name]) | of_ceiling
+        rest = {"seconds": timing.seconds, "details": details}
+        yield case.row(name, RATIO, timing.slower, goal=goals.get(name), **rest)
+        yield case.row(name, RATE, rate, **rest)
+
+
+def guarded(context: Context) -> Iterator[Row]:
+    """The counts of all rivals on one model."""
+    case = Case(IMPORTANCE, DEBERTA_BASE, RIVALS)
+    make = {name: MAKE[name] for name in RIVALS}
+    return guarded_counts(case, context, make, lambda rival: partial(rival.step, UPDATES))
+
+
+def bench_importance(outcome: Outcome, rival: str, benchmark: BenchmarkFixture, run: Run) -> None:
+    """What one rival gave."""
+    outcome.report(rival, benchmark, run)

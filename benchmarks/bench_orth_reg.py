@@ -1,58 +1,125 @@
-"""The orthogonality regulariser of a whole model, value and gradients: PEFT's against ours."""
+"""The orthogonality regulariser of a whole model, value and gradients.
+
+Every rival adds to gradients that are there already, as those of the loss would be. On a GPU, where
+that is bound by the host, what the device does is a case of its own, in CUDA graphs.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Sequence
 
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import allocation_rivals as rivals_
-from benchmarks.allocation_rivals import (
-    APPLIED,
+from benchmarks.allocation_cases import (
+    FASTER,
+    OPS,
+    SYNCS,
+    Case,
+    against_peft,
+    architectures,
+    contestants,
+    details_of,
+    guarded_counts,
+    has_goals,
+    measure_calls,
+    whole_models,
+)
+from benchmarks.allocation_rivals import APPLIED, LORALIB, PEFT, REFERENCE
+from benchmarks.contest import Context, Outcome
+from benchmarks.orth_reg_rivals import (
     BATCHED,
     GRAD_OF_ADAPTERS,
     GRAD_OF_MODEL,
+    MAKE,
     ORTH_REG,
+    OURS,
+    wrong_orthogonality,
+)
+from benchmarks.peft_models import DEBERTA_BASE, adapted_model
+from benchmarks.results import Row, Run, speed
+from benchmarks.timing import sets_beyond_cache, timings
+
+ORTHOGONALITY, DEVICE = "orthogonality", "orthogonality on the device"
+RIVALS = (
     PEFT,
+    APPLIED,
+    ORTH_REG,
+    GRAD_OF_MODEL,
+    GRAD_OF_ADAPTERS,
+    BATCHED,
+    LORALIB,
+    REFERENCE,
 )
-from benchmarks.harness import CountOps, Row, against, interleaved
-from benchmarks.peft_models import DEBERTA_BASE, HOST_ALONE, LLAMA_8B, Architecture, adapted_model
-
-ROUNDS = {DEBERTA_BASE.name: 60, LLAMA_8B.name: 15, HOST_ALONE.name: 30}
-# Design, section 6: on DeBERTa-base.
-SPEED_GOAL = (">=", 3.0)
-OPS_GOAL = ("<=", 10)
-MAKE = {
-    PEFT: rivals_.peft_orthogonality,
-    APPLIED: rivals_.applied_orthogonality,
-    ORTH_REG: rivals_.differentiated_orthogonality,
-    GRAD_OF_MODEL: partial(rivals_.direct_orthogonality, search=True),
-    GRAD_OF_ADAPTERS: rivals_.direct_orthogonality,
-    BATCHED: rivals_.batched_orthogonality,
-}
+# The ways in and out of the same work cost the same again at every point of a curve.
+ON_CURVES = (PEFT, APPLIED, GRAD_OF_ADAPTERS, BATCHED, LORALIB)
+# Those whose calls can be captured.
+ON_DEVICE = (PEFT, GRAD_OF_ADAPTERS, BATCHED, REFERENCE)
+# Design, section 6.
+CPU_GOAL, GPU_GOAL = (">=", 3.0), (">=", 30.0)
+OPS_GOAL, SYNCS_GOAL = ("<=", 10), ("<=", 0)
+# orth_reg_grad_ reads each factor for its Gram matrix and once more for the gradient, which it
+# reads and writes; the second reading may come from the L2.
+BYTES_PER_ENTRY = 16
+RATE = f"GB/s at {BYTES_PER_ENTRY} B per entry"
 
 
-@pytest.mark.benchmark(group="orthogonality")
-@pytest.mark.parametrize(
-    "architecture", (DEBERTA_BASE, LLAMA_8B, HOST_ALONE), ids=lambda architecture: architecture.name
-)
-def bench_orth_reg(
-    benchmark: BenchmarkFixture, record: list[Row], architecture: Architecture
-) -> None:
-    """Every rival adds to gradients that are there already, as those of the loss would be."""
-    rivals = {name: make(adapted_model(architecture)) for name, make in MAKE.items()}
-    rivals_.raise_first(rivals_.wrong_orthogonality(rivals))
+def cases(context: Context) -> Sequence[Case]:
+    """As a training loop asks for it; on a GPU also what the device does."""
+    device = whole_models(context) if context.for_gpu else ()
+    return [
+        *(
+            Case(ORTHOGONALITY, each, RIVALS if each.curve is None else ON_CURVES)
+            for each in architectures(context)
+        ),
+        *(Case(DEVICE, each, ON_DEVICE) for each in device),
+    ]
+
+
+def measure(case: Case, context: Context) -> Outcome:
+    """Of a case, all rivals."""
+    make = {name: MAKE[name] for name in case.rivals}
+    outcome, rivals = contestants(case, context, make, wrong_orthogonality, OURS)
+    if case.work == DEVICE:
+        right = list(rivals)
+        # Their models need not stay.
+        del rivals
+        _measure_device(outcome, case, context, right)
+        return outcome
+    goals = {(name, SYNCS): SYNCS_GOAL for name in OURS}
+    goals |= {(name, OPS): OPS_GOAL for name in (GRAD_OF_MODEL, GRAD_OF_ADAPTERS)}
+    if has_goals(case, context):
+        goals |= {(name, FASTER): GPU_GOAL if context.for_gpu else CPU_GOAL for name in OURS}
     calls = {name: rival.step for name, rival in rivals.items()}
-    seconds = interleaved(benchmark, calls, rounds=ROUNDS[architecture.name], warmup=2)
-    row = partial(Row, "orthogonality, value and gradients", architecture.settings)
-    for name, timing in against(PEFT, seconds).items():
-        if name != PEFT:
-            is_ours = name != BATCHED and architecture is DEBERTA_BASE
-            goal = SPEED_GOAL if is_ours else None
-            record.append(row(name, "PEFT's time / time", timing.faster, goal, timing.seconds))
-    for name, call in calls.items():
-        with CountOps() as ops:
-            call()
-        ops_goal = OPS_GOAL if name in (GRAD_OF_MODEL, GRAD_OF_ADAPTERS) else None
-        record.append(row(name, "dispatched ops", ops.calls.total(), ops_goal))
+    measure_calls(outcome, case, context, calls, goals)
+    return outcome
+
+
+def _measure_device(outcome: Outcome, case: Case, context: Context, right: Sequence[str]) -> None:
+    """In CUDA graphs over inputs beyond the L2."""
+    if not context.timed:
+        return
+    architecture, device = case.architecture, context.device
+    moved = BYTES_PER_ENTRY * architecture.entries
+    models = [
+        adapted_model(architecture, device)
+        for _ in range(sets_beyond_cache(8 * architecture.entries, device))
+    ]
+    calls = {name: [MAKE[name](model).step for model in models] for name in right}
+    least = moved / context.ceilings.copy
+    samples = outcome.time(context, calls, seconds=2.0, call_seconds=least)
+    outcome.rows += against_peft(case, samples, {})
+    for name, timing in timings(samples, PEFT).items() if PEFT in samples else ():
+        details = details_of(samples[name]) | {"bytes": moved}
+        rate = speed(moved * 1e-9, timing.seconds)
+        outcome.rows.append(case.row(name, RATE, rate, seconds=timing.seconds, details=details))
+
+
+def guarded(context: Context) -> Iterator[Row]:
+    """The counts of all rivals on one model."""
+    case = Case(ORTHOGONALITY, DEBERTA_BASE, RIVALS)
+    return guarded_counts(case, context, MAKE, lambda rival: rival.step)
+
+
+def bench_orth_reg(outcome: Outcome, rival: str, benchmark: BenchmarkFixture, run: Run) -> None:
+    """What one rival gave."""
+    outcome.report(rival, benchmark, run)

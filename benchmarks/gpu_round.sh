@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go and within eight minutes:
+# Everything that needs an NVIDIA GPU, in one go and within nine minutes:
 #
 #   bash benchmarks/gpu_round.sh           # every stage
 #   bash benchmarks/gpu_round.sh STAGE...  # some, each then with more of the time
 #
-# Writes log.txt, svd_linear_gpu.json, svd_linear_gpu.txt, allocation_gpu.json, allocation_gpu.txt,
-# profile.csv, launch_table.json and summary.txt to $OUT (build/gpu_round by default) and prints the
-# summary and the benchmarks' tables last. A stage that fails ends nothing but makes the exit status
-# 1; only the stages marked optional may fail. The stages are listed at the end of this file.
+# Writes log.txt, summary.txt, profile.csv, launch_table.json and the results of the benches,
+# results/{allocation,train_step,svd_linear}.json, to $OUT (build/gpu_round by default), and prints
+# the summary and the report's goals last. The results belong into benchmarks/results/, named by
+# their GPU (h200_svd_linear.json), where `python -m benchmarks.report` makes tables and charts of
+# them. A stage that fails ends nothing but makes the exit status 1; only the stages marked optional
+# may fail. The stages are listed at the end of this file.
 #
 # A library that was built elsewhere, perhaps against another torch, can be brought along: as
 # build/carried/_C.abi3.so it is only tried, or used where none can be built here; as
@@ -17,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu_round}
-seconds_in_all=${ROUND_SECONDS:-475}
+seconds_in_all=${ROUND_SECONDS:-520}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out" || exit
 log=$out/log.txt summary=$out/summary.txt
@@ -26,7 +28,8 @@ log=$out/log.txt summary=$out/summary.txt
 failed=0
 
 # Of the time, this much is kept for the benchmarks at the end, if they are still to come.
-kept=0 allocation_seconds=80 svd_linear_seconds=80
+kept=0 report_seconds=15
+declare -A bench_seconds=([allocation]=70 [train_step]=80 [svd_linear]=70)
 
 left() {
   local seconds=$((seconds_in_all - SECONDS - kept))
@@ -129,7 +132,7 @@ profile() {
   metrics+=,lts__t_sector_hit_rate.pct,launch__registers_per_thread
   optional profile 30 ncu --clock-control none --profile-from-start off --csv --page raw \
     --metrics "$metrics" --log-file "$out/profile.csv" \
-    "$python" -m benchmarks.gpu_svd_linear --profile --out "$out"
+    "$python" -m benchmarks.profile_svd_linear
 }
 
 # Measures the plans of the goal shapes; what it writes is for adalora_kernels/kernels.
@@ -138,43 +141,49 @@ tune() {
     "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
 }
 
-allocation() {
-  ((kept -= allocation_seconds))
-  required allocation "$allocation_seconds" \
-    "$python" -m benchmarks.gpu_allocation --out "$out" --seconds 60
+# bench NAME MOST FILE...: benches for the time that is kept for them, or up to MOST seconds if there
+# is more. The last case may begin just before the end of its budget, hence the difference.
+bench() {
+  local name=$1 most=$2 seconds
+  shift 2
+  ((kept -= bench_seconds[$name]))
+  seconds=$(left)
+  ((seconds > most)) && seconds=$most
+  required "$name" "$seconds" "$python" -m pytest "${@/#/benchmarks/bench_}" --device cuda \
+    --out "$out/results/$name.json" --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
 }
 
-# Last, with all the time that is left, so that its table ends the output.
-svd_linear() {
-  ((kept -= svd_linear_seconds))
-  local seconds=$(($(left) - 20))
-  ((seconds > 270)) && seconds=270
-  required svd_linear $((seconds + 20)) \
-    "$python" -m benchmarks.gpu_svd_linear --out "$out" --seconds "$seconds"
+allocation() { bench allocation 80 importance.py allocation.py orth_reg.py; }
+train_step() { bench train_step 300 train_step.py; }
+svd_linear() { bench svd_linear 300 svd_linear.py; }
+
+# Of what there is, so that the goals end the output.
+report() {
+  ((kept -= report_seconds))
+  required report "$report_seconds" "$python" -m benchmarks.report --results "$out/results" \
+    --out build/gpu_report/RESULTS.md
 }
 
-stages="environment carried build gpu_tests memcheck racecheck profile tune allocation svd_linear"
+stages="environment carried build gpu_tests memcheck racecheck profile tune allocation train_step
+  svd_linear report"
 (($#)) && stages=$*
 for name in $stages; do
-  case $name in
-    allocation) ((kept += allocation_seconds)) ;;
-    svd_linear) ((kept += svd_linear_seconds)) ;;
-  esac
+  ((kept += ${bench_seconds[$name]:-0}))
+  [[ $name == report ]] && ((kept += report_seconds))
 done
 for name in $stages; do
   case $name in
     memcheck | racecheck) sanitize "$name" ;;
-    environment | carried | build | gpu_tests | profile | tune | allocation | svd_linear) "$name" ;;
+    environment | carried | build | gpu_tests | profile | tune) "$name" ;;
+    allocation | train_step | svd_linear | report) "$name" ;;
     *) echo "no stage $name" >&2 && exit 2 ;;
   esac
 done
 
 echo
 what='^== |^(FAILED|ERROR)|^[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY'
-sed '/^== allocation/,$d; /^== svd_linear/,$d' "$log" | grep -E "$what" | sed 's/, at most .*//' |
-  head -n 40
-sed -n '/^== allocation/,/^== svd_linear/p' "$log" | sed '/^== /d' | tail -n 55
-sed '1,/^== svd_linear/d' "$log" | tail -n 60
+sed '/^== report/,$d' "$log" | grep -E "$what" | sed 's/, at most .*//' | head -n 50
+sed '1,/^== report/d' "$log" | tail -n 70
 printf '%-30s %4d s  %s\n' "whole round" "$SECONDS" \
   "$( ((failed)) && echo FAILED || echo ok)" | tee -a "$summary"
 exit "$failed"

@@ -13,36 +13,61 @@ from torch import Tensor, nn
 
 SCHEDULE = {"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 1}
 TARGET_R = 8
+ORTH_REG_WEIGHT = 0.5
 # With that schedule: a step that only updates the importance, and one that masks, too.
 UPDATES, MASKS = 5, 50
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as far as its adapters need it: the matrices of one layer, as (out, in)."""
+    """A model as far as its adapters need it: the matrices of one layer, as (out, in).
+
+    `curve` is set for one point of a curve: the key of its settings that varies.
+    """
 
     name: str
     layers: int
-    matrices: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, int]]
     r: int
+    curve: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For the rows of a report."""
-        sizes = {"layers": self.layers, "matrices": dict(self.matrices), "r": self.r}
-        return {"model": self.name, **sizes, "entries": self.entries, "dtype": "float32"}
+        """For the rows of a report. Along a curve all but one of them are equal."""
+        sizes = {"matrices": self.matrices, "r": self.r, "dtype": "float32"}
+        if self.curve is not None:
+            ((rows, columns),) = self.shapes.values()
+            return {"shape": f"{rows}x{columns}", **sizes, "curve": self.curve}
+        of_a_layer = {"layers": self.layers, "shapes": dict(self.shapes)}
+        return {"model": self.name, **of_a_layer, **sizes, "entries": self.entries}
+
+    @property
+    def matrices(self) -> int:
+        """How many are adapted."""
+        return self.layers * len(self.shapes)
 
     @property
     def entries(self) -> int:
         """Of all lora_A, lora_E and lora_B."""
-        return self.layers * sum(self.r * (i + o + 1) for o, i in self.matrices.values())
+        return self.layers * sum(self.r * (i + o + 1) for o, i in self.shapes.values())
+
+    @property
+    def target_r(self) -> int:
+        """PEFT's default, but for what is so small that nothing would be pruned: PEFT can't."""
+        return min(TARGET_R, self.r - 1)
+
+
+def equal_matrices(count: int, side: int, r: int, curve: str) -> Architecture:
+    """A point of a curve: square matrices, each with an adapter of rank r."""
+    name = f"{count} of {side}x{side}, r={r}"
+    return Architecture(name, layers=count, shapes={"matrix": (side, side)}, r=r, curve=curve)
 
 
 # The six matrices that the paper adapts.
 DEBERTA_BASE = Architecture(
     "DeBERTa-base",
     layers=12,
-    matrices={
+    shapes={
         "query": (768, 768),
         "key": (768, 768),
         "value": (768, 768),
@@ -55,7 +80,7 @@ DEBERTA_BASE = Architecture(
 LLAMA_8B = Architecture(
     "Llama-8B",
     layers=32,
-    matrices={
+    shapes={
         "q": (4096, 4096),
         "k": (1024, 4096),
         "v": (1024, 4096),
@@ -69,7 +94,18 @@ LLAMA_8B = Architecture(
 # As many adapters as Llama-8B has, with next to no entries: what is left is the host's work, which
 # is what an eager step costs where a GPU does the rest.
 HOST_ALONE = Architecture(
-    "224 matrices of 4x4", layers=32, matrices=dict.fromkeys(LLAMA_8B.matrices, (4, 4)), r=16
+    "224 matrices of 4x4", layers=32, shapes=dict.fromkeys(LLAMA_8B.shapes, (4, 4)), r=16
+)
+CURVES = (
+    *(equal_matrices(count, 256, 12, "matrices") for count in (1, 10, 100, 1000)),
+    *(equal_matrices(24, 768, r, "r") for r in (1, 4, 16, 64, 256)),
+)
+
+
+# Only to try the code that is meant for the others.
+SMOKE = (
+    Architecture("tiny", layers=2, shapes={"wide": (48, 32), "tall": (32, 64)}, r=12),
+    *(equal_matrices(count, 16, 4, "matrices") for count in (1, 3)),
 )
 
 
@@ -81,7 +117,7 @@ class _Matrices(nn.Module):
         self._device = device
         self.layers = nn.ModuleList(
             nn.ModuleDict(
-                {name: _hollow(*shape, device) for name, shape in architecture.matrices.items()}
+                {name: _hollow(*shape, device) for name, shape in architecture.shapes.items()}
             )
             for _ in range(architecture.layers)
         )
@@ -102,8 +138,10 @@ def adapted_model(architecture: Architecture, device: torch.device | None = None
     """An adapter on every matrix, with random factors and gradients, equal in every call."""
     device = device or torch.device("cpu")
     matrices = _Matrices(architecture, device)
-    options = {"init_r": architecture.r, "orth_reg_weight": 0.5}
-    model = with_adapters(matrices, list(architecture.matrices), **options)
+    ranks = {"init_r": architecture.r, "target_r": architecture.target_r}
+    # Not initialized: that follows.
+    options = {"orth_reg_weight": ORTH_REG_WEIGHT, "init_lora_weights": False}
+    model = with_adapters(matrices, list(architecture.shapes), **ranks, **options)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -118,6 +156,6 @@ def trained(model: PeftModel) -> list[Tensor]:
 
 def with_adapters(model: nn.Module, target_modules: list[str], **options: Any) -> PeftModel:
     """`get_peft_model` for AdaLoRA."""
-    schedule = {"target_r": TARGET_R, **SCHEDULE}
-    config = AdaLoraConfig(target_modules=target_modules, **schedule, **options)
+    options = {"target_r": TARGET_R, **SCHEDULE, **options}
+    config = AdaLoraConfig(target_modules=target_modules, **options)
     return get_peft_model(model, config)
