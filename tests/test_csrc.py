@@ -385,6 +385,24 @@ def test_orthogonality(device, shapes, spoil):
 
 
 @on_devices
+@pytest.mark.parametrize("spoil", [None, "transposed", "strided"], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
+def test_orthogonality_at_every_size_of_block(device, dtype, spoil):
+    # Lengths around those of a vector, of a page and of a tile.
+    lengths = (15, 16, 33, 64, 144, 200, 271, 600)
+    ranks = (*range(1, 41), 64, 100, 256)
+    shapes = [(r, lengths[r % 8], lengths[(r // 8 + r) % 8]) for r in ranks]
+    A, B = orth_case(shapes, dtype, device, spoil)
+    if dtype != FP64:
+        check_orth(A, B)
+        return
+    results = orth_results(OPS.orth_reg, OPS.orth_reg_backward, A, B)
+    A, B = [a.cpu() for a in A], [b.cpu() for b in B]
+    expected = orth_results(reference.orth_reg, reference.orth_reg_backward, A, B)
+    torch.testing.assert_close(results, expected, check_device=False, rtol=1e-12, atol=1e-13)
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_orthogonality_of_half_precision(device, dtype):
     check_orth(*orth_case([(12, 300, 200), (1, 30, 40)], dtype, device))

@@ -12,36 +12,45 @@
 #include "../ops.h"
 
 // One binary for every x86-64 processor: the loader picks the widest of these (AVX2, AVX-512).
+// ADALORA_CLONES compiles one function for all of them. Where the code itself depends on the
+// registers, ADALORA_VERSIONS(DEFINE) makes a function DEFINE(attribute, Registers) for each.
 #if defined(ADALORA_CLONES)
 // Whoever compiles has decided: a sanitizer does with one.
+#define ADALORA_VERSIONS(DEFINE) DEFINE(, Narrow<16>)
 #elif defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
 #define ADALORA_CLONES \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define ADALORA_VERSIONS(DEFINE)                                    \
+  DEFINE(__attribute__((target("default"))), Narrow<16>)            \
+  DEFINE(__attribute__((target("arch=x86-64-v3"))), Narrow<32>)     \
+  DEFINE(__attribute__((target("arch=x86-64-v4"))), Wide)
 #else
 #define ADALORA_CLONES
+#define ADALORA_VERSIONS(DEFINE) DEFINE(, Narrow<16>)
 #endif
 // Into every clone of its caller, so that it is compiled for that processor, too.
 #define ADALORA_INLINE inline __attribute__((always_inline))
 
 namespace adalora::cpu {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16;  // of every vector a divisor: what rows and columns are padded to
 
-// kLanes entries; may lie at the address of any entry.
-template <class T>
+// kCount entries; may lie at the address of any entry. No wider than a register: a compiler keeps
+// what is wider in memory.
+template <class T, int kCount>
 struct LanesOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(kCount * sizeof(T)), aligned(alignof(T)), may_alias));
 };
-template <class T>
-using Lanes = typename LanesOf<T>::type;
+template <class T, int kCount>
+using Lanes = typename LanesOf<T, kCount>::type;
 
-template <class T>
-ADALORA_INLINE Lanes<T>& lanes_at(T* p) {
-  return *reinterpret_cast<Lanes<T>*>(p);
+template <int kCount, class T>
+ADALORA_INLINE Lanes<T, kCount>& lanes_at(T* p) {
+  return *reinterpret_cast<Lanes<T, kCount>*>(p);
 }
-template <class T>
-ADALORA_INLINE const Lanes<T>& lanes_at(const T* p) {
-  return *reinterpret_cast<const Lanes<T>*>(p);
+template <int kCount, class T>
+ADALORA_INLINE const Lanes<T, kCount>& lanes_at(const T* p) {
+  return *reinterpret_cast<const Lanes<T, kCount>*>(p);
 }
 
 template <class T>
@@ -102,12 +111,15 @@ ADALORA_INLINE void store(const T* from, void* to, Type type, int64_t start, int
   });
 }
 
-// Room for `count` entries that this thread reuses in its next call; not initialised.
+// Room for `count` entries that this thread reuses in its next call; not initialised. It begins
+// with a cache line, so that vectors do not lie across two.
 template <class T>
 T* scratch(int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+  if (static_cast<int64_t>(memory.size()) < count + kLine) memory.resize(count + kLine);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (64 - address % 64) % 64 / sizeof(T);
 }
 
 // f(i) for every i < count, in parallel if there are at least 2^15 of the `entries` per thread.
