@@ -161,7 +161,7 @@ def measure_calls(
     samples = outcome.time(
         context,
         {name: [call] for name, call in timed.items()},
-        seconds=0.5 if case.one_of_many else 2.5,
+        seconds=0.5 if case.one_of_many else 2.0,
         rounds=(3, 30) if case.one_of_many else (5, 60),
         by_host=True,
     )

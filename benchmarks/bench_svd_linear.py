@@ -199,7 +199,7 @@ def _effort(case: Case, direction: str) -> dict[str, Any]:
         return {"seconds": 2.0, "rounds": (5 if case.M <= 4096 else 3, 7)}
     if direction == FORWARD:
         return {"seconds": 1.5, "rounds": (3, 9)}
-    return {"seconds": 6.0, "rounds": (5, 25)}
+    return {"seconds": 5.0, "rounds": (5, 25)}
 
 
 def ratios(

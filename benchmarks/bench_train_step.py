@@ -37,7 +37,7 @@ from benchmarks.train_step_rivals import (
 )
 
 RATIO, AGAINST_FLOOR = f"time / {LORA}", f"time / {FROZEN}"
-# Design, section 6: at Llama-3.2-1B's shapes, on a GPU.
+# Design, section 6, asks the first at Llama-3.2-1B's shapes on a GPU; elsewhere no less is wanted.
 TIME_GOAL, SYNCS_GOAL, MEMORY_GOAL = ("<=", 1.0), ("<=", 0), ("<", 1.0)
 # Of transformers' models some look at a mask.
 OWN_SYNCS = "host syncs, without the model's own"
@@ -139,16 +139,15 @@ def measure(case: TrainStep, context: Context) -> Outcome:
     samples = outcome.time(
         context,
         {name: [call] for name, call in calls.items()},
-        seconds=4.0,
+        seconds=3.0,
         rounds=(4, 40),
         by_host=True,
     )
     row = partial(Row, "training step", case.settings)
-    has_goal = case.architecture is LLAMA
     for first, measure in ((LORA, RATIO), (FROZEN, AGAINST_FLOOR)):
         compared = timings(samples, first) if first in samples else {}
         for name, timing in compared.items():
-            goal = TIME_GOAL if has_goal and first == LORA and name in OURS else None
+            goal = TIME_GOAL if first == LORA and name in OURS else None
             rate = speed(case.rows * case.tokens, timing.seconds)
             details = {"tokens/s": rate.median, "clock": samples[name].clock}
             ratio = row(name, measure, timing.slower, goal, timing.seconds, details)
