@@ -1,6 +1,5 @@
 """Ops, launches and bytes are those of the committed baseline; and what if they were not."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,16 +9,9 @@ import pytest
 
 import adalora_kernels
 from adalora_kernels import ops
+from benchmarks import bench_orth_reg, guard
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def guard():
-    """The module; `benchmarks` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.guard")
-    sys.path.remove(str(ROOT))
 
 
 @pytest.mark.skipif(
@@ -34,7 +26,7 @@ def test_counts_are_those_of_the_baseline():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_baseline_is_of_the_pinned_versions_and_of_every_bench(guard):
+def test_the_baseline_is_of_the_pinned_versions_and_of_every_bench():
     baseline = json.loads(guard.BASELINE.read_text())
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     for name in ("torch", "peft", "transformers"):
@@ -61,10 +53,9 @@ def test_the_baseline_is_of_the_pinned_versions_and_of_every_bench(guard):
     assert asked | {"planned launches", "planned bytes"} <= measures
 
 
-def test_one_op_more_is_caught(guard, monkeypatch):
-    bench = importlib.import_module("benchmarks.bench_orth_reg")
+def test_one_op_more_is_caught(monkeypatch):
     name = "orth_reg_grad_(adapters)"
-    monkeypatch.setattr(bench, "MAKE", {name: bench.MAKE[name]})
+    monkeypatch.setattr(bench_orth_reg, "MAKE", {name: bench_orth_reg.MAKE[name]})
     before = guard.counted(["orth_reg"])
     assert list(guard.differences(before, guard.counted(["orth_reg"]))) == []
 
@@ -79,7 +70,7 @@ def test_one_op_more_is_caught(guard, monkeypatch):
     assert f"{name}: dispatched ops: 5, now 10" in found
 
 
-def test_what_is_new_or_gone_is_a_difference(guard):
+def test_what_is_new_or_gone_is_a_difference():
     before = {"a": {"x": {"ops": 3, "bytes": 8}}, "b": {"x": {"ops": 1}}}
     after = {"a": {"x": {"ops": 4}, "y": {"ops": 2}}}
     assert list(guard.differences(before, after)) == [
@@ -91,14 +82,14 @@ def test_what_is_new_or_gone_is_a_difference(guard):
     assert list(guard.differences(before, before)) == []
 
 
-def test_other_versions_are_not_compared(guard, tmp_path, capsys):
+def test_other_versions_are_not_compared(tmp_path, capsys):
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"versions": {"torch": "1.0"}, "counts": {}}))
     assert guard.check_counts(path) == 2
     assert "{'torch': '1.0'}, which are now {'torch': '" in capsys.readouterr().out
 
 
-def test_two_files_or_none(guard, capsys):
+def test_two_files_or_none(capsys):
     with pytest.raises(SystemExit):
         guard.main(["one.json"])
     assert "give two results files, or none" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """What all benches rely on: a slow-down is measured, a wrong result refused, a count exact."""
 
-import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import contest, counting, guard, numerics, results, timing
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    """`benchmarks` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def work(milliseconds):
@@ -37,7 +27,6 @@ def work(milliseconds):
 
 def a_run(**milliseconds):
     """What a bench would write of rivals that take so long; the first is the floor."""
-    contest, results, timing = map(module, ("contest", "results", "timing"))
     calls = {name: [partial(work, each)] for name, each in milliseconds.items()}
     outcome, (first, *_) = contest.Outcome(), milliseconds
     samples = outcome.time(contest.Context(CPU), calls, seconds=0.0, rounds=(7, 7))
@@ -63,21 +52,20 @@ def test_a_planted_slow_down_is_caught():
         {"floor": met, "ours": met, "theirs": missed},
         {"floor": met, "ours": missed, "theirs": missed},
     ]
-    found = list(module("guard").slower(before, after))
+    found = list(guard.slower(before, after))
     assert [line.split(": ")[2:4] for line in found] == [
         ["ours", "time / floor"],
         ["ours", "the floor's time / time"],
     ]
     # To become faster is no reason to complain.
-    assert list(module("guard").slower(after, before)) == []
-    assert list(module("guard").slower(before, before)) == []
+    assert list(guard.slower(after, before)) == []
+    assert list(guard.slower(before, before)) == []
 
 
 def test_files_of_results_are_compared_by_name(tmp_path, capsys):
     paths = [tmp_path / "before.json", tmp_path / "after.json"]
     for path, ours in zip(paths, (2.2, 4.4), strict=True):
         a_run(floor=2.0, ours=ours).write(path)
-    guard = module("guard")
     assert guard.main([str(path) for path in paths]) == 1
     assert capsys.readouterr().out.count("work: M 1: ours: ") == 2
     assert guard.main([str(paths[0])] * 2) == 0
@@ -87,13 +75,12 @@ def test_files_of_results_are_compared_by_name(tmp_path, capsys):
 def test_rivals_take_turns():
     order = []
     calls = {name: [partial(order.append, name)] for name in "abc"}
-    samples = module("timing").interleaved(calls, CPU, seconds=0.0, rounds=(2, 2))
+    samples = timing.interleaved(calls, CPU, seconds=0.0, rounds=(2, 2))
     assert "".join(order) == "abc" + "bca" + "cab"  # The first round is only for warming up.
     assert [len(samples[name].seconds) for name in "abc"] == [2, 2, 2]
 
 
 def test_ratios_are_taken_within_a_round():
-    timing = module("timing")
     samples = {
         "a": timing.Sample([1.0, 2.0, 4.0], "made up"),
         "b": timing.Sample([2.0, 4.0, 8.0], "made up"),
@@ -107,7 +94,7 @@ def test_ratios_are_taken_within_a_round():
 def test_a_wrong_result_is_refused(wrong):
     exact = torch.randn(100, dtype=torch.float64)
     eager = exact.float()
-    check = module("numerics").check
+    check = numerics.check
     check("right", eager, exact, eager)
     actual = eager.clone()
     actual[-1] *= wrong
@@ -166,7 +153,11 @@ def toy(tmp_path):
         out = tmp_path / "toy.json"
         command = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini"]
         command += ["-p", "benchmarks.conftest", tmp_path / "bench_toy.py", "--out", out, *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        # In a worker of pytest-xdist pytest-benchmark turns itself off.
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
         return done, json.loads(out.read_text()) if out.exists() else None
 
     return run
@@ -216,7 +207,6 @@ def test_without_timing_nothing_is_written(toy):
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    results = module("results")
     spread = results.Spread(2.0, 1.0, 3.0)
     rows = [
         results.Row("a", {"M": 1}, "x", "time / y", spread, (">=", 2.0), spread, {"bytes": 3}),
@@ -241,22 +231,22 @@ def test_memory_is_counted_to_the_byte():
         del temporary
         return kept * 2.0  # 8000
 
-    assert module("counting").peak_extra_memory(call, CPU) == 24000
+    assert counting.peak_extra_memory(call, CPU) == 24000
 
 
 def test_ops_are_counted_inside_ours_too():
     from adalora_kernels import SVDLinear
 
     layer, x = SVDLinear(8, 8, r=2), torch.randn(3, 8)
-    ops = module("counting").count_ops(lambda: layer(x))
+    ops = counting.count_ops(lambda: layer(x))
     assert ops.calls["adalora::svd_linear"] == 1 and ops.calls.total() < 4
     assert ops.inner.total() > 2 and ops.host_syncs == 0
-    ops = module("counting").count_ops(lambda: x.sum().item())
+    ops = counting.count_ops(lambda: x.sum().item())
     assert ops.host_syncs == 1
 
 
 def test_kernel_names_are_cut_to_what_a_reader_needs():
-    use = module("counting").KernelUse
+    use = counting.KernelUse
     ours = "void adalora::cuda::(anonymous namespace)::update<float>(adalora::Table<int>, int*)"
     assert use(ours, 1, 1.0).short_name == "update"
     assert use("_gemm_kernel", 1, 1.0).short_name == "_gemm_kernel"

@@ -1,32 +1,30 @@
 """The pages of the report: what the files of results give, and nothing else."""
 
-import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import (
+    allocation_cases,
+    allocation_rivals,
+    charts,
+    orth_reg_rivals,
+    reading,
+    report,
+    results,
+    svd_linear_rivals,
+    train_step_rivals,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = "before\n<!-- benchmarks: begin -->\n<!-- benchmarks: end -->\nafter\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    """`benchmarks` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
-
-
-def module(name):
-    return importlib.import_module(f"benchmarks.{name}")
-
-
 def test_readme_and_results_are_those_of_the_committed_files(capsys):
-    assert module("report").main(["--check"]) == 0, capsys.readouterr().out
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_a_changed_figure_in_the_readme_is_found(tmp_path, capsys):
@@ -38,17 +36,16 @@ def test_a_changed_figure_in_the_readme_is_found(tmp_path, capsys):
     arguments = ["--check", "--results", str(results), "--out", str(out), "--readme", str(readme)]
     text = (ROOT / "README.md").read_text()
     readme.write_text(text)
-    assert module("report").main(arguments) == 0
-    begin = text.index(module("report").BEGIN)
+    assert report.main(arguments) == 0
+    begin = text.index(report.BEGIN)
     digit = begin + re.search(r"\d(?=\.\d+ \()", text[begin:]).start()
     readme.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
-    assert module("report").main(arguments) == 1
+    assert report.main(arguments) == 1
     assert f"{readme} is not what the results give" in capsys.readouterr().out
 
 
 def made_up(path, seconds, goals=(), key="M", points=(1, 10, 100, 1000), **others):
     """A file of results: for each rival what its seconds are at a point; the first is the floor."""
-    results = module("results")
     environment = {
         "device": "cpu",
         "processor": "made up",
@@ -95,7 +92,7 @@ class Folder:
         """(exit status, RESULTS.md, the README, what was printed)."""
         paths = {"results": self.results, "out": self.out, "readme": self.readme}
         arguments = [f"--{name}={path}" for name, path in paths.items()]
-        status = module("report").main([*arguments, *flags])
+        status = report.main([*arguments, *flags])
         page = self.out.read_text() if self.out.exists() else ""
         return status, page, self.readme.read_text(), self._capsys.readouterr()
 
@@ -108,7 +105,7 @@ def drawn(tmp_path, capsys):
 
 @pytest.fixture
 def pages(drawn, monkeypatch):
-    monkeypatch.setattr(module("report"), "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw", lambda *_: None)
     return drawn
 
 
@@ -154,7 +151,6 @@ def test_how_cost_grows_is_what_was_put_in(pages):
 
 
 def test_fits_are_exact_on_exact_points():
-    reading = module("reading")
     points = [1, 8, 64, 512, 4096]
     straight = [(x, 3e-6 * (x + 120)) for x in points]
     assert reading.line(straight).fixed == pytest.approx(120)
@@ -181,7 +177,6 @@ def test_where_each_path_stops_winning(pages):
 
 
 def test_a_ratio_within_the_rounds_is_preferred(tmp_path):
-    results, reading = module("results"), module("reading")
     run = made_up(tmp_path / "cpu.json", LAWS)
     row = next(row for row in run.rows if row.rival == "ours" and row.settings["M"] == 1000)
     paired = results.Spread(0.95, 0.94, 0.96)
@@ -209,7 +204,6 @@ def test_no_page_holds_a_time(pages):
 
 
 def test_speeds_are_shares_of_the_ceiling(pages):
-    results = module("results")
     path = pages.results / "cpu.json"
     run = made_up(path, LAWS)
     row = results.Row("update", {"model": "toy"}, "ours", "GB/s at 24 B per entry", 0.8)
@@ -268,22 +262,22 @@ def test_rows_are_placed_under_the_ceilings(tmp_path):
     run = made_up(tmp_path / "cpu.json", LAWS)
     placed = {
         (row.rival, row.settings["M"]): (intensity, share)
-        for intensity, share, row in module("charts").place(run)
+        for intensity, share, row in charts.place(run)
     }
     # The roof is at 10 ms by the bytes; by the operations it is there at the first point, and
     # three times as high at the third.
     assert placed["F.linear", 1] == pytest.approx((10, 10))
     assert placed["PEFT", 100] == pytest.approx((30, 0.15))
     run.environment["ceilings"]["dtype"] = "bfloat16"
-    assert list(module("charts").place(run)) == []
+    assert list(charts.place(run)) == []
     del run.environment["ceilings"]
-    assert list(module("charts").place(run)) == []
+    assert list(charts.place(run)) == []
 
 
 def test_who_is_ours_is_known():
-    kind_of = module("reading").kind_of
-    allocation, orth_reg = module("allocation_rivals"), module("orth_reg_rivals")
-    steps, layers = module("train_step_rivals"), module("svd_linear_rivals")
+    kind_of = reading.kind_of
+    allocation, orth_reg = allocation_rivals, orth_reg_rivals
+    steps, layers = train_step_rivals, svd_linear_rivals
     paths = (layers.AUTO, *layers.plans.PATHS, layers.LAYER, layers.APPLIED)
     for rival in (*allocation.OURS, *orth_reg.OURS, *steps.OURS, *paths):
         assert kind_of(rival) == "ours", rival
@@ -291,5 +285,5 @@ def test_who_is_ours_is_known():
     assert {kind_of(rival) for rival in theirs} == {"theirs"}
     plain = (allocation.REFERENCE, allocation.FOREACH, orth_reg.BATCHED, layers.REFERENCE)
     assert {kind_of(rival) for rival in plain} == {"plain"}
-    floors = (layers.FLOOR, steps.FROZEN, module("allocation_cases").TRAFFIC)
+    floors = (layers.FLOOR, steps.FROZEN, allocation_cases.TRAFFIC)
     assert {kind_of(rival) for rival in floors} == {"floor"}

@@ -1,7 +1,6 @@
 """The bench of one layer, as far as it runs without a GPU."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -10,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import bench_svd_linear as bench
+from benchmarks import contest, timing
+from benchmarks import svd_linear_rivals as layer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -34,54 +37,34 @@ def smoke_run(tmp_path_factory):
     process.communicate()
 
 
-@pytest.fixture(scope="module")
-def bench(smoke_run):
-    """The module; `benchmarks` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.bench_svd_linear")
-    sys.path.remove(str(ROOT))
-
-
-@pytest.fixture(scope="module")
-def layer(bench):
-    """The module of the rivals."""
-    return importlib.import_module("benchmarks.svd_linear_rivals")
-
-
-@pytest.fixture(scope="module")
-def contest(bench):
-    return importlib.import_module("benchmarks.contest")
-
-
 @pytest.fixture
-def counting(contest):
+def counting():
     """Where rivals are checked and counted only."""
     return contest.Context(CPU, timed=False)
 
 
 @pytest.fixture
-def gpu_cases(bench, contest):
+def gpu_cases():
     return bench.cases(contest.Context(torch.device("cuda")))
 
 
 @pytest.fixture
-def cpu_cases(bench, contest):
+def cpu_cases():
     return bench.cases(contest.Context(CPU))
 
 
-def on_cpu(layer, **options):
+def on_cpu(**options):
     return layer.Case(32, 48, 16, 8, dtype=torch.float32, on_gpu=False, **options)
 
 
-def ratios(bench, case, direction, seconds):
+def ratios(case, direction, seconds):
     """The rows for made-up seconds, by rival."""
-    timing = importlib.import_module("benchmarks.timing")
     rivals = bench.rivals_of(case, CPU)
     samples = {name: timing.Sample([t, t, t], "made up") for name, t in seconds.items()}
     return list(bench.ratios(case, direction, rivals, samples, CPU))
 
 
-def test_goals_on_a_gpu_are_those_of_the_design(bench, gpu_cases):
+def test_goals_on_a_gpu_are_those_of_the_design(gpu_cases):
     rows = []
     for case in gpu_cases:
         for direction in case.directions:
@@ -90,7 +73,7 @@ def test_goals_on_a_gpu_are_those_of_the_design(bench, gpu_cases):
                     {"PEFT": 2.4, "PEFT bf16": 1.2, "PEFT compiled": 1.3} if case.compiled else {}
                 )
                 seconds = {"F.linear": 1.0, "auto": 1.05, "auto bf16": 1.0, "cublas": 0.9, **peft}
-                rows += ratios(bench, case, direction, seconds)
+                rows += ratios(case, direction, seconds)
     verdicts = [row.verdict for row in rows if row.goal and row.measure == "time / F.linear"]
     # In the order of the cases: forward, forward + backward of three; few rows of three by three.
     large = [f"goal <= {limit}" for limit in (1.06, 1.09, 1.03, 1.09, 1.05, 1.09)]
@@ -105,11 +88,11 @@ def test_goals_on_a_gpu_are_those_of_the_design(bench, gpu_cases):
     }
 
 
-def test_goals_on_a_cpu_are_those_of_the_design(bench, cpu_cases):
+def test_goals_on_a_cpu_are_those_of_the_design(cpu_cases):
     goals = {}
     for case in cpu_cases:
         for direction in case.directions:
-            rows = ratios(bench, case, direction, dict.fromkeys(case.rivals, 1.0))
+            rows = ratios(case, direction, dict.fromkeys(case.rivals, 1.0))
             for row in rows:
                 if row.goal:
                     key = (case.M, case.K, case.N, case.r, case.dropout)
@@ -148,7 +131,7 @@ def wrong_results(y):
     return {"scaled": y * 1.05, "unwritten": unwritten, "another function": y.detach() + y * 1e-2}
 
 
-def spoil(bench, monkeypatch, case, name, spoiled):
+def spoil(monkeypatch, case, name, spoiled):
     """Have what one rival gives go through `spoiled`."""
     rivals = bench.rivals_of(case, CPU)
     right = rivals[name].forward
@@ -166,11 +149,9 @@ def spoil(bench, monkeypatch, case, name, spoiled):
         ("loralib", 0.1, False),
     ],
 )
-def test_a_wrong_result_is_refused_and_not_timed(
-    bench, layer, contest, monkeypatch, name, dropout, ours, how
-):
-    case = on_cpu(layer, dropout=dropout, curve="M")
-    spoil(bench, monkeypatch, case, name, lambda y: wrong_results(y)[how])
+def test_a_wrong_result_is_refused_and_not_timed(monkeypatch, name, dropout, ours, how):
+    case = on_cpu(dropout=dropout, curve="M")
+    spoil(monkeypatch, case, name, lambda y: wrong_results(y)[how])
     outcome = bench.measure(case, contest.Context(CPU, smoke=True))
     assert outcome.refused.keys() == {name}
     assert outcome.refused[name].why.startswith("ArithmeticError") and (
@@ -180,12 +161,12 @@ def test_a_wrong_result_is_refused_and_not_timed(
     assert outcome.samples.keys() == others == {row.rival for row in outcome.rows}
 
 
-def test_a_rival_that_raises_ends_nothing(bench, layer, counting, monkeypatch):
+def test_a_rival_that_raises_ends_nothing(counting, monkeypatch):
     def fail(y):
         raise NotImplementedError("not on Tuesdays")
 
-    case = on_cpu(layer, counted=True)
-    spoil(bench, monkeypatch, case, "PEFT", fail)
+    case = on_cpu(counted=True)
+    spoil(monkeypatch, case, "PEFT", fail)
     outcome = bench.measure(case, counting)
     assert outcome.refused["PEFT"].why == "NotImplementedError: not on Tuesdays"
     assert not outcome.refused["PEFT"].ours
@@ -193,8 +174,8 @@ def test_a_rival_that_raises_ends_nothing(bench, layer, counting, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_rivals_agree_in_other_types_and_go_on_with_dropout(bench, layer, dtype):
-    case = dataclasses.replace(on_cpu(layer, dropout=0.5), dtype=dtype)
+def test_rivals_agree_in_other_types_and_go_on_with_dropout(dtype):
+    case = dataclasses.replace(on_cpu(dropout=0.5), dtype=dtype)
     inputs = layer.make_inputs(case, 2, CPU)
     rivals = bench.rivals_of(case, CPU)
     assert layer.wrong_ones(case, rivals, inputs) == {}
@@ -204,7 +185,7 @@ def test_rivals_agree_in_other_types_and_go_on_with_dropout(bench, layer, dtype)
 
 
 @pytest.mark.parametrize(("K", "N"), GOAL_SHAPES)
-def test_what_is_planned_is_the_arithmetic_of_the_design(bench, K, N):
+def test_what_is_planned_is_the_arithmetic_of_the_design(K, N):
     guarded = {}
     for row in bench.guarded_plans():
         settings = row.settings
@@ -248,7 +229,7 @@ def test_what_is_planned_is_the_arithmetic_of_the_design(bench, K, N):
     }
 
 
-def test_what_is_guarded_is_the_same_in_every_run(bench, counting):
+def test_what_is_guarded_is_the_same_in_every_run(counting):
     runs = [list(bench.guarded(counting)) for _ in range(2)]
     assert runs[0] == runs[1]
     found = {
@@ -279,7 +260,7 @@ def smoke(smoke_run):
     return printed, json.loads(out.read_text())
 
 
-def test_smoke_has_a_row_for_every_rival_of_every_case(bench, contest, smoke):
+def test_smoke_has_a_row_for_every_rival_of_every_case(smoke):
     printed, results = smoke
     assert results["refused"] == results["not_reached"] == [] and "warming up:" not in printed
     keys = ("K", "N", "M", "r", "dropout")

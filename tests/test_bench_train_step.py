@@ -1,32 +1,19 @@
 """The bench of whole training steps, on a model of two small layers."""
 
-import importlib
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import bench_train_step as bench
+from benchmarks import train_step_rivals as rivals
+from benchmarks.contest import Context
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def rivals():
-    """The module; `benchmarks` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.train_step_rivals")
-    sys.path.remove(str(ROOT))
-
-
-@pytest.fixture(scope="module")
-def bench(rivals):
-    return importlib.import_module("benchmarks.bench_train_step")
-
-
-@pytest.fixture(scope="module")
-def tiny(rivals):
+def tiny():
     sizes = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -40,13 +27,13 @@ def tiny(rivals):
     return rivals.Architecture("tiny", make, 64, llama.task_type, llama.target_modules, 64)
 
 
-def trainees_of(rivals, tiny, device=CPU, names=None):
+def trainees_of(tiny, device=CPU, names=None):
     names = names or (rivals.LORA, rivals.FROZEN, rivals.PEFT, rivals.APPLIED)
     return rivals.make_trainees(tiny, names, device, torch.float32)
 
 
-def test_right_steps_are_not_refused(rivals, tiny):
-    assert rivals.wrong_steps(trainees_of(rivals, tiny), tiny.batch(2, 16, CPU)) == {}
+def test_right_steps_are_not_refused(tiny):
+    assert rivals.wrong_steps(trainees_of(tiny), tiny.batch(2, 16, CPU)) == {}
 
 
 def no_regulariser(trainee):
@@ -64,12 +51,12 @@ def another_scaling(trainee):
 
 
 @pytest.mark.parametrize("plant", [no_regulariser, half_a_loss, another_scaling])
-def test_a_wrong_step_is_refused_and_not_timed(bench, rivals, tiny, plant, monkeypatch):
-    trainees = trainees_of(rivals, tiny)
+def test_a_wrong_step_is_refused_and_not_timed(tiny, plant, monkeypatch):
+    trainees = trainees_of(tiny)
     plant(trainees[rivals.APPLIED])
     monkeypatch.setattr(bench, "_trainees", lambda *_: trainees)
     case = bench.TrainStep(tiny, 2, 16, torch.float32)
-    context = importlib.import_module("benchmarks.contest").Context(CPU, smoke=True)
+    context = Context(CPU, smoke=True)
     outcome = bench.measure(case, context)
     assert set(outcome.refused) == {rivals.APPLIED} and outcome.refused[rivals.APPLIED].ours
     assert outcome.refused[rivals.APPLIED].why.startswith("ArithmeticError: peft.apply: ")
@@ -77,9 +64,9 @@ def test_a_wrong_step_is_refused_and_not_timed(bench, rivals, tiny, plant, monke
     assert rivals.APPLIED not in {row.rival for row in outcome.rows}
 
 
-def test_the_parts_of_a_step_are_the_step(rivals, tiny):
+def test_the_parts_of_a_step_are_the_step(tiny):
     batch = tiny.batch(2, 16, CPU)
-    for name, trainee in trainees_of(rivals, tiny).items():
+    for name, trainee in trainees_of(tiny).items():
         ends = []
         for step in (trainee.step, trainee.step_in_parts):
             trainee.reset()
@@ -95,11 +82,10 @@ def test_the_parts_of_a_step_are_the_step(rivals, tiny):
             assert trainee.allocator.attached
 
 
-def test_shares_are_of_one_step(rivals, tiny):
+def test_shares_are_of_one_step(tiny):
     batch = tiny.batch(2, 16, CPU)
     parts = {
-        name: rivals.shares(trainee, batch, CPU)
-        for name, trainee in trainees_of(rivals, tiny).items()
+        name: rivals.shares(trainee, batch, CPU) for name, trainee in trainees_of(tiny).items()
     }
     everyone = {rivals.LINEAR}
     adalora = {*everyone, rivals.OPTIMIZER, rivals.ALLOCATION, rivals.REGULARISER}
@@ -113,9 +99,8 @@ def test_shares_are_of_one_step(rivals, tiny):
         assert all(share > 0 for share in found.values()) and sum(found.values()) < 1
 
 
-def test_the_cases_are_those_asked_for(bench, rivals):
-    context = importlib.import_module("benchmarks.contest").Context
-    on_gpu = bench.cases(context(torch.device("cuda")))
+def test_the_cases_are_those_asked_for():
+    on_gpu = bench.cases(Context(torch.device("cuda")))
     assert len({str(case) for case in on_gpu}) == len(on_gpu)
     first = on_gpu[0]
     assert first.architecture is rivals.LLAMA and first.dtype == torch.bfloat16
@@ -125,13 +110,13 @@ def test_the_cases_are_those_asked_for(bench, rivals):
         assert {case.rows for case in own} == {1, 2, 4, 8, 16}
         assert {case.checkpointing for case in own} == {False, True}
     assert {case.tokens for case in on_gpu} == {512, 1024, 2048, 4096}
-    on_cpu = bench.cases(context(CPU))
+    on_cpu = bench.cases(Context(CPU))
     assert all(rivals.CAPTURED not in case.rivals for case in on_cpu)
     always = {rivals.FROZEN, rivals.LORA, rivals.PEFT, rivals.APPLIED}
     assert all(always <= set(case.rivals) for case in (*on_gpu, *on_cpu))
 
 
-def test_the_models_are_those_they_are_named_after(rivals):
+def test_the_models_are_those_they_are_named_after():
     with torch.device("meta"):
         llama, deberta = rivals.LLAMA.make(), rivals.DEBERTA.make()
     # As published: 1,235,814,400 with the tied embedding, and 184,423,682 with two labels.
@@ -141,10 +126,10 @@ def test_the_models_are_those_they_are_named_after(rivals):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
-def test_a_captured_step_is_right(rivals, tiny):
+def test_a_captured_step_is_right(tiny):
     device = torch.device("cuda")
     names = (rivals.PEFT, rivals.APPLIED, rivals.CAPTURED)
-    trainees = trainees_of(rivals, tiny, device, names)
+    trainees = trainees_of(tiny, device, names)
     assert rivals.wrong_steps(trainees, tiny.batch(2, 16, device)) == {}
     batch = tiny.batch(2, 16, device)
     losses = {name: [float(t.step(batch)) for _ in range(4)] for name, t in trainees.items()}
