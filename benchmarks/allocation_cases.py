@@ -162,7 +162,7 @@ def measure_calls(
         context,
         {name: [call] for name, call in timed.items()},
         seconds=0.5 if case.one_of_many else 2.0,
-        rounds=(3, 30) if case.one_of_many else (5, 60),
+        rounds=(3, 30) if case.one_of_many else (4, 60),
         by_host=True,
     )
     outcome.rows += against_peft(case, samples, goals)

@@ -96,7 +96,6 @@ def cases(context: Context) -> Sequence[TrainStep]:
             small(SMALL_LLAMA, 1, special=(COMPILED,)),
             small(SMALL_LLAMA, 4),
             small(SMALL_LLAMA, 4, checkpointing=True),
-            small(SMALL_DEBERTA, 1),
             small(SMALL_DEBERTA, 4),
         )
     if context.smoke:

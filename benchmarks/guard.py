@@ -73,7 +73,8 @@ def slower(before: Run, after: Run) -> Iterator[str]:
     old = {(_group(row), row.rival, row.measure): row.value for row in before.rows}
     for row in after.rows:
         was, is_ = old.get((_group(row), row.rival, row.measure)), row.value
-        if not (isinstance(was, Spread) and isinstance(is_, Spread)):
+        timed = isinstance(was, Spread) and isinstance(is_, Spread)
+        if not timed or row.measure.startswith("GB/s"):  # That is no ratio.
             continue
         if row.measure.startswith("time / "):
             worse = is_.p25 > was.p75 and is_.median > (1 + LEAST) * was.median
