@@ -231,3 +231,12 @@ def guarded_counts(
         # PEFT makes its state in the first.
         call()
         yield from counts(case, name, call, context.device)
+
+
+def guarded_steps(
+    work: str, architecture: Architecture, rivals: Sequence[str], step: int, context: Context
+) -> Iterator[Row]:
+    """Those of a step of importance and allocation."""
+    case = Case(work, architecture, tuple(rivals))
+    make = {name: allocation_rivals.MAKE[name] for name in rivals}
+    return guarded_counts(case, context, make, lambda rival: partial(rival.step, step))

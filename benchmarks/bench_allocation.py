@@ -18,7 +18,7 @@ from benchmarks.allocation_cases import (
     Case,
     architectures,
     counts,
-    guarded_counts,
+    guarded_steps,
     has_goals,
     measure_steps,
     of_steps,
@@ -29,7 +29,6 @@ from benchmarks.allocation_rivals import (
     BETA,
     CAPTURED,
     LORALIB,
-    MAKE,
     OURS,
     PEFT,
     REFERENCE,
@@ -112,9 +111,7 @@ def single_ops(architecture: Architecture, device: torch.device) -> dict[str, Ca
 
 def guarded(context: Context) -> Iterator[Row]:
     """The counts of all rivals on one model."""
-    case = Case(MASKING, DEBERTA_BASE, RIVALS)
-    make = {name: MAKE[name] for name in RIVALS}
-    return guarded_counts(case, context, make, lambda rival: partial(rival.step, MASKS))
+    return guarded_steps(MASKING, DEBERTA_BASE, RIVALS, MASKS, context)
 
 
 def bench_allocation(outcome: Outcome, rival: str, benchmark: BenchmarkFixture, run: Run) -> None:

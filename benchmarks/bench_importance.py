@@ -21,7 +21,7 @@ from benchmarks.allocation_cases import (
     Case,
     contestants,
     details_of,
-    guarded_counts,
+    guarded_steps,
     has_goals,
     measure_steps,
     of_steps,
@@ -150,9 +150,7 @@ def _against_copy(
 
 def guarded(context: Context) -> Iterator[Row]:
     """The counts of all rivals on one model."""
-    case = Case(IMPORTANCE, DEBERTA_BASE, RIVALS)
-    make = {name: MAKE[name] for name in RIVALS}
-    return guarded_counts(case, context, make, lambda rival: partial(rival.step, UPDATES))
+    return guarded_steps(IMPORTANCE, DEBERTA_BASE, RIVALS, UPDATES, context)
 
 
 def bench_importance(outcome: Outcome, rival: str, benchmark: BenchmarkFixture, run: Run) -> None:

@@ -83,7 +83,10 @@ class Outcome:
         rounds: tuple[int, int] = (7, 100),
         by_host: bool = False,
     ) -> dict[str, Sample]:
-        """As `timing.interleaved`; nothing where nothing is timed."""
+        """As `timing.interleaved`; nothing where nothing is timed.
+
+        Called more than once, pytest-benchmark is shown the last: of a layer, forward + backward.
+        """
         if not context.timed:
             return {}
         if context.smoke:

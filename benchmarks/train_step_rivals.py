@@ -381,11 +381,15 @@ def _grad(parameter: Tensor) -> Tensor:
 def set_checkpointing(trainees: Mapping[str, Trainee], on: bool) -> None:
     """Recompute the activations of every layer in the backward, or keep them."""
     for trainee in trainees.values():
-        model: Any = trainee.model
-        if not on:
-            model.gradient_checkpointing_disable()
-            continue
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if on:
+            _checkpoint(trainee.model)
+        else:
+            trainee.model.gradient_checkpointing_disable()
+
+
+def _checkpoint(model: nn.Module) -> None:
+    # There is no dropout; and the state of the generator can't be read while a graph is captured.
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def wrong_steps(trainees: Mapping[str, Trainee], batch: Batch) -> dict[str, Exception]:
@@ -428,7 +432,7 @@ def _in_double(trainee: Trainee) -> Trainee:
     """PEFT's in float64, not to be trained further: without an optimizer and an allocator."""
     model = copy.deepcopy(trainee.model).double()
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    _checkpoint(model)
     inner = partial(_loss, model.base_model.model)
     return Trainee(model, partial(_loss, model), inner)
 
