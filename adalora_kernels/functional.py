@@ -5,18 +5,19 @@ Shapes throughout: x (..., in), weight (out, in), lora_A (r, in), lora_E (r, 1),
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops, reference
-from .adapters import Adapter, find_adapters
+from .checks import check_floating, shape_of
+from .orthogonality import orth_reg, orth_reg_grad_
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
-Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
+
+__all__ = ["Impl", "orth_reg", "orth_reg_grad_", "svd_delta", "svd_linear"]
 
 
 def svd_linear(
@@ -67,18 +68,18 @@ def svd_linear(
             unknown impl.
         RuntimeError: an impl that cannot run here; the message says why.
     """
-    _check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
+    check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     if weight.dim() != 2:
-        raise ValueError(f"weight must be (out, in), got shape {_shape(weight)}")
+        raise ValueError(f"weight must be (out, in), got shape {shape_of(weight)}")
     out_features, in_features = weight.shape
     _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
     _check_like_x(x, weight=weight, bias=bias)
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be (out,) = ({out_features},), got shape {_shape(bias)}")
+        raise ValueError(f"bias must be (out,) = ({out_features},), got shape {shape_of(bias)}")
     _check_numbers(scaling, dropout_p)
     _check_impl(impl)
     if lora_A.shape[0] == 0:
@@ -119,14 +120,14 @@ def svd_delta(
     Returns:
         The sum, (..., out) in the dtype of base_output.
     """
-    _check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)
+    check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x = _cast(x, dtype)
     if base_output.dim() != x.dim() or base_output.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             "base_output must have the leading dimensions of x, "
-            f"got shape {_shape(base_output)} for x of shape {_shape(x)}"
+            f"got shape {shape_of(base_output)} for x of shape {shape_of(x)}"
         )
     if base_output.device != x.device:
         raise ValueError(
@@ -150,182 +151,6 @@ def svd_delta(
     return y
 
 
-def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) -> Tensor:
-    """The orthogonality regulariser (paper, eq. 4), differentiable.
-
-    weight · mean over all lora_A, lora_B of ‖G - I‖_F (loralib, PEFT), or the paper's
-    weight · Σ ‖G - I‖²_F if `squared`; G = A·Aᵀ or Bᵀ·B.
-
-    Args:
-        pairs_or_model: (lora_A (r, in), lora_B (out, r)) pairs of floating point tensors on one
-            device; adapters, such as those of a `RankAllocator`; or a model in which
-            `find_adapters` finds them, which takes time. Rank 0 counts as norm 0.
-        weight: the coefficient, ≥ 0.
-
-    Returns:
-        A scalar on the adapters' device, float32 (float64 for float64 adapters).
-
-    Raises:
-        TypeError: not a model or pairs of floating point tensors, or weight is not a number.
-        ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
-    """
-    lora_A, lora_B = _pairs(pairs_or_model)
-    check_weight("weight", weight)
-    norms, _ = torch.ops.adalora.orth_reg(lora_A, lora_B)
-    return _penalty(norms, weight, squared)
-
-
-@torch.no_grad()
-def orth_reg_grad_(
-    pairs_or_model: Pairs,
-    weight: float,
-    squared: bool = False,
-    *,
-    grad_scale: float | Tensor | None = None,
-) -> Tensor:
-    """Add the gradient of `orth_reg` straight into the `.grad` of the adapters.
-
-    To be called once per optimizer step, after the last backward and before clipping: the
-    regulariser then counts once under gradient accumulation, DDP and activation checkpointing,
-    and no autograd graph is built. With a GradScaler, call `scaler.unscale_(optimizer)` first, or
-    give grad_scale.
-
-    Args, raises: those of `orth_reg`. Parameters that need no gradient are left out.
-        grad_scale: what ∂L/∂w is of the gradients; 1 / 1024 if the loss was multiplied by 1024. A
-            number, or one float32 on the adapters' device. None: 1.
-
-    Returns:
-        The value of the regulariser, a scalar on the adapters' device; nothing is read back.
-    """
-    lora_A, lora_B = _pairs(pairs_or_model)
-    check_weight("weight", weight)
-    scale = as_grad_scale(grad_scale, lora_A[0].device)
-    norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
-    grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
-    if scale is not None:
-        grad_norms = grad_norms / scale
-    targets, aside = _gradients_of(lora_A + lora_B)
-    grad_A, grad_B = targets[: len(lora_A)], targets[len(lora_A) :]
-    torch.ops.adalora.orth_reg_grad_(grad_norms, norms, residuals, lora_A, lora_B, grad_A, grad_B)
-    for grad, part in aside:
-        grad.add_(part)
-    return _penalty(norms, weight, squared)
-
-
-def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """The factor between gradients and ∂L/∂w as the ops take it: one float32 on `device`.
-
-    Raises:
-        TypeError: neither a number nor a tensor.
-        ValueError: a tensor of another shape, dtype or device.
-    """
-    if grad_scale is None:
-        return None
-    if isinstance(grad_scale, Tensor):
-        if grad_scale.numel() != 1 or grad_scale.dtype != torch.float32:
-            raise ValueError(
-                "grad_scale must be one float32, "
-                f"got {grad_scale.dtype} of shape {tuple(grad_scale.shape)}"
-            )
-        if grad_scale.device != device:
-            raise ValueError(f"grad_scale must be on {device}, is on {grad_scale.device}")
-        return grad_scale
-    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float):
-        raise TypeError(f"grad_scale must be a number or a tensor, got {type(grad_scale).__name__}")
-    return torch.full((1,), grad_scale, dtype=torch.float32, device=device)
-
-
-def _gradients_of(
-    parameters: list[Tensor],
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The `.grad` of each (made where it is missing), for an op that adds to all of them at once.
-
-    A tensor of its own stands in for that of a parameter that needs none, or is in the list
-    already. In the second case (the `.grad`, what stands in for it) is in the second result.
-    """
-    targets, aside = [], []
-    shared = len({id(parameter) for parameter in parameters}) < len(parameters)
-    seen = set()
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            targets.append(torch.zeros_like(parameter))
-            continue
-        grad = parameter.grad
-        if grad is None:
-            parameter.grad = grad = torch.zeros_like(parameter)
-        if shared:
-            if id(parameter) in seen:
-                aside.append((grad, torch.zeros_like(grad)))
-                grad = aside[-1][1]
-            seen.add(id(parameter))
-        targets.append(grad)
-    return targets, aside
-
-
-def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
-    return weight * (norms.square().sum() if squared else norms.mean())
-
-
-def _pairs(pairs_or_model: Pairs) -> tuple[list[Tensor], list[Tensor]]:
-    if isinstance(pairs_or_model, nn.Module):
-        adapters = find_adapters(pairs_or_model)
-        if not adapters:
-            raise ValueError(f"no AdaLoRA adapter in this {type(pairs_or_model).__name__}")
-        pairs_or_model = adapters
-    elif isinstance(pairs_or_model, Tensor) or not isinstance(pairs_or_model, Iterable):
-        raise TypeError(
-            "pairs_or_model must be a torch.nn.Module or (lora_A, lora_B) pairs, "
-            f"got {type(pairs_or_model).__name__}"
-        )
-    lora_A: list[Tensor] = []
-    lora_B: list[Tensor] = []
-    device = None
-    for i, pair in enumerate(pairs_or_model):
-        a: Tensor
-        b: Tensor
-        if isinstance(pair, Adapter):
-            a, _, b = pair.parameters
-        elif isinstance(pair, tuple | list) and len(pair) == 2:
-            a, b = pair
-            _check_pair(i, a, b)
-            device = a.device if device is None else device
-            if a.device != device or b.device != device:
-                raise ValueError(
-                    f"pairs_or_model[{i}] must be on {device} like the first pair, "
-                    f"got {a.device} and {b.device}"
-                )
-        else:
-            raise TypeError(f"pairs_or_model[{i}] must be (lora_A, lora_B), got {pair!r:.80}")
-        lora_A.append(a)
-        lora_B.append(b)
-    if not lora_A:
-        raise ValueError("pairs_or_model is empty")
-    return lora_A, lora_B
-
-
-def _check_pair(i: int, lora_A: Tensor, lora_B: Tensor) -> None:
-    _check_floating(**{f"pairs_or_model[{i}][0]": lora_A, f"pairs_or_model[{i}][1]": lora_B})
-    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
-        raise ValueError(
-            f"pairs_or_model[{i}] must be lora_A (r, in) and lora_B (out, r), "
-            f"got shapes {_shape(lora_A)} and {_shape(lora_B)}"
-        )
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
-
-
-def _check_floating(**tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is None and name == "bias":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {t.dtype}")
-
-
 def _check_like_x(x: Tensor, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is None:
@@ -346,17 +171,17 @@ def _check_adapter(
     out_features: int,
 ) -> None:
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must be (..., in) with in = {in_features}, got shape {_shape(x)}")
+        raise ValueError(f"x must be (..., in) with in = {in_features}, got shape {shape_of(x)}")
     if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
         raise ValueError(
-            f"lora_A must be (r, in) with in = {in_features}, got shape {_shape(lora_A)}"
+            f"lora_A must be (r, in) with in = {in_features}, got shape {shape_of(lora_A)}"
         )
     r = lora_A.shape[0]
     if lora_E.shape != (r, 1):
-        raise ValueError(f"lora_E must be (r, 1) = ({r}, 1), got shape {_shape(lora_E)}")
+        raise ValueError(f"lora_E must be (r, 1) = ({r}, 1), got shape {shape_of(lora_E)}")
     if lora_B.shape != (out_features, r):
         raise ValueError(
-            f"lora_B must be (out, r) = ({out_features}, {r}), got shape {_shape(lora_B)}"
+            f"lora_B must be (out, r) = ({out_features}, {r}), got shape {shape_of(lora_B)}"
         )
     if lora_B.dtype != lora_A.dtype:
         raise ValueError(
@@ -367,7 +192,7 @@ def _check_adapter(
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor, got {kind}")
         if mask.shape != (r,):
-            raise ValueError(f"mask must be (r,) = ({r},), got shape {_shape(mask)}")
+            raise ValueError(f"mask must be (r,) = ({r},), got shape {shape_of(mask)}")
     for name, t in (("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B), ("mask", mask)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, got {t.device} and {x.device}")
@@ -379,14 +204,6 @@ def _check_numbers(scaling: float, dropout_p: float) -> None:
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-
-
-def check_weight(name: str, weight: float) -> None:
-    """Raise TypeError or ValueError if `weight` is not a number ≥ 0."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"{name} must be a number, got {type(weight).__name__}")
-    if not weight >= 0.0:
-        raise ValueError(f"{name} must be at least 0, got {weight}")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

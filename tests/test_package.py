@@ -20,8 +20,9 @@ LAYERS = [
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
     {"functional"},
+    {"orthogonality"},
     {"ops"},
-    {"reference", "adapters", "kernels", "_extension"},
+    {"reference", "adapters", "checks", "kernels", "_extension"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]
 
