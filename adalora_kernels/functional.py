@@ -5,6 +5,7 @@ Shapes throughout: x (..., in), weight (out, in), lora_A (r, in), lora_E (r, 1),
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -85,13 +86,17 @@ def svd_linear(
     if lora_A.shape[0] == 0:
         return F.linear(x, weight, bias)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    tensors = (x, weight, bias, lora_A, lora_E, lora_B, mask)
-    options = (float(scaling), float(dropout_p), seed)
+    scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
-        y, _ = reference.svd_linear(*tensors, *options)
+        with _without_autocast(x, dtype):
+            y, _ = reference.svd_linear(
+                x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
+            )
     else:
-        y, _ = torch.ops.adalora.svd_linear(*tensors, *options, impl)
+        y, _ = torch.ops.adalora.svd_linear(
+            x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed, impl
+        )
     return y
 
 
@@ -141,13 +146,17 @@ def svd_delta(
     if lora_A.shape[0] == 0:
         return base_output
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    tensors = (base_output, x, lora_A, lora_E, lora_B, mask)
-    options = (float(scaling), float(dropout_p), seed)
+    scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
-        y, _ = reference.svd_delta(*tensors, *options)
+        with _without_autocast(x, dtype):
+            y, _ = reference.svd_delta(
+                base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
+            )
     else:
-        y, _ = torch.ops.adalora.svd_delta(*tensors, *options, impl)
+        y, _ = torch.ops.adalora.svd_delta(
+            base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed, impl
+        )
     return y
 
 
@@ -214,6 +223,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def _without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """A context without the autocast that gave `dtype`; the ops make one themselves."""
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,10 @@
 """The `adalora::` operators: schemas, fakes, implementations per device, and their autograd.
 
-Python owns the schemas, so every op exists on every device; what a device runs is looked up by
-the torch dispatcher. The plain-PyTorch implementation of `reference` is registered for all of
-them. The layer ops launch Triton kernels from there (in this file); the compiled library, where
-there is one, brings implementations of the ops over whole models for CPU and CUDA tensors.
+Python owns the schemas, so every op exists on every device, whether or not there is a compiled
+library. The ops of one layer (`svd_linear`, `svd_delta`, `svd_linear_backward`) are one function
+each: it launches the Triton kernels, or calls `cpu` or `reference`. Of the ops over whole models
+the dispatcher finds the implementation, which is that of the compiled library where it has one
+for the device, and else that of `reference`.
 
 The layer ops have one more argument than their reference, `impl`: "auto", or what the caller named
 and the backward must use too: "triton", or one of its paths (see `kernels.svd_linear`). What is
@@ -16,12 +17,15 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _extension, reference
+from . import _extension, cpu, reference
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # The kernels keep all ranks of a tile in registers.
 MOST_RANKS = 256
@@ -31,16 +35,11 @@ _SCHEMAS = {
     "svd_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor E, Tensor B, "
     "Tensor? mask, float scaling, float dropout_p, Tensor? seed, str impl='auto')"
     " -> (Tensor, Tensor)",
-    "svd_linear_backward": "(Tensor grad_y, Tensor x, Tensor weight, Tensor A, Tensor E, Tensor B, "
-    "Tensor? mask, Tensor h, float scaling, float dropout_p, Tensor? seed, bool need_dx, "
-    "str impl='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
     "svd_delta": "(Tensor y, Tensor x, Tensor A, Tensor E, Tensor B, Tensor? mask, "
     "float scaling, float dropout_p, Tensor? seed, str impl='auto') -> (Tensor, Tensor)",
-    "svd_delta_backward": "(Tensor grad_y, Tensor x, Tensor A, Tensor E, Tensor B, Tensor? mask, "
-    "Tensor h, float scaling, float dropout_p, Tensor? seed, bool need_dx, "
-    "str impl='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "svd_linear_backward": "(Tensor grad_y, Tensor x, Tensor? weight, Tensor A, Tensor E, "
+    "Tensor B, Tensor? mask, Tensor h, float scaling, float dropout_p, Tensor? seed, "
+    "bool need_dx, str impl='auto') -> (Tensor, Tensor, Tensor, Tensor)",
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
     "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
     "Tensor? grad_scale=None) -> ()",
@@ -53,66 +52,147 @@ _SCHEMAS = {
 }
 
 
-def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's dtypes are decided before it is called; autocast must not change them inside."""
-
-    @functools.wraps(implementation)
-    def run(first: Any, *args: Any) -> Any:
-        tensor = first if isinstance(first, Tensor) else first[0]
-        device_type = tensor.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return implementation(first, *args)
-        with torch.autocast(device_type, enabled=False):
-            return implementation(first, *args)
-
-    return run
-
-
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-# Of the layer ops: the launcher of their Triton kernels, and which argument A is.
-_LAYER_OPS = {
-    "svd_linear": ("svd_linear_fwd", 3),
-    "svd_linear_backward": ("svd_linear_bwd", 3),
-    "svd_delta": ("svd_delta_fwd", 2),
-    "svd_delta_backward": ("svd_delta_bwd", 2),
-}
+def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with autocast off: its dtypes are decided before it is called."""
 
-
-def _layer_op(name: str) -> Callable[..., Any]:
-    """Triton on a GPU that it supports, or where it is named; else the reference."""
-    plain = getattr(reference, name)
-    launcher, position_of_A = _LAYER_OPS[name]
-    paths = name.startswith("svd_linear")
-
-    def run(*args: Any) -> Any:
-        # The dispatcher leaves out trailing arguments that have their default value.
-        impl = "auto"
-        if isinstance(args[-1], str):
-            *args, impl = args  # type: ignore[assignment]
-        first = args[0]
-        if impl == "auto" and not first.is_cuda:
-            return plain(*args)
-        tensors = [t for t in args if isinstance(t, Tensor)]
-        reason = _why_not(args[position_of_A], tensors)
-        if reason is not None and impl != "auto":
-            raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-        if reason is not None or any(t.numel() == 0 for t in tensors):
-            return plain(*args)
-        from .kernels import svd_linear
-
-        how = ["auto" if impl == "triton" else impl] if paths else []
-        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return getattr(svd_linear, launcher)(*args, *how)
+    @functools.wraps(implementation)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first: Any = args[0]
+        tensor = first if isinstance(first, Tensor) else first[0]
+        device_type = tensor.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
 
     return run
 
 
-for _name in _SCHEMAS:
-    _run = _layer_op(_name) if _name in _LAYER_OPS else getattr(reference, _name)
-    torch.library.impl(f"adalora::{_name}", "default", _outside_autocast(_run))
+# The layer ops. The default of `impl` stands in their schemas too: the dispatcher leaves out
+# trailing arguments that have their default value.
+
+
+@outside_autocast
+def _svd_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    if _takes_triton(impl, x, A, B, E):
+        from .kernels.svd_linear import svd_linear_fwd
+
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return svd_linear_fwd(
+                x, weight, bias, A, E, B, mask, scaling, dropout_p, seed, _path(impl)
+            )
+    if x.is_cpu:
+        return cpu.svd_linear(x, weight, bias, A, E, B, mask, scaling, dropout_p, seed)
+    return reference.svd_linear(x, weight, bias, A, E, B, mask, scaling, dropout_p, seed)
+
+
+@outside_autocast
+def _svd_delta(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    if _takes_triton(impl, x, A, B, E, y):
+        from .kernels.svd_linear import svd_delta_fwd
+
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return svd_delta_fwd(y, x, A, E, B, mask, scaling, dropout_p, seed)
+    if x.is_cpu:
+        return cpu.svd_delta(y, x, A, E, B, mask, scaling, dropout_p, seed)
+    return reference.svd_delta(y, x, A, E, B, mask, scaling, dropout_p, seed)
+
+
+@outside_autocast
+def _svd_linear_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _takes_triton(impl, x, A, B, E, grad_y):
+        from .kernels.svd_linear import svd_linear_bwd
+
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return svd_linear_bwd(
+                *(grad_y, x, weight, A, E, B, mask, h),
+                *(scaling, dropout_p, seed, need_dx, _path(impl)),
+            )
+    if x.is_cpu:
+        return cpu.svd_linear_backward(
+            grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx
+        )
+    return reference.svd_linear_backward(
+        grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx
+    )
+
+
+def _takes_triton(impl: str, x: Tensor, A: Tensor, B: Tensor, *others: Tensor) -> bool:
+    """Whether a layer op launches its Triton kernels on these tensors.
+
+    Raises:
+        RuntimeError: `impl` names them and they cannot run; the message says why.
+    """
+    if impl == "auto" and x.is_cpu:
+        return False
+    reason = _why_not(A, (x, A, B, *others))
+    if reason is not None and impl != "auto":
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+    # Nothing is launched for tensors without entries.
+    return reason is None and x.numel() > 0 and B.numel() > 0
+
+
+def _path(impl: str) -> str:
+    """The kernels' path that `impl` names; "triton" leaves it to them."""
+    return "auto" if impl == "triton" else impl
+
+
+torch.library.impl("adalora::svd_linear", "default", _svd_linear)
+torch.library.impl("adalora::svd_delta", "default", _svd_delta)
+torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backward)
+
+# The ops over whole models.
+
+torch.library.impl(
+    "adalora::importance_update_", "default", outside_autocast(reference.importance_update_)
+)
+torch.library.impl("adalora::allocate_", "default", outside_autocast(reference.allocate_))
+torch.library.impl("adalora::orth_reg", "default", outside_autocast(reference.orth_reg))
+torch.library.impl(
+    "adalora::orth_reg_backward", "default", outside_autocast(reference.orth_reg_backward)
+)
+torch.library.impl("adalora::orth_reg_grad_", "default", outside_autocast(reference.orth_reg_grad_))
 
 library = _extension.load()
 
@@ -154,15 +234,17 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 
 def implementations(device_type: str) -> list[Implementation]:
-    """The implementation that the dispatcher picks for every op on `device_type`."""
+    """What runs for every op on tensors of `device_type`, as long as `impl` is "auto"."""
     plain = "reference (plain PyTorch)"
     rows = []
     for op in _SCHEMAS:
-        if op in _LAYER_OPS:
+        if op.startswith("svd_"):
             why = _why_no_triton(torch.device(device_type))
             if device_type == "cpu":
                 why = "matrix products take nearly all of its time"
-            rows.append(Implementation(op, plain if why else "triton", why or ""))
+                rows.append(Implementation(op, "cpu (plain PyTorch)", why))
+            else:
+                rows.append(Implementation(op, plain if why else "triton", why or ""))
         elif device_type in library.device_types:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
@@ -198,15 +280,20 @@ def _svd_delta_fake(y: Tensor, x: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor
 
 
 def _svd_linear_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _svd_delta_backward_fake(grad_y, x, *rest)
-
-
-def _svd_delta_backward_fake(
-    grad_y: Tensor, x: Tensor, A: Tensor, E: Tensor, B: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_dx: bool = rest[5]
     dx = x.new_empty(x.shape if need_dx else 0)
     return dx, A.new_empty(A.shape), E.new_empty(E.shape), B.new_empty(B.shape)
 
@@ -230,7 +317,6 @@ def _orth_reg_backward_fake(
 torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
-torch.library.register_fake("adalora::svd_delta_backward", _svd_delta_backward_fake)
 torch.library.register_fake("adalora::importance_update_", _in_place_fake)
 torch.library.register_fake("adalora::allocate_", _in_place_fake)
 torch.library.register_fake("adalora::orth_reg", _orth_reg_fake)
@@ -291,8 +377,8 @@ def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tu
     needs_dx = ctx.needs_input_grad[1]
     dx = dA = dE = dB = None
     if any(ctx.needs_input_grad[1:5]):
-        dx, dA, dE, dB = torch.ops.adalora.svd_delta_backward(
-            *(grad_y, x, A, E, B, mask, h),
+        dx, dA, dE, dB = torch.ops.adalora.svd_linear_backward(
+            *(grad_y, x, None, A, E, B, mask, h),
             *(ctx.scaling, ctx.dropout_p, seed, needs_dx, ctx.impl),
         )
     return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5

@@ -1,4 +1,7 @@
-"""Plain-PyTorch twins of the ops: the definition, the test oracle, and the CPU implementation.
+"""The ops as their equations define them, in plain PyTorch: what every implementation must give.
+
+It is the oracle of the tests, what `impl="reference"` records by autograd, and what runs on a
+device that has nothing faster. Nothing here is tuned.
 
 Equation numbers are those of the AdaLoRA paper (Zhang et al., ICLR 2023, arXiv 2303.10512).
 Everything here is differentiable where the mathematics is, works in float64, and reads no value
@@ -55,28 +58,19 @@ def philox_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
     """
     words = philox_uint32(seed, (like.numel() + 1) // 2, rounds=7)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=1).flatten()[: like.numel()]
-    return (halves >= _drop_below(p)).reshape(like.shape).to(like.dtype)
+    return (halves >= drop_below(p)).reshape(like.shape).to(like.dtype)
 
 
-def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
-    """`philox_mask` but on a CPU, where 16 bits of torch's own generator cost far less.
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x ⊙ keep / (1 - p), where keep is `philox_mask`; x itself where seed is None.
 
-    There, too, a pure function of (seed, shape, p), so that the backward regenerates the mask of
-    the forward instead of storing it. Off the CPU the seed is never read back.
+    It is linear in x and its own transpose, so the backward applies it to a gradient.
     """
-    if like.device.type != "cpu":
-        return philox_mask(like, p, seed)
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)
-    keep = torch.empty(like.numel(), dtype=like.dtype)
-    # Writing the comparison as numbers saves a pass over a bool tensor.
-    bits = words.view(torch.int16)[: like.numel()]
-    return torch.ge(bits, _drop_below(p) - 2**15, out=keep).view(like.shape)
+    return x if seed is None else x * philox_mask(x, p, seed) / (1.0 - p)
 
 
-def _drop_below(p: float) -> int:
-    """Of 2¹⁶ equally likely values, those below this are dropped: never all of them."""
+def drop_below(p: float) -> int:
+    """Of 2¹⁶ equally likely values, dropout drops those below this; never all of them."""
     return min(round(p * 2**16), 2**16 - 1)
 
 
@@ -85,37 +79,10 @@ def as_rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _keep_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    return None if seed is None else as_rows(dropout_mask(x, dropout_p, seed))
-
-
-def _skinny(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (M, n) · matrix (n, r), long axis last: BLAS takes half the time for small r."""
-    return (matrix.T @ rows.T).T
-
-
-def _effective_E(E: Tensor, mask: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """e = scaling · E ⊙ mask, (r,): the scale costs nothing once it is folded in here."""
+def effective_E(E: Tensor, mask: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """e = scaling · E ⊙ mask, (r,), in `dtype`."""
     e = E.reshape(-1) * scaling
-    if mask is not None:
-        e = e.masked_fill(~mask, 0.0)
-    return e.to(dtype)
-
-
-def _project(x: Tensor, A: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
-    """h = dropout(x)·Aᵀ (rows, r) for 2-D x, in the wider of the two dtypes."""
-    dtype = torch.promote_types(x.dtype, A.dtype)
-    if keep is None:
-        return _skinny(x.to(dtype), A.T.to(dtype)).contiguous()
-    h = _skinny((x * keep).to(dtype), A.T.to(dtype))
-    return (h * (1.0 / (1.0 - dropout_p))).contiguous()
-
-
-def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a·b, 2-D, in place: one GEMM with beta = 1 where the dtypes allow it."""
-    if out.dtype == a.dtype == b.dtype:
-        return out.addmm_(a, b)
-    return out.add_(a @ b.to(a.dtype))
+    return (e if mask is None else e.masked_fill(~mask, 0.0)).to(dtype)
 
 
 def svd_linear(
@@ -130,15 +97,13 @@ def svd_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (3): y = x·W0ᵀ + bias + ((dropout(x)·Aᵀ) ⊙ e)·Bᵀ with e = scaling·E ⊙ mask.
+    """Eq. (3): y = x·W0ᵀ + bias + (h ⊙ e)·Bᵀ with h = dropout(x)·Aᵀ and e = scaling·E ⊙ mask.
 
-    Returns (y, h): y (..., out) in the dtype of x, and h = dropout(x)·Aᵀ (..., r), which the
-    backward needs. `seed` (one int64 on the device of x) is None exactly when there is no dropout.
+    Returns (y, h): y (..., out) in the dtype of x, and h (..., r), which the backward needs, in
+    the wider of the dtypes of x and A. `seed` (one int64 on the device of x) is None exactly when
+    there is no dropout.
     """
-    y = F.linear(x, weight, bias).contiguous()
-    h = _project(as_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
-    _add_product_(as_rows(y), h * _effective_E(E, mask, scaling, h.dtype), B.T)
-    return y, h.view(*x.shape[:-1], A.shape[0])
+    return svd_delta(F.linear(x, weight, bias), x, A, E, B, mask, scaling, dropout_p, seed)
 
 
 def svd_delta(
@@ -154,50 +119,19 @@ def svd_delta(
 ) -> tuple[Tensor, Tensor]:
     """The low-rank term of `svd_linear` added to y (..., out), the output of any base layer.
 
-    Returns (y + delta, h), the sum in the dtype of y. y itself is left alone: the layer that made
-    it may have saved it, and it may be a view that autograd does not allow to be written to.
+    Returns (y + (h ⊙ e)·Bᵀ, h), the sum in the dtype of y. y itself is left alone: the layer that
+    made it may have saved it, and it may be a view that autograd does not allow to be written to.
     """
-    h = _project(as_rows(x), A, dropout_p, _keep_rows(x, dropout_p, seed))
-    he = h * _effective_E(E, mask, scaling, h.dtype)
-    if y.dtype == h.dtype == B.dtype:
-        out = torch.addmm(as_rows(y), he, B.T)
-    else:
-        out = (as_rows(y) + he @ B.T.to(h.dtype)).to(y.dtype)
-    return out.view(y.shape), h.view(*x.shape[:-1], A.shape[0])
-
-
-def _adapter_grads(
-    g: Tensor,
-    x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    h: Tensor,
-    scaling: float,
-    dropout_p: float,
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(u ⊙ e, dA, dE, dB) for 2-D g, x, h and keep, where u = g·B."""
-    e = _effective_E(E, mask, scaling, h.dtype)
-    g = g.to(h.dtype)
-    u = _skinny(g, B.to(h.dtype))
-    ue = u * e
-    if keep is None:
-        dA = ue.T @ x.to(h.dtype)
-    else:
-        dA = (ue.T @ (x * keep).to(h.dtype)) * (1.0 / (1.0 - dropout_p))
-    dE = (u * h).sum(dim=0) * scaling
-    if mask is not None:
-        dE = dE.masked_fill(~mask, 0.0)
-    dB = _skinny(g.T, h * e).contiguous()
-    return ue, dA.to(A.dtype), dE.view(E.shape).to(E.dtype), dB.to(B.dtype)
+    wide = torch.promote_types(x.dtype, A.dtype)
+    h = dropout(x.to(wide), dropout_p, seed) @ A.T.to(wide)
+    delta = (h * effective_E(E, mask, scaling, wide)) @ B.T.to(wide)
+    return (y + delta).to(y.dtype), h
 
 
 def svd_linear_backward(
     grad_y: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     E: Tensor,
     B: Tensor,
@@ -210,50 +144,28 @@ def svd_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dE, dB) of `svd_linear` for the gradient grad_y of y, weight being frozen.
 
-    dx = g·W0 + dropout'((u ⊙ e)·A) with u = g·B, or an empty (0,) tensor unless `need_dx`;
-    dA = (u ⊙ e)ᵀ·dropout(x); dE = scaling · mask ⊙ Σ_rows u ⊙ h; dB = gᵀ·(h ⊙ e).
+    With u = g·B: dA = (u ⊙ e)ᵀ·dropout(x), dE = scaling · mask ⊙ Σ_rows u ⊙ h, dB = gᵀ·(h ⊙ e),
+    and dx = g·W0 + dropout((u ⊙ e)·A), or an empty (0,) tensor unless `need_dx`.
+
+    Without a weight they are those of `svd_delta`: dx then lacks g·W0, which is the base layer's,
+    and the gradient of its y is grad_y itself.
     """
-    g, keep = as_rows(grad_y), _keep_rows(x, dropout_p, seed)
-    ue, dA, dE, dB = _adapter_grads(
-        g, as_rows(x), A, E, B, mask, as_rows(h), scaling, dropout_p, keep
-    )
-    if not need_dx:
-        return x.new_empty(0), dA, dE, dB
-    dx = g @ weight
-    if keep is None:
-        _add_product_(dx, ue, A)
-    else:
-        dx.addcmul_((ue @ A.to(ue.dtype)).to(dx.dtype), keep, value=1.0 / (1.0 - dropout_p))
-    return dx.view(x.shape), dA, dE, dB
-
-
-def svd_delta_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    h: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dE, dB) of `svd_delta`, as in `svd_linear_backward` but for the base layer's dx.
-
-    The gradient of y is grad_y itself.
-    """
-    keep = _keep_rows(x, dropout_p, seed)
-    ue, dA, dE, dB = _adapter_grads(
-        as_rows(grad_y), as_rows(x), A, E, B, mask, as_rows(h), scaling, dropout_p, keep
-    )
-    if not need_dx:
-        return x.new_empty(0), dA, dE, dB
-    dx = ue @ A.to(ue.dtype)
-    if keep is not None:
-        dx = dx * keep * (1.0 / (1.0 - dropout_p))
-    return dx.to(x.dtype).view(x.shape), dA, dE, dB
+    wide = h.dtype
+    g, h = as_rows(grad_y).to(wide), as_rows(h)
+    e = effective_E(E, mask, scaling, wide)
+    u = g @ B.to(wide)
+    dA = (u * e).T @ dropout(as_rows(x).to(wide), dropout_p, seed)
+    dE = scaling * (u * h).sum(dim=0)
+    if mask is not None:
+        dE = dE.masked_fill(~mask, 0.0)
+    dB = g.T @ (h * e)
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = dropout((u * e) @ A.to(wide), dropout_p, seed)
+        if weight is not None:
+            dx = as_rows(grad_y) @ weight + dx
+        dx = dx.to(x.dtype).reshape(x.shape)
+    return dx, dA.to(A.dtype), dE.reshape(E.shape).to(E.dtype), dB.to(B.dtype)
 
 
 def importance_update_(

@@ -1,10 +1,12 @@
-"""Cases of one layer for every implementation, their float64 oracle, and plain eager's result."""
+"""Cases of one layer, and the error rule for them: any implementation against `reference`."""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from helpers import adapter, assert_as_good_as_eager
 
-from adalora_kernels import ops, reference, svd_delta, svd_linear
+from adalora_kernels import cpu, ops, reference, svd_delta, svd_linear
 
 # The kernels' paths, which only the ops take as an impl.
 PATHS = ("two_pass", "one_pass", "cublas")
@@ -36,12 +38,28 @@ def random_case(*, lead=(7,), in_features=13, out_features=9, r=3, dtype=torch.f
 
 
 def eager(x, weight, lora_A, lora_E, lora_B, bias=None, mask=None, keep=None, scaling=1.5):
-    """PEFT's formula (tuners/adalora/layer.py), with a given dropout result."""
+    """Plain eager PyTorch, whose rounding errors are the measure: PEFT's tuners/adalora/layer.py.
+
+    `keep` (the shape of x) is dropout's mask, already divided by 1 - p.
+    """
     y = F.linear(x, weight, bias)
     if mask is not None:
         lora_E = lora_E * mask.unsqueeze(1)
     x = x.to(lora_A.dtype) if keep is None else (x * keep).to(lora_A.dtype)
     return y + ((x @ (lora_A * lora_E).T @ lora_B.T) * scaling).to(y.dtype)
+
+
+def oracle(x, weight, lora_A, lora_E, lora_B, bias=None, mask=None, keep=None, scaling=1.5):
+    """The definition, `reference`, with `keep` as in `eager`."""
+    y, dropped = F.linear(x, weight, bias), x if keep is None else x * keep
+    return reference.svd_delta(y, dropped, lora_A, lora_E, lora_B, mask, scaling, 0.0, None)[0]
+
+
+def dropout_keep(x, dropout_p, seed, impl="auto"):
+    """What dropout multiplies x with in the stream that `impl` uses for it, in float64."""
+    tuned = impl == "auto" and x.device.type == "cpu"
+    mask = (cpu.dropout_mask if tuned else reference.philox_mask)(x.double(), dropout_p, seed)
+    return mask / (1 - dropout_p)
 
 
 def generator_states():
@@ -73,22 +91,17 @@ def results(tensors, dropout_p=0.0, grad_of=lambda t: t, impl="auto"):
     The magnitude is the oracle of absolute values: the sum of |terms| that rounding errors scale
     with, where a result itself may be small because its terms cancel.
     """
-    exact = {k: t.double() if t is not None and k != "mask" else t for k, t in tensors.items()}
-    keep = None
+    doubles = {k: t.double() if t is not None and k != "mask" else t for k, t in tensors.items()}
+    absolute = {k: t.abs() if t is not None and k != "mask" else t for k, t in doubles.items()}
+    x, keep, rounded = tensors["x"], None, None
     state = generator_states()
     if dropout_p:
-        seed = ops.dropout_seed(tensors["x"])
-        mask_of = reference.dropout_mask if impl == "auto" else reference.philox_mask
-        keep = mask_of(exact["x"], dropout_p, seed) / (1 - dropout_p)
-    grad_y = torch.randn(*tensors["x"].shape[:-1], tensors["weight"].shape[0])
-    grad_y = grad_y.to(tensors["x"])
-    oracle = outputs_and_gradients(lambda **t: eager(keep=keep, **t), exact, grad_y, grad_of)
-    kept = None if keep is None else keep.to(tensors["x"].dtype)
-    plain = outputs_and_gradients(lambda **t: eager(keep=kept, **t), tensors, grad_y, grad_of)
-    absolute = {k: t.abs() if t is not None and k != "mask" else t for k, t in exact.items()}
-    magnitude = outputs_and_gradients(
-        lambda **t: eager(keep=keep, **t), absolute, grad_y.abs(), grad_of
-    )
+        keep = dropout_keep(x, dropout_p, ops.dropout_seed(x), impl)
+        rounded = keep.to(x.dtype)
+    g = torch.randn(*x.shape[:-1], tensors["weight"].shape[0]).to(x)
+    plain = outputs_and_gradients(partial(eager, keep=rounded), tensors, g, grad_of)
+    exact = outputs_and_gradients(partial(oracle, keep=keep), doubles, g, grad_of)
+    magnitude = outputs_and_gradients(partial(oracle, keep=keep), absolute, g.abs(), grad_of)
 
     def fused(x, weight, lora_A, lora_E, lora_B, **rest):
         if impl in PATHS:
@@ -116,8 +129,8 @@ def results(tensors, dropout_p=0.0, grad_of=lambda t: t, impl="auto"):
     actual = {}
     for run in (fused,) if impl in PATHS else (fused, opaque):
         set_generator_states(state)
-        actual[run.__name__] = outputs_and_gradients(run, tensors, grad_y, grad_of)
-    return actual, plain, oracle, magnitude
+        actual[run.__name__] = outputs_and_gradients(run, tensors, g, grad_of)
+    return actual, plain, exact, magnitude
 
 
 def check_against_float64(*draws, dropout_p=0.0, grad_of=lambda t: t, impl="auto", skip=()):
@@ -126,11 +139,10 @@ def check_against_float64(*draws, dropout_p=0.0, grad_of=lambda t: t, impl="auto
     for run in samples[0][0]:
         for name in samples[0][2].keys() - set(skip):
             of_draws = [
-                (actual[run][name], plain[name], oracle[name])
-                for actual, plain, oracle, _ in samples
+                (actual[run][name], plain[name], exact[name]) for actual, plain, exact, _ in samples
             ]
-            actual, plain, oracle = (torch.stack(column) for column in zip(*of_draws, strict=True))
-            assert_as_good_as_eager(actual, plain, oracle, f"{run} {name}")
+            actual, plain, exact = (torch.stack(column) for column in zip(*of_draws, strict=True))
+            assert_as_good_as_eager(actual, plain, exact, f"{run} {name}")
 
 
 CASES = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import Mlp, batch, trainable
 from torch import nn
 
-from adalora_kernels import SVDLinear, lora_state_dict
+from adalora_kernels import SVDLinear, lora_state_dict, reference
 
 
 def layer(r=3, dtype=torch.float32, **options):
@@ -18,10 +18,11 @@ def layer(r=3, dtype=torch.float32, **options):
     return module
 
 
-def formula(module, x):
+def definition(module, x):
     weight = module.weight.T if module.fan_in_fan_out else module.weight
-    low = x @ (module.lora_A * module.lora_E).T @ module.lora_B.T
-    return F.linear(x, weight, module.bias) + low * 16 / (3 + 1e-5)
+    factors = (module.lora_A, module.lora_E, module.lora_B)
+    rest = (None, 16 / (3 + 1e-5), 0.0, None)
+    return reference.svd_linear(x, weight, module.bias, *factors, *rest)[0]
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["out_in", "in_out"])
@@ -30,8 +31,8 @@ def test_forward(fan_in_fan_out, bias):
     module = layer(fan_in_fan_out=fan_in_fan_out, bias=bias)
     assert module.weight.shape == ((5, 4) if fan_in_fan_out else (4, 5))
     x = torch.randn(2, 7, 5)
-    torch.testing.assert_close(module(x), formula(module, x))
-    torch.testing.assert_close(module.eval()(x), formula(module.train(), x))
+    torch.testing.assert_close(module(x), definition(module, x))
+    torch.testing.assert_close(module.eval()(x), definition(module.train(), x))
 
 
 def test_initialisation():
@@ -107,7 +108,7 @@ def test_dropout_is_for_training_only():
     x = torch.randn(7, 5)
     assert not torch.equal(module(x), module(x))
     module.eval()
-    torch.testing.assert_close(module(x), formula(module, x))
+    torch.testing.assert_close(module(x), definition(module, x))
 
 
 def test_rank_zero_is_a_linear_layer():

@@ -10,13 +10,15 @@ from layer_cases import (
     CASES,
     check_against_float64,
     eager,
+    oracle,
     outputs_and_gradients,
     random_case,
     results,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from adalora_kernels import ops, svd_delta, svd_linear
+from adalora_kernels import cpu, ops, reference, svd_delta, svd_linear
 
 OPS = torch.ops.adalora
 
@@ -25,6 +27,12 @@ OPS = torch.ops.adalora
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_error_against_float64(case, dropout_p):
     check_against_float64(random_case(**case), dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("case", ["rank_3", "mask_mixed", "bf16", "fp32_adapter_bf16_base"])
+def test_error_of_the_reference(case, dropout_p):
+    check_against_float64(random_case(**CASES[case]), dropout_p=dropout_p, impl="reference")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -42,21 +50,21 @@ def test_error_against_float64(case, dropout_p):
 def test_every_entry_is_within_its_rounding_errors(lead, dtype, wide_adapter, dropout_p, **case):
     adapter_dtype = torch.float32 if wide_adapter else dtype
     tensors = random_case(lead=tuple(lead), dtype=dtype, adapter_dtype=adapter_dtype, **case)
-    actual, _, oracle, magnitude = results(tensors, dropout_p)
+    actual, _, exact, magnitude = results(tensors, dropout_p)
     # Of the longest sum, in float32, plus the few roundings of results to the dtype itself.
     terms = sum(tensors["lora_B"].shape) + sum(tensors["x"].shape)
     relative = terms * torch.finfo(torch.float32).eps + 4 * torch.finfo(dtype).eps
     for result in actual.values():
-        for name, exact in oracle.items():
+        for name, expected in exact.items():
             assert result[name].isfinite().all(), name
-            assert ((result[name] - exact).abs() <= relative * magnitude[name]).all(), name
+            assert ((result[name] - expected).abs() <= relative * magnitude[name]).all(), name
 
 
 def test_float64():
     # The oracle has no more digits than this, so the error rule says nothing: compare directly.
     tensors = random_case(lead=(2, 5), dtype=torch.float64, mask="mixed")
     grad_y = torch.randn(2, 5, 9)
-    expected = outputs_and_gradients(eager, tensors, grad_y)
+    expected = outputs_and_gradients(oracle, tensors, grad_y)
 
     def run(**t):
         return svd_linear(**t, scaling=1.5)
@@ -81,12 +89,13 @@ def test_expanded_inputs_and_gradients():
     check_against_float64(random_case(lead=(4, 5)), grad_of=lambda g: g[:1, :1].expand_as(g))
 
 
-def test_dropout_is_the_same_in_forward_and_backward():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_dropout_is_the_same_in_forward_and_backward(impl):
     tensors = random_case(lead=(50,), r=4, mask=None, bias=False)
     x = tensors["x"].requires_grad_()
     weight = torch.zeros_like(tensors["weight"])
     factors = [tensors[k].requires_grad_() for k in ("lora_A", "lora_E", "lora_B")]
-    y = svd_linear(x, weight, *factors, dropout_p=0.4)
+    y = svd_linear(x, weight, *factors, dropout_p=0.4, impl=impl)
     # y is linear in x, so with the same mask in both directions <dy/dx·x, g> = <y, g>.
     g = torch.randn_like(y)
     dx, dA = torch.autograd.grad(y, (x, factors[0]), g)
@@ -136,8 +145,8 @@ def test_opcheck_of_their_backwards(dropout_p, need_dx):
     c, factors, (mask, *rest) = raw_args(False, dropout_p)
     g, h = torch.randn(2, 5, 9), torch.randn(2, 5, 3)
     tail = (mask, h, *rest, need_dx)
-    opcheck(OPS.svd_linear_backward, (g, c["x"], c["weight"], *factors, *tail))
-    opcheck(OPS.svd_delta_backward, (g, c["x"], *factors, *tail))
+    for weight in (c["weight"], None):
+        opcheck(OPS.svd_linear_backward, (g, c["x"], weight, *factors, *tail))
 
 
 def test_opcheck_of_the_model_ops():
@@ -159,12 +168,45 @@ def test_opcheck_of_the_model_ops():
         opcheck(OPS.allocate_, (torch.rand(3), budget, mask, [params[1]]))
 
 
+def test_impl_may_be_left_out_of_a_call():
+    c, factors, (mask, *rest) = raw_args(False, 0.25)
+    base, g, h = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randn(2, 5, 3)
+    for op, args in (
+        (OPS.svd_linear, (c["x"], c["weight"], c["bias"], *factors, mask, *rest)),
+        (OPS.svd_delta, (base, c["x"], *factors, mask, *rest)),
+        (OPS.svd_linear_backward, (g, c["x"], c["weight"], *factors, mask, h, *rest, True)),
+    ):
+        torch.testing.assert_close(op(*args), op(*args, "auto"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "module"), [("cpu", cpu), ("xpu", reference)], ids=["cpu", "xpu"]
+)
+def test_which_functions_a_device_without_kernels_runs(device, module, monkeypatch):
+    names, called = ("svd_linear", "svd_delta", "svd_linear_backward"), []
+    for plain in (cpu, reference):
+        for name in names:
+            monkeypatch.setattr(plain, name, lambda *args, of=(plain, name): called.append(of))
+    with FakeTensorMode():
+        x, weight, y, h, A, E, B = (
+            torch.empty(shape, device=device)
+            for shape in ((2, 5), (4, 5), (2, 4), (2, 3), (3, 5), (3, 1), (4, 3))
+        )
+        options = (None, 1.5, 0.0, None)
+        ops._svd_linear(x, weight, None, A, E, B, *options)
+        ops._svd_delta(y, x, A, E, B, *options)
+        ops._svd_linear_backward(y, x, weight, A, E, B, None, h, *options[1:], True)
+        assert called == [(module, name) for name in names]
+        if device != "cpu":
+            with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*CUDA.*xpu"):
+                ops._svd_linear(x, weight, None, A, E, B, *options, "triton")
+
+
 def test_every_op_is_checked_here():
     assert {i.op for i in ops.implementations("cpu")} == {
         "svd_linear",
         "svd_linear_backward",
         "svd_delta",
-        "svd_delta_backward",
         "importance_update_",
         "allocate_",
         "orth_reg",
@@ -179,7 +221,7 @@ def test_gradient_of_a_thawed_weight(lead):
     c["weight"].requires_grad_()
     g = torch.randn(*lead, 9, dtype=torch.float64)
     (actual,) = torch.autograd.grad(svd_linear(**c), c["weight"], g)
-    (expected,) = torch.autograd.grad(eager(**c, scaling=1.0), c["weight"], g)
+    (expected,) = torch.autograd.grad(oracle(**c, scaling=1.0), c["weight"], g)
     torch.testing.assert_close(actual, expected)
 
 
@@ -226,29 +268,35 @@ def test_nothing_as_large_as_y_is_saved_or_allocated_beyond_it():
     assert largest[-4] <= 8 * r * 4 * max(M, K, N)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
-def test_autocast_is_that_of_linear(op, dtype):
+def test_autocast_is_that_of_linear(op, dtype, impl):
     c = random_case(lead=(6, 5), in_features=32, out_features=24, r=4)
-    for name in ("x", "lora_A", "lora_E", "lora_B"):
-        c[name].requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        base = F.linear(c["x"], c["weight"], c["bias"])
-        plain = eager(**c)
+    factors = [c[name].requires_grad_() for name in ("lora_A", "lora_E", "lora_B")]
+    c["x"].requires_grad_()
+
+    def run():
         if op == "svd_linear":
-            y = svd_linear(**c, scaling=1.5)
-        else:
-            factors = (c["lora_A"], c["lora_E"], c["lora_B"])
-            y = svd_delta(base, c["x"], *factors, scaling=1.5)
+            return svd_linear(**c, scaling=1.5, impl=impl)
+        base = F.linear(c["x"], c["weight"], c["bias"])
+        return svd_delta(base, c["x"], *factors, scaling=1.5, impl=impl)
+
+    with torch.autocast("cpu", dtype=dtype):
+        base, plain, y = F.linear(c["x"], c["weight"]), eager(**c), run()
     assert y.dtype == base.dtype == dtype
-    exact = {k: t if t is None else t.detach().double() for k, t in c.items()}
-    assert_as_good_as_eager(y, plain, eager(**exact))
+    exact = oracle(**{k: t if t is None else t.detach().double() for k, t in c.items()})
+    assert_as_good_as_eager(y, plain, exact)
+    # Only the cast of x and weight and the result have the short dtype; the adapter has its own.
+    cast = {k: t.detach().to(dtype) if k in ("x", "weight", "bias") else t for k, t in c.items()}
+    if op == "svd_linear":
+        torch.testing.assert_close(y, svd_linear(**cast, scaling=1.5, impl=impl), rtol=0, atol=0)
     y.sum().backward()
-    assert all(c[k].grad.dtype == torch.float32 for k in ("x", "lora_A", "lora_E", "lora_B"))
+    assert all(t.grad.dtype == torch.float32 for t in (c["x"], *factors))
     # Also where backward() is called inside the autocast region.
     with torch.autocast("cpu", dtype=dtype):
-        again = torch.autograd.grad(svd_linear(**c, scaling=1.5).sum(), c["lora_A"])[0]
-    if op == "svd_linear":
+        again = torch.autograd.grad(run().sum(), c["lora_A"])[0]
+    if impl == "auto":
         assert torch.equal(again, c["lora_A"].grad)
 
 
@@ -286,7 +334,11 @@ def test_compile_fullgraph(op, dropout_p):
     )
 
 
-def test_compile_with_inductor_under_autocast():
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.full)],
+)
+def test_compile_under_autocast(backend):
     c, factors, _ = raw_args(True)
 
     def run(x, *factors):
@@ -294,7 +346,7 @@ def test_compile_with_inductor_under_autocast():
             return svd_linear(x, c["weight"], *factors, bias=c["bias"]).relu()
 
     inputs = (c["x"], *factors)
-    expected, actual = run(*inputs), torch.compile(run, fullgraph=True)(*inputs)
+    expected, actual = run(*inputs), torch.compile(run, fullgraph=True, backend=backend)(*inputs)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
         torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)

@@ -22,6 +22,7 @@ LAYERS = [
     {"functional"},
     {"orthogonality"},
     {"ops"},
+    {"cpu"},
     {"reference", "adapters", "checks", "kernels", "_extension"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]

@@ -1,4 +1,4 @@
-"""The references against the paper's equations, written out with loops, and against gradcheck."""
+"""The definition against the paper's equations in loops, PEFT, loralib, and gradcheck."""
 
 import itertools
 
@@ -7,6 +7,10 @@ import torch
 from helpers import adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loralib_twin import TwinLinear
+from peft import AdaLoraConfig
+from peft.tuners.adalora.layer import SVDLinear as PeftLinear
+from torch import nn
 
 from adalora_kernels import reference
 
@@ -16,61 +20,59 @@ MASKS = {
     "mixed": [True, False, True],
     "all_false": [False, False, False],
 }
+DROPOUT = pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
-def test_forward_gradcheck(op, dropout_p, mask):
-    A, E, B = adapter(3, 5, 4)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+def layer_tensors(*lead, mask=None, dropout_p=0.0):
+    """(x, weight, bias, (A, E, B), (mask, scaling, dropout_p, seed)) in float64."""
+    x = torch.randn(*lead, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     mask = None if mask is None else torch.tensor(mask)
     seed = torch.tensor([11]) if dropout_p else None
-    rest = (mask, 0.7, dropout_p, seed)
+    return x, weight, bias, adapter(3, 5, 4), (mask, 0.7, dropout_p, seed)
+
+
+@MASKED
+@DROPOUT
+@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
+def test_forward_gradcheck(op, dropout_p, mask):
+    x, weight, bias, factors, rest = layer_tensors(2, 2, mask=mask, dropout_p=dropout_p)
     if op == "svd_linear":
-        weight = torch.randn(4, 5, dtype=torch.float64)
-        bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-
-        def run(x, bias, A, E, B):
-            return reference.svd_linear(x, weight, bias, A, E, B, *rest)
-
-        inputs = (x, bias, A, E, B)
+        inputs = (x, weight, bias, *factors)
     else:
-        base = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        inputs = (torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True), x, *factors)
 
-        def run(base, x, A, E, B):
-            return reference.svd_delta(base, x, A, E, B, *rest)
+    def run(*tensors):
+        return getattr(reference, op)(*tensors, *rest)
 
-        inputs = (base, x, A, E, B)
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@MASKED
+@DROPOUT
 def test_explicit_backward_is_that_of_autograd(dropout_p, mask):
-    A, E, B = adapter(3, 5, 4)
-    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 5, dtype=torch.float64)
-    mask = None if mask is None else torch.tensor(mask)
-    seed = torch.tensor([11]) if dropout_p else None
-    rest = (0.7, dropout_p, seed)
-    y, h = reference.svd_linear(x, weight, None, A, E, B, mask, *rest)
+    x, weight, _, factors, rest = layer_tensors(7, mask=mask, dropout_p=dropout_p)
+    y, h = reference.svd_linear(x, weight, None, *factors, *rest)
     g = torch.randn_like(y)
-    expected = torch.autograd.grad(y, (x, A, E, B), g)
+    expected = torch.autograd.grad(y, (x, *factors), g)
+    tail = (*factors, rest[0], h, *rest[1:])
     with torch.no_grad():
-        actual = reference.svd_linear_backward(g, x, weight, A, E, B, mask, h, *rest, True)
-        delta = reference.svd_delta_backward(g, x, A, E, B, mask, h, *rest, True)
+        actual = reference.svd_linear_backward(g, x, weight, *tail, True)
+        delta = reference.svd_linear_backward(g, x, None, *tail, True)
+        without_dx = reference.svd_linear_backward(g, x, weight, *tail, False)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(delta[0] + g @ weight, expected[0])
     torch.testing.assert_close(delta[1:], expected[1:])
+    assert without_dx[0].shape == (0,)
+    torch.testing.assert_close(without_dx[1:], expected[1:])
 
 
 def test_forward_is_equation_3():
-    A, E, B = adapter(3, 5, 4, requires_grad=False)
-    x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    bias, mask = torch.randn(4, dtype=torch.float64), torch.tensor([True, False, True])
-    y, h = reference.svd_linear(x, weight, bias, A, E, B, mask, 0.7, 0.0, None)
+    x, weight, bias, (A, E, B), rest = layer_tensors(7, mask=[True, False, True])
+    y, h = reference.svd_linear(x, weight, bias, A, E, B, *rest)
     for m, n in itertools.product(range(7), range(4)):
         expected = bias[n] + sum(x[m, k] * weight[n, k] for k in range(5))
         for i in (0, 2):
@@ -79,25 +81,64 @@ def test_forward_is_equation_3():
     torch.testing.assert_close(h, x @ A.T)
 
 
+def peft_layer(weight, bias):
+    base = nn.Linear(5, 4, dtype=torch.float64)
+    base.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    config = AdaLoraConfig(init_r=3, lora_alpha=16, init_lora_weights=False, total_step=1)
+    layer = PeftLinear(base, "default", config, r=3, lora_alpha=16).double()
+    return layer, [getattr(layer, f"lora_{f}")["default"] for f in "AEB"]
+
+
+def loralib_layer(weight, bias):
+    layer = TwinLinear(5, 4, r=3, lora_alpha=16, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = weight.detach(), bias.detach()
+    return layer, [layer.lora_A, layer.lora_E, layer.lora_B]
+
+
+@pytest.mark.parametrize("make", [peft_layer, loralib_layer], ids=["peft", "loralib"])
+def test_the_layers_of_others_give_the_same(make):
+    x, weight, bias, factors, _ = layer_tensors(2, 3)
+    layer, theirs = make(weight, bias)
+    for parameter, factor in zip(theirs, factors, strict=True):
+        parameter.data = factor.detach().clone()
+    expected = layer(x)
+    actual, _ = reference.svd_linear(x, weight, bias, *factors, None, 16 / (3 + 1e-5), 0.0, None)
+    torch.testing.assert_close(actual, expected)
+    g = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, (x, *factors), g),
+        torch.autograd.grad(expected, (x, *theirs), g),
+    )
+
+
 def test_a_masked_triplet_is_as_if_it_were_not_there():
-    A, E, B = adapter(3, 5, 4)
-    x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    mask = torch.tensor([True, False, True])
-    y, _ = reference.svd_linear(x, weight, None, A, E, B, mask, 0.7, 0.0, None)
-    without = (A[mask], E[mask], B[:, mask])
-    expected, _ = reference.svd_linear(x, weight, None, *without, None, 0.7, 0.0, None)
+    x, weight, _, (A, E, B), rest = layer_tensors(7, mask=[True, False, True])
+    y, _ = reference.svd_linear(x, weight, None, A, E, B, *rest)
+    kept = rest[0]
+    without = (A[kept], E[kept], B[:, kept])
+    expected, _ = reference.svd_linear(x, weight, None, *without, None, *rest[1:])
     torch.testing.assert_close(y, expected)
     dA, dE, dB = torch.autograd.grad(y.sum(), (A, E, B))
     assert not dA[1].any() and not dE[1].any() and not dB[:, 1].any()
 
 
 def test_a_zero_singular_value_still_gets_its_gradient():
-    A, E, B = adapter(3, 5, 4)
+    x, weight, _, (A, E, B), rest = layer_tensors(7)
     zero = torch.zeros_like(E, requires_grad=True)
-    x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    y, _ = reference.svd_linear(x, weight, None, A, zero, B, None, 0.7, 0.0, None)
+    y, _ = reference.svd_linear(x, weight, None, A, zero, B, *rest)
     (dE,) = torch.autograd.grad(y.sum(), zero)
     assert dE.abs().min() > 0
+
+
+def test_dropout_is_on_the_way_to_lora_A_only():
+    x, weight, bias, factors, rest = layer_tensors(7, dropout_p=0.3)
+    y, h = reference.svd_linear(x, weight, bias, *factors, *rest)
+    dropped = x * reference.philox_mask(x, 0.3, rest[-1]) / 0.7
+    assert 0 < (dropped == 0).sum() < x.numel()
+    torch.testing.assert_close(h, dropped @ factors[0].T)
+    base = nn.functional.linear(x, weight, bias)
+    expected, _ = reference.svd_delta(base, dropped, *factors, None, 0.7, 0.0, None)
+    torch.testing.assert_close(y, expected)
 
 
 def philox_4x32_10(counter, key):
@@ -126,34 +167,25 @@ def test_philox_known_answers():
     assert words == expected[:10]
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_mask(p):
-    x = torch.empty(500, 401)
-    mask = reference.dropout_mask(x, p, torch.tensor([3]))
-    assert set(mask.unique().tolist()) == {0.0, 1.0}
-    # Five standard deviations of the mean, of the columns' means, and of neighbours' agreement.
-    sigma = (p * (1 - p)) ** 0.5
-    assert abs(mask.mean() - (1 - p)) < 5 * sigma / mask.numel() ** 0.5
-    assert (mask.mean(dim=0) - (1 - p)).abs().max() < 5.5 * sigma / 500**0.5
-    both = (mask[:, 1:] * mask[:, :-1]).mean()
-    assert abs(both - (1 - p) ** 2) < 5 * sigma / (500 * 400) ** 0.5
-    again = reference.dropout_mask(x.double(), p, torch.tensor([3]))
-    assert torch.equal(mask, again.float()), "same seed, same mask, whatever the dtype"
-    other = reference.dropout_mask(x, p, torch.tensor([4]))
-    assert (mask != other).float().mean() > p * (1 - p)
+def test_philox_mask_has_sixteen_bits_of_seven_rounds_for_each_entry():
+    x, seed = torch.empty(5, 401), torch.tensor([3])
+    words = reference.philox_uint32(seed, 1003, rounds=7)
+    bits = [half for word in words.tolist() for half in (word & 0xFFFF, word >> 16)][: x.numel()]
+    expected = torch.tensor([b >= round(0.3 * 2**16) for b in bits]).view(x.shape)
+    assert torch.equal(reference.philox_mask(x, 0.3, seed).bool(), expected)
 
 
-def test_dropout_mask_of_an_extreme_probability():
-    x, seed = torch.empty(1000), torch.tensor([3])
-    assert reference.dropout_mask(x, 1e-9, seed).all()
-    assert reference.dropout_mask(x, 1 - 1e-9, seed).sum() <= 1
-    assert reference.dropout_mask(torch.empty(0, 5), 0.5, seed).shape == (0, 5)
-
-
-def test_dropout_mask_off_the_cpu_reads_nothing_back():
-    x = torch.empty(5, 7, device="meta")
+def test_nothing_is_read_from_the_device():
+    x, weight, A, E, B, g = (
+        torch.empty(shape, device="meta")
+        for shape in ((2, 7, 5), (4, 5), (3, 5), (3, 1), (4, 3), (2, 7, 4))
+    )
+    mask = torch.ones(3, dtype=torch.bool, device="meta")
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    assert reference.dropout_mask(x, 0.1, seed).shape == (5, 7)
+    y, h = reference.svd_linear(x, weight, None, A, E, B, mask, 0.7, 0.1, seed)
+    assert y.shape == g.shape and h.shape == (2, 7, 3)
+    grads = reference.svd_linear_backward(g, x, weight, A, E, B, mask, h, 0.7, 0.1, seed, True)
+    assert [t.shape for t in grads] == [t.shape for t in (x, A, E, B)]
 
 
 def scalar_importance(history, beta1, beta2):

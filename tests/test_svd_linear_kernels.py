@@ -161,13 +161,14 @@ def test_opaque_base_of_another_type(dtypes, adapter_dtype):
     base, g = torch.randn(2, 40, 48).to(base_dtype)
 
     def run(op, backward, to):
-        tensors = [to(t) for t in (x, *factors)]
-        y, h = op(to(base), *tensors, mask, scaling, 0.0, None)
-        return y, *backward(to(g), *tensors, mask, h, scaling, 0.0, None, True)
+        x_to, *factors_to = (to(t) for t in (x, *factors))
+        y, h = op(to(base), x_to, *factors_to, mask, scaling, 0.0, None)
+        rest = (*factors_to, mask, h, scaling, 0.0, None, True)
+        return y, *backward(to(g), x_to, None, *rest)
 
-    actual = run(kernels.svd_delta_fwd, kernels.svd_delta_bwd, lambda t: t.to(DEVICE))
-    eager = run(reference.svd_delta, reference.svd_delta_backward, lambda t: t)
-    exact = run(reference.svd_delta, reference.svd_delta_backward, wide)
+    actual = run(kernels.svd_delta_fwd, kernels.svd_linear_bwd, lambda t: t.to(DEVICE))
+    eager = run(reference.svd_delta, reference.svd_linear_backward, lambda t: t)
+    exact = run(reference.svd_delta, reference.svd_linear_backward, wide)
     for name, *results in zip(("y", "dx", "dA", "dE", "dB"), actual, eager, exact, strict=True):
         assert_as_good_as_eager(*(t.cpu() for t in results), name)
 

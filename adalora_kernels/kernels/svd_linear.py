@@ -346,7 +346,7 @@ def _cublas(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 def svd_linear_bwd(
     grad_y: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     A: Tensor,
     E: Tensor,
     B: Tensor,
@@ -366,6 +366,9 @@ def svd_linear_bwd(
     if not need_dx:
         return x.new_empty(0), dA, dE, dB
     dx = _new(x, (p.M, p.K), x.dtype)
+    if weight is None:
+        _low_rank_add(p, None, dx, ue, None, p.A, _NO_E, p.dropout)
+        return dx.view(x.shape), dA, dE, dB
     # cuBLAS would make a contiguous copy of an expanded gradient, as large as y.
     dense = 1 in g.stride() and 0 not in g.stride()
     paths = ("two_pass", "cublas") if dense else ("two_pass",)
