@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def shape_of(t: Tensor) -> tuple[int, ...]:
+    """Return the shape as messages print it, without the name of torch's class."""
     return tuple(t.shape)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
+    """Raise TypeError if one of them is no floating point tensor; only `bias` may be None."""
     for name, t in tensors.items():
         if t is None and name == "bias":
             continue
@@ -29,7 +31,7 @@ def check_weight(name: str, weight: float) -> None:
 
 
 def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """The factor between gradients and ∂L/∂w as the ops take it: one float32 on `device`.
+    """Return the factor from gradients to ∂L/∂w as the ops take it: one float32 on `device`.
 
     Raises:
         TypeError: neither a number nor a tensor.

@@ -18,7 +18,7 @@ from .reference import as_rows, drop_below, effective_E
 
 
 def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
+    """Return which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
 
     A pure function of (seed, shape, p), as `reference.philox_mask` is, but from another stream:
     16 bits of torch's generator for each entry. p is meant to the nearest 2⁻¹⁶.
@@ -37,12 +37,12 @@ def _mask_of_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | 
 
 
 def _skinny(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (M, n) · matrix (n, r), long axis last: BLAS takes half the time for small r."""
+    """Return rows (M, n) · matrix (n, r). Long axis last, BLAS takes half the time for small r."""
     return (matrix.T @ rows.T).T
 
 
 def _project(x: Tensor, A: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
-    """h = dropout(x)·Aᵀ (rows, r) for 2-D x, in the wider of the two dtypes."""
+    """Return h = dropout(x)·Aᵀ (rows, r) for 2-D x, in the wider of the two dtypes."""
     dtype = torch.promote_types(x.dtype, A.dtype)
     if keep is None:
         return _skinny(x.to(dtype), A.T.to(dtype)).contiguous()
@@ -52,7 +52,7 @@ def _project(x: Tensor, A: Tensor, dropout_p: float, keep: Tensor | None) -> Ten
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a·b, 2-D, in place: one GEMM with beta = 1 where the dtypes allow it."""
+    """Add a·b to out, all 2-D, in place: one GEMM with beta = 1 where the dtypes allow it."""
     if out.dtype == a.dtype == b.dtype:
         return out.addmm_(a, b)
     return out.add_(a @ b.to(a.dtype))
@@ -70,7 +70,7 @@ def svd_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h) of `reference.svd_linear`."""
+    """Return (y, h) of `reference.svd_linear`."""
     y = F.linear(x, weight, bias).contiguous()
     h = _project(as_rows(x), A, dropout_p, _mask_of_rows(x, dropout_p, seed))
     _add_product_(as_rows(y), h * effective_E(E, mask, scaling, h.dtype), B.T)
@@ -88,7 +88,7 @@ def svd_delta(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y + delta, h) of `reference.svd_delta`."""
+    """Return (y + delta, h) of `reference.svd_delta`."""
     h = _project(as_rows(x), A, dropout_p, _mask_of_rows(x, dropout_p, seed))
     he = h * effective_E(E, mask, scaling, h.dtype)
     if y.dtype == h.dtype == B.dtype:
@@ -112,7 +112,7 @@ def svd_linear_backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dE, dB) of `reference.svd_linear_backward`."""
+    """Return (dx, dA, dE, dB) of `reference.svd_linear_backward`."""
     wide, keep_scale = h.dtype, 1.0 / (1.0 - dropout_p)
     keep = _mask_of_rows(x, dropout_p, seed)
     g, h = as_rows(grad_y), as_rows(h)

@@ -34,7 +34,7 @@ def svd_linear(
     dropout_p: float = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Frozen linear layer plus its AdaLoRA update (paper, eq. 3), in one op with its own backward.
+    """Apply a frozen linear layer and its AdaLoRA update (paper, eq. 3) in one op.
 
     y = x·weightᵀ + bias + scaling · ((dropout(x)·lora_Aᵀ) ⊙ (lora_E ⊙ mask))·lora_Bᵀ
 
@@ -112,7 +112,7 @@ def svd_delta(
     dropout_p: float = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The AdaLoRA update on top of an opaque base layer (quantised, Conv1D, anything).
+    """Add the AdaLoRA update to the output of an opaque base layer (quantised, Conv1D, anything).
 
     base_output + scaling · ((dropout(x)·lora_Aᵀ) ⊙ (lora_E ⊙ mask))·lora_Bᵀ
 
@@ -216,7 +216,7 @@ def _check_numbers(scaling: float, dropout_p: float) -> None:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants on the device of x; None where it is off or unknown."""
+    """Return the dtype that autocast wants on x's device; None where it is off or unknown."""
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type):
         return None
@@ -226,17 +226,17 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """A context without the autocast that gave `dtype`; the ops make one themselves."""
+    """Return a context in which the autocast that gave `dtype` is off; the ops have their own."""
     return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to an argument of `F.linear`: float64 is left alone."""
+    """Cast t as autocast casts an argument of `F.linear`: float64 is left alone."""
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
 def _check_impl(impl: str) -> None:
-    """Whether "triton" can run is for the op to find out: it depends on where and when it runs."""
+    """Raise if `impl` is unknown. Whether "triton" can run here is for the op to find out."""
     if impl not in ("auto", "reference", "triton", "cuda"):
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cuda', got {impl!r}")
     if impl == "cuda":

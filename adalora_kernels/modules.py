@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import svd_linear
+from .reference import effective_E
 
 
 class SVDLinear(nn.Linear):
@@ -73,7 +74,7 @@ class SVDLinear(nn.Linear):
         merge_weights: bool = True,
         adapter_dtype: torch.dtype | None = None,
     ) -> SVDLinear:
-        """An SVDLinear over the very weight and bias of `linear`; nothing large is copied.
+        """Make an SVDLinear over the very weight and bias of `linear`; nothing large is copied.
 
         Args:
             linear: a floating point `nn.Linear`; its weight is frozen if r > 0.
@@ -143,7 +144,7 @@ class SVDLinear(nn.Linear):
 
     @property
     def mask(self) -> Tensor:
-        """(r,) bool on the layer's device: all true until the allocator freezes the pattern."""
+        """The mask is (r,) bool on the layer's device, all true until `set_mask` is given one."""
         if self._mask is not None:
             return self._mask
         return torch.ones(self.r, dtype=torch.bool, device=self.weight.device)
@@ -153,7 +154,7 @@ class SVDLinear(nn.Linear):
         self._mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., out) for x (..., in); see `adalora_kernels.svd_linear`."""
+        """Return y (..., out) for x (..., in); see `adalora_kernels.svd_linear`."""
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         if self.merged or self.r == 0:
             return F.linear(x, weight, self.bias)
@@ -172,10 +173,10 @@ class SVDLinear(nn.Linear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """What the adapter adds to the weight, in the weight's layout and the wider dtype."""
-        e = (self.lora_E * self.scaling).masked_fill(~self.mask.unsqueeze(1), 0.0)
+        """Return what the adapter adds to the weight, in its layout and in the wider dtype."""
+        e = effective_E(self.lora_E, self._mask, self.scaling, self.lora_A.dtype)
         dtype = torch.promote_types(self.weight.dtype, self.lora_A.dtype)
-        delta = self.lora_B.to(dtype) @ (self.lora_A * e).to(dtype)
+        delta = self.lora_B.to(dtype) @ (self.lora_A * e.unsqueeze(1)).to(dtype)
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -224,7 +225,7 @@ class SVDLinear(nn.Linear):
             self.merge()
 
     def extra_repr(self) -> str:
-        """The arguments that differ from layer to layer."""
+        """Show the arguments that differ from layer to layer."""
         adapter = f", r={self.r}, lora_alpha={self.lora_alpha}, merged={self.merged}"
         transposed = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""
         return super().extra_repr() + adapter + transposed
@@ -265,10 +266,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The adapter part of `model.state_dict()`, with loralib's keys.
+    """Return the adapter part of `model.state_dict()`, with loralib's keys.
 
-    One addition: a layer that was shrunk also has its ranknum in it, because its scaling can no
-    longer be told from its rank.
+    It has one thing more: the ranknum of a layer that was shrunk, because the scaling of such a
+    layer can no longer be told from its rank.
 
     Args:
         model: any module tree.

@@ -2,13 +2,13 @@
 
 Python owns the schemas, so every op exists on every device, whether or not there is a compiled
 library. The ops of one layer (`svd_linear`, `svd_delta`, `svd_linear_backward`) are one function
-each: it launches the Triton kernels, or calls `cpu` or `reference`. Of the ops over whole models
-the dispatcher finds the implementation, which is that of the compiled library where it has one
-for the device, and else that of `reference`.
+each, in which everything is decided: it launches the Triton kernels, or calls `cpu` or
+`reference`. For the ops over whole models the dispatcher finds the implementation, which is that
+of the compiled library where it has one for the device, and else that of `reference`.
 
-The layer ops have one more argument than their reference, `impl`: "auto", or what the caller named
-and the backward must use too: "triton", or one of its paths (see `kernels.svd_linear`). What is
-named and cannot run raises a RuntimeError.
+The layer ops have one more argument than their reference, `impl`. It is "auto", or it names what
+the op and its backward must use: "triton", or one of the kernels' paths (see
+`kernels.svd_linear`). An implementation that is named and cannot run raises a RuntimeError.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function with autocast off: its dtypes are decided before it is called."""
+    """Let `implementation` run with autocast off: its dtypes are decided before it is called."""
 
     @functools.wraps(implementation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -72,8 +72,50 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-# The layer ops. The default of `impl` stands in their schemas too: the dispatcher leaves out
-# trailing arguments that have their default value.
+@functools.cache
+def _why_no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to debug on a CPU)"
+    if device.type != "cuda":
+        return f"the Triton kernels need a CUDA device, got {device}"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+def _takes_triton(impl: str, x: Tensor, A: Tensor, B: Tensor, *others: Tensor) -> bool:
+    """Whether a layer op launches its Triton kernels on these tensors, all of floating point.
+
+    Raises:
+        RuntimeError: `impl` names the kernels and they cannot run; the message says why.
+    """
+    if impl == "auto" and x.is_cpu:
+        return False
+    reason = _why_no_triton(x.device)
+    if reason is None and A.shape[0] > MOST_RANKS:
+        reason = f"the Triton kernels take ranks up to {MOST_RANKS}, got {A.shape[0]}"
+    if reason is None:
+        for t in (x, A, B, *others):
+            if t.dtype not in _TRITON_DTYPES:
+                reason = f"the Triton kernels take float32, bfloat16 and float16, got {t.dtype}"
+    if reason is not None and impl != "auto":
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+    # Nothing is launched for tensors without entries.
+    return reason is None and x.numel() > 0 and B.numel() > 0
+
+
+def _path(impl: str) -> str:
+    """The path of the kernels that `impl` names; "triton" leaves the choice to them."""
+    return "auto" if impl == "triton" else impl
+
+
+# The layer ops. Their `impl` has a default here as in the schema, because the dispatcher leaves
+# out trailing arguments that have their default value.
 
 
 @outside_autocast
@@ -158,26 +200,6 @@ def _svd_linear_backward(
     )
 
 
-def _takes_triton(impl: str, x: Tensor, A: Tensor, B: Tensor, *others: Tensor) -> bool:
-    """Whether a layer op launches its Triton kernels on these tensors.
-
-    Raises:
-        RuntimeError: `impl` names them and they cannot run; the message says why.
-    """
-    if impl == "auto" and x.is_cpu:
-        return False
-    reason = _why_not(A, (x, A, B, *others))
-    if reason is not None and impl != "auto":
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    # Nothing is launched for tensors without entries.
-    return reason is None and x.numel() > 0 and B.numel() > 0
-
-
-def _path(impl: str) -> str:
-    """The kernels' path that `impl` names; "triton" leaves it to them."""
-    return "auto" if impl == "triton" else impl
-
-
 torch.library.impl("adalora::svd_linear", "default", _svd_linear)
 torch.library.impl("adalora::svd_delta", "default", _svd_delta)
 torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backward)
@@ -198,43 +220,18 @@ library = _extension.load()
 
 
 class Implementation(NamedTuple):
-    """What one op runs on one device type, and why nothing faster (empty where it is)."""
+    """`name` is what runs for `op` on one device type.
+
+    `why_not_faster` says why nothing faster does, and is empty where nothing faster is meant to.
+    """
 
     op: str
     name: str
     why_not_faster: str
 
 
-def _why_not(lora_A: Tensor, tensors: Sequence[Tensor]) -> str | None:
-    """Why a layer op cannot run its Triton kernels on these tensors of a device; None if it can."""
-    reason = _why_no_triton(lora_A.device)
-    if reason is not None:
-        return reason
-    if lora_A.shape[0] > MOST_RANKS:
-        return f"the Triton kernels take ranks up to {MOST_RANKS}, got {lora_A.shape[0]}"
-    for t in tensors:
-        if t.is_floating_point() and t.dtype not in _TRITON_DTYPES:
-            return f"the Triton kernels take float32, bfloat16 and float16, got {t.dtype}"
-    return None
-
-
-@functools.cache
-def _why_no_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to debug on a CPU)"
-    if device.type != "cuda":
-        return f"the Triton kernels need a CUDA device, got {device}"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or later"
-    return None
-
-
 def implementations(device_type: str) -> list[Implementation]:
-    """What runs for every op on tensors of `device_type`, as long as `impl` is "auto"."""
+    """Say what runs for every op on tensors of `device_type` as long as `impl` is "auto"."""
     plain = "reference (plain PyTorch)"
     rows = []
     for op in _SCHEMAS:
@@ -254,7 +251,7 @@ def implementations(device_type: str) -> list[Implementation]:
 
 
 def dropout_seed(x: Tensor) -> Tensor:
-    """One int64 from torch's generator of the device of x: the seed of one dropout mask.
+    """Draw the seed of one dropout mask, an int64 (1,), from torch's generator of x's device.
 
     It stays on the device: no host sync, a fresh value at every replay of a CUDA graph, and the
     same value again when activation checkpointing restores the generator.

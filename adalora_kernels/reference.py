@@ -26,7 +26,7 @@ _U32 = 0xFFFFFFFF
 
 
 def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
-    """The first `numel` words of the Philox-4x32 stream of `seed`, as int64 (numel,).
+    """Return the first `numel` words of the Philox-4x32 stream of `seed`, as int64 (numel,).
 
     Word i is lane i % 4 of counter i // 4. `seed` is one int64 on the device that the stream is
     wanted on.
@@ -49,7 +49,7 @@ def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
 
 
 def philox_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
+    """Return which entries of `like` dropout keeps, as ones and zeros of its shape and dtype.
 
     A pure function of (seed, shape, p) on any device. Entry i has 16 bits of its own, the low or
     (odd i) the high half of word i // 2, so that a kernel gets the bits of eight neighbours from
@@ -62,7 +62,7 @@ def philox_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x ⊙ keep / (1 - p), where keep is `philox_mask`; x itself where seed is None.
+    """Return x ⊙ keep / (1 - p), where keep is `philox_mask`; x itself where seed is None.
 
     It is linear in x and its own transpose, so the backward applies it to a gradient.
     """
@@ -75,12 +75,12 @@ def drop_below(p: float) -> int:
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """(..., n) as (rows, n); `reshape(-1, n)` cannot do it for zero rows."""
+    """Reshape (..., n) to (rows, n); `reshape(-1, n)` cannot do it for zero rows."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def effective_E(E: Tensor, mask: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """e = scaling · E ⊙ mask, (r,), in `dtype`."""
+    """Return e = scaling · E ⊙ mask, (r,), in `dtype`."""
     e = E.reshape(-1) * scaling
     return (e if mask is None else e.masked_fill(~mask, 0.0)).to(dtype)
 
@@ -117,7 +117,7 @@ def svd_delta(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The low-rank term of `svd_linear` added to y (..., out), the output of any base layer.
+    """Add the low-rank term of `svd_linear` to y (..., out), the output of any base layer.
 
     Returns (y + (h ⊙ e)·Bᵀ, h), the sum in the dtype of y. y itself is left alone: the layer that
     made it may have saved it, and it may be a view that autograd does not allow to be written to.
@@ -142,7 +142,7 @@ def svd_linear_backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dE, dB) of `svd_linear` for the gradient grad_y of y, weight being frozen.
+    """Return (dx, dA, dE, dB) of `svd_linear` for the gradient grad_y of y, weight being frozen.
 
     With u = g·B: dA = (u ⊙ e)ᵀ·dropout(x), dE = scaling · mask ⊙ Σ_rows u ⊙ h, dB = gᵀ·(h ⊙ e),
     and dx = g·W0 + dropout((u ⊙ e)·A), or an empty (0,) tensor unless `need_dx`.
