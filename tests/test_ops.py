@@ -73,6 +73,28 @@ def test_float64():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("op", ["svd_linear", "svd_delta"])
+def test_the_low_rank_term_is_rounded_once(op, impl):
+    # Of a float32 adapter over a bfloat16 base: products are formed in the wider dtype.
+    case = random_case(lead=(20,), dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False)
+    case["weight"].zero_()
+
+    def run(weight, mask, bias=None, **t):
+        if op == "svd_linear":
+            return svd_linear(**t, weight=weight, scaling=1.5, impl=impl)
+        base = torch.zeros(20, 9, dtype=torch.bfloat16)
+        return svd_delta(base, **t, scaling=1.5, impl=impl)
+
+    g = torch.randn(20, 9).to(torch.bfloat16)
+    doubles = {k: t if t is None else t.double() for k, t in case.items()}
+    exact = outputs_and_gradients(oracle, doubles, g.double())
+    for name, actual in outputs_and_gradients(run, case, g).items():
+        relative = torch.finfo(actual.dtype).eps * (0.5 if name in ("x", "y") else 50)
+        bound = relative * exact[name].abs() + 1e-5
+        assert ((actual - exact[name]).abs() <= bound).all(), name
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
 def test_non_contiguous_inputs(dropout_p):
     tensors = random_case(lead=(6, 4))
