@@ -53,11 +53,12 @@ def svd_linear(
         dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
             applied when positive; a layer passes 0 in evaluation.
         impl: "auto" takes the fastest implementation for the device of x. "reference" is plain
-            PyTorch recorded by autograd. "triton" is taken literally, backward included, never
-            replaced (except for tensors without entries, for which nothing is launched). Its
-            kernels need an NVIDIA GPU of compute capability 8.0 or later, or, on a CPU and slowly,
-            TRITON_INTERPRET=1 in the environment; and r ≤ 256 in at most float32. "cuda" is not
-            there yet.
+            PyTorch recorded by autograd, so that its gradient is differentiable too; its dropout
+            is that of the kernels on every device, for equal seeds. "triton" is taken literally,
+            backward included, and never replaced (except for tensors without entries, for which
+            nothing is launched). Its kernels need an NVIDIA GPU of compute capability 8.0 or
+            later, or, on a CPU and slowly, TRITON_INTERPRET=1 in the environment; and r ≤ 256 in
+            at most float32. "cuda" is not there yet.
 
     Returns:
         y: (..., out) in the dtype of x, on its device. All tensors must be on one device.
