@@ -16,12 +16,15 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _extension, reference
+from . import _extension, importance, reference
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # The kernels keep all ranks of a tile in registers.
 MOST_RANKS = 256
@@ -44,26 +47,22 @@ _SCHEMAS = {
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
     "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
     "Tensor? grad_scale=None) -> ()",
-    "allocate_": "(Tensor scores, Tensor? budget, Tensor(a!) mask, Tensor(b!)[] lora_E) -> ()",
-    "orth_reg": "(Tensor[] A, Tensor[] B) -> (Tensor, Tensor)",
-    "orth_reg_backward": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, "
-    "Tensor[] B) -> (Tensor[], Tensor[])",
-    "orth_reg_grad_": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, Tensor[] B, "
-    "Tensor(a!)[] grad_A, Tensor(b!)[] grad_B) -> ()",
 }
 
 
-def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's dtypes are decided before it is called; autocast must not change them inside."""
+def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with autocast off: its dtypes are decided before it is called."""
 
     @functools.wraps(implementation)
-    def run(first: Any, *args: Any) -> Any:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first: Any = args[0]
         tensor = first if isinstance(first, Tensor) else first[0]
         device_type = tensor.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return implementation(first, *args)
+        available = torch.amp.is_autocast_available(device_type)
+        if not (available and torch.is_autocast_enabled(device_type)):
+            return implementation(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
-            return implementation(first, *args)
+            return implementation(*args, **kwargs)
 
     return run
 
@@ -110,9 +109,15 @@ def _layer_op(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name in _SCHEMAS:
-    _run = _layer_op(_name) if _name in _LAYER_OPS else getattr(reference, _name)
-    torch.library.impl(f"adalora::{_name}", "default", _outside_autocast(_run))
+for _name in _LAYER_OPS:
+    torch.library.impl(f"adalora::{_name}", "default", outside_autocast(_layer_op(_name)))
+
+# The op over a whole model: the compiled library brings faster code for CPU and CUDA tensors.
+torch.library.impl(
+    "adalora::importance_update_",
+    "default",
+    outside_autocast(importance.importance_update_),
+)
 
 library = _extension.load()
 
@@ -167,7 +172,7 @@ def implementations(device_type: str) -> list[Implementation]:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
             why = library.why_not or f"the library was built for {library.built_for} only"
-            rows.append(Implementation(op, plain, why))
+            rows.append(Implementation(op, "torch._foreach", why))
     return rows
 
 
@@ -211,31 +216,15 @@ def _svd_delta_backward_fake(
     return dx, A.new_empty(A.shape), E.new_empty(E.shape), B.new_empty(B.shape)
 
 
-def _in_place_fake(*args: Any) -> None:
+def _importance_update_fake(*args: Any) -> None:
     return None
-
-
-def _orth_reg_fake(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in A], torch.float32)
-    numel = sum(2 * a.shape[0] ** 2 for a in A)
-    return A[0].new_empty(2 * len(A), dtype=dtype), A[0].new_empty(numel, dtype=dtype)
-
-
-def _orth_reg_backward_fake(
-    grad_norms: Tensor, norms: Tensor, residuals: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [a.new_empty(a.shape) for a in A], [b.new_empty(b.shape) for b in B]
 
 
 torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
 torch.library.register_fake("adalora::svd_delta_backward", _svd_delta_backward_fake)
-torch.library.register_fake("adalora::importance_update_", _in_place_fake)
-torch.library.register_fake("adalora::allocate_", _in_place_fake)
-torch.library.register_fake("adalora::orth_reg", _orth_reg_fake)
-torch.library.register_fake("adalora::orth_reg_backward", _orth_reg_backward_fake)
-torch.library.register_fake("adalora::orth_reg_grad_", _in_place_fake)
+torch.library.register_fake("adalora::importance_update_", _importance_update_fake)
 
 
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
@@ -298,31 +287,9 @@ def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tu
     return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5
 
 
-def _orth_reg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    A, B = inputs
-    norms, residuals = output
-    ctx.mark_non_differentiable(residuals)
-    ctx.set_materialize_grads(False)
-    ctx.count = len(A)
-    ctx.save_for_backward(norms, residuals, *A, *B)
-
-
-def _orth_reg_autograd(ctx: Any, grad_norms: Tensor | None, _: Tensor | None) -> tuple[Any, Any]:
-    _reject_double_backward("orth_reg")
-    norms, residuals, *matrices = ctx.saved_tensors
-    A, B = matrices[: ctx.count], matrices[ctx.count :]
-    if grad_norms is None:
-        return [None] * ctx.count, [None] * ctx.count
-    dA, dB = torch.ops.adalora.orth_reg_backward(grad_norms, norms, residuals, A, B)
-    return dA, dB
-
-
 torch.library.register_autograd(
     "adalora::svd_linear", _svd_linear_autograd, setup_context=_svd_linear_setup
 )
 torch.library.register_autograd(
     "adalora::svd_delta", _svd_delta_autograd, setup_context=_svd_delta_setup
-)
-torch.library.register_autograd(
-    "adalora::orth_reg", _orth_reg_autograd, setup_context=_orth_reg_setup
 )

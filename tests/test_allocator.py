@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from adalora_kernels import BudgetSchedule, RankAllocator, SVDLinear, ops, orth_reg, orth_reg_grad_
 
@@ -147,7 +148,7 @@ def test_the_final_pattern_stays():
 
 def set_scores(allocator, value):
     """Give every triplet the same score, through the averages that the scores come from."""
-    for averages in (allocator._exp_avg_ipt, allocator._exp_avg_unc):
+    for averages in (allocator._state.exp_avg_ipt, allocator._state.exp_avg_unc):
         for t in averages:
             t.fill_(value)
 
@@ -270,20 +271,23 @@ def test_advance_and_update_are_a_step():
 
 
 class Record(TorchDispatchMode):
-    """Keeps what is dispatched, as a CUDA graph does: ops and tensors, none of the Python."""
+    """Keeps what is dispatched, as a CUDA graph does: ops and memory, none of the Python."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
 
     @torch.no_grad()
     def replay(self):
-        for func, args, kwargs in self.calls:
-            func(*args, **kwargs)
+        for func, args, kwargs, result in self.calls:
+            # Into the memory of the first time: that is what the next op reads.
+            again = func(*args, **kwargs)
+            tree_map(lambda old, new: old if old is None else old.copy_(new), result, again)
 
 
 def test_a_recorded_update_follows_the_budget():
@@ -423,7 +427,7 @@ def test_step_and_regulariser_neither_sync_nor_launch_much():
 def test_the_state_follows_a_model_that_was_moved():
     model, _, allocator = setup()
     model.to("meta")
-    allocator._follow_model()
+    allocator._state.follow(allocator._parameters())
     state = allocator.state_dict()
     tensors = (*state["exp_avg_ipt"], *state["exp_avg_unc"], state["scores"], state["mask"])
     assert {t.device.type for t in tensors} == {"meta"}

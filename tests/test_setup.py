@@ -71,7 +71,7 @@ def test_auto_builds_both_parts_where_there_is_nvcc(project):
     assert status == 0, output
     assert libraries(project) == ["built/adalora_kernels/_C.abi3.so"]
     assert {"library.cpp", "importance.cpp"} <= compiled(calls, "compiler")
-    assert {"importance.cu", "orth_reg.cu", "allocate.cu"} <= compiled(calls, "nvcc")
+    assert "importance.cu" in compiled(calls, "nvcc")
     # Of the list of architectures what this nvcc knows: it has no sm_100.
     (call,) = {c for c in calls if "importance.cu" in c}
     assert "code=sm_80" in call and "code=sm_90" in call and "sm_100" not in call
