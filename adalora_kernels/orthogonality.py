@@ -209,7 +209,7 @@ def _penalty(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     4·(G - I)·rows.
     """
     eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    residual = torch.baddbmm(eye, rows, rows.mT, beta=-1.0)
+    residual = torch.bmm(rows, rows.mT) - eye
     if squared:
         return residual.square().sum(), 4.0 * residual
     norm = torch.linalg.vector_norm(residual, dim=(1, 2), keepdim=True)

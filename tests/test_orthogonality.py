@@ -276,7 +276,7 @@ def test_dispatched_ops_of_the_regulariser_do_not_grow_with_the_model():
         assert not any(count["aten::_local_scalar_dense"] for count in counts)
         totals.append([count.total() for count in counts])
     assert totals[0] == totals[1]
-    assert totals[0][0] <= 35 and totals[0][1] <= 60
+    assert totals[0][0] <= 37 and totals[0][1] <= 62
 
 
 def test_orth_reg_of_a_rank_zero_pair_is_zero():
