@@ -74,7 +74,11 @@ def test_auto_builds_both_parts_where_there_is_nvcc(project):
     # Of the list of architectures what this nvcc knows: it has no sm_100.
     (call,) = {c for c in calls if "importance.cu" in c}
     assert "code=sm_80" in call and "code=sm_90" in call and "sm_100" not in call
-    assert all("-DTORCH_TARGET_VERSION=0x020b000000000000" in c for c in calls if " -o " in c and " -c " in c)
+    assert all(
+        "-DTORCH_TARGET_VERSION=0x020b000000000000" in c
+        for c in calls
+        if " -o " in c and " -c " in c
+    )
 
 
 def test_auto_builds_the_cpu_part_without_nvcc(project):
