@@ -1,18 +1,27 @@
-"""The importance update of a whole model in a few `torch._foreach` calls, on any device.
+"""The importance update of a whole model in `torch._foreach` calls, on any device.
 
 It runs where the compiled library has no code. `reference.importance_update_` is the definition,
-which takes one matrix after the other; the number of calls made here depends on how many different
-shapes there are, not on how many matrices.
+which takes one matrix after the other. The number of calls made here depends on how many different
+shapes there are, and on how often the model fills a cache, but not on how many matrices it has.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-_B = 2  # The lists hold A_0, E_0, B_0, A_1, …: every third tensor is a lora_B.
+# Indices of parameters of one shape that may lie in one stack. The lists hold A_0, E_0, B_0, A_1, …
+_Group: TypeAlias = list[int]
+_B = 2
+
+# How much of a model is worked on at a time: on a CPU what stays in the cache from one call to the
+# next, elsewhere what keeps the memory bounded while there are few launches.
+_BATCH_BYTES = {"cpu": 2**23}
+_LARGEST_BATCH_BYTES = 2**26
 
 
 def importance_update_(
@@ -26,59 +35,35 @@ def importance_update_(
     beta2: float,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """One step of the importance averages and the triplet scores, as `reference` defines it.
-
-    It needs memory for one more copy of the parameters in float32, and for a second one where the
-    averages are bfloat16.
-    """
+    """One step of the importance averages and the triplet scores, as `reference` defines it."""
     if all(g is None or g.numel() == 0 for g in grads):
         return
-    groups = _by_shape(params, grads)
-    order = [i for group in groups for i in group]
-    weights, ipt, unc = ([those[i] for i in order] for those in (params, exp_avg_ipt, exp_avg_unc))
-    found = [grads[i] for i in order]
-    # What has no gradient only takes part in the scores.
-    learning = [g is not None for g in found]
-    # `entries` are the parts of the stacks that belong to the parameters: at first they hold |g|,
-    # then |w·g|, then |w·g - Ī|, and in the end Ī·Ū.
-    stacks, entries = _stack(
-        [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)],
-        groups,
-        [_wide(params[group[0]], grads[group[0]]) for group in groups],
-    )
-    torch._foreach_abs_(stacks)
-    # The largest one is finite exactly when all are; the decision stays on the device.
-    finite = (torch.stack(torch._foreach_max(stacks)) < math.inf).all()
-    if grad_scale is not None:
-        finite = finite & grad_scale.isfinite().all()
+    batches = list(_batches(params, grads))
+    finite = _all_finite(batches, grads, grad_scale)
     skipped.add_(~finite)
     step = finite.to(scores.dtype)
-
-    torch._foreach_mul_(entries, weights)
-    torch._foreach_abs_(stacks)
-    if grad_scale is not None:
-        torch._foreach_mul_(stacks, grad_scale.reshape(()))
-    for stack in stacks:
-        # A weight of 0 leaves an average as it was, but only against a finite end.
-        stack.nan_to_num_()
-    ends = _where(learning, entries)
-    new_ipt = _lerp_(_where(learning, ipt), ends, step * (1.0 - beta1))
-    torch._foreach_sub_(ends, new_ipt)
-    torch._foreach_abs_(ends)
-    _lerp_(_where(learning, unc), ends, step * (1.0 - beta2))
-
-    torch._foreach_copy_(entries, ipt)
-    torch._foreach_mul_(entries, unc)
-    _sum_of_means_(scores, [E.shape[0] for E in params[1::3]], stacks, groups)
-
-
-def _by_shape(params: list[Tensor], grads: list[Tensor | None]) -> list[list[int]]:
-    """The indices of the parameters that have entries, those together that fit into one stack."""
-    groups: dict[tuple[bool, torch.Size, torch.dtype], list[int]] = {}
-    for i, (w, g) in enumerate(zip(params, grads, strict=True)):
-        if w.numel() > 0:
-            groups.setdefault((i % 3 == _B, w.shape, _wide(w, g)), []).append(i)
-    return list(groups.values())
+    weight_ipt, weight_unc = step * (1.0 - beta1), step * (1.0 - beta2)
+    parts = scores.zero_().split_with_sizes([E.shape[0] for E in params[1::3]])
+    for groups in batches:
+        order = [i for group in groups for i in group]
+        learning = [i for i in order if grads[i] is not None]
+        # At first an entry is |w·g|, then |w·g - Ī|, and in the end Ī·Ū.
+        stacks, entries = _stack(params, grads, groups)
+        torch._foreach_mul_(list(entries.values()), [params[i] for i in order])
+        torch._foreach_abs_(stacks)
+        if grad_scale is not None:
+            torch._foreach_mul_(stacks, grad_scale.reshape(()))
+        for stack in stacks:
+            # A weight of 0 leaves an average as it was, but only against a finite end.
+            stack.nan_to_num_()
+        ends = [entries[i] for i in learning]
+        new_ipt = _lerp_([exp_avg_ipt[i] for i in learning], ends, weight_ipt)
+        torch._foreach_sub_(ends, new_ipt)
+        torch._foreach_abs_(ends)
+        _lerp_([exp_avg_unc[i] for i in learning], ends, weight_unc)
+        torch._foreach_copy_(list(entries.values()), [exp_avg_ipt[i] for i in order])
+        torch._foreach_mul_(list(entries.values()), [exp_avg_unc[i] for i in order])
+        _add_means_(parts, stacks, groups)
 
 
 def _wide(w: Tensor, g: Tensor | None) -> torch.dtype:
@@ -87,42 +72,82 @@ def _wide(w: Tensor, g: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
+def _batches(params: list[Tensor], grads: list[Tensor | None]) -> Iterator[list[_Group]]:
+    """All parameters that have entries, by shape, in batches that are worked on at a time."""
+    by_shape: dict[tuple[bool, torch.Size, torch.dtype], _Group] = {}
+    for i, (w, g) in enumerate(zip(params, grads, strict=True)):
+        if w.numel() > 0:
+            by_shape.setdefault((i % 3 == _B, w.shape, _wide(w, g)), []).append(i)
+    limit = _BATCH_BYTES.get(params[0].device.type, _LARGEST_BATCH_BYTES)
+    batch: list[_Group] = []
+    room = limit
+    for (_, shape, dtype), members in by_shape.items():
+        size = shape.numel() * dtype.itemsize
+        while members:
+            fitting = max(room // size, 0 if batch else 1)
+            if fitting > 0:
+                batch.append(members[:fitting])
+                room -= len(batch[-1]) * size
+                members = members[fitting:]
+            if members:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def _all_finite(
+    batches: list[list[_Group]], grads: list[Tensor | None], grad_scale: Tensor | None
+) -> Tensor:
+    """Whether all gradients, and the scale, are finite: a bool on the device."""
+    largest: list[Tensor] = []
+    for groups in batches:
+        found = [g for group in groups for i in group if (g := grads[i]) is not None]
+        if found:
+            # The largest one is finite exactly when all are.
+            largest += torch._foreach_max(torch._foreach_abs(found))
+    if grad_scale is not None:
+        largest.append(grad_scale.abs().reshape(()))
+    return (torch.stack(largest) < math.inf).all()
+
+
 def _stack(
-    tensors: list[Tensor], groups: list[list[int]], dtypes: list[torch.dtype]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(n, rows, columns) for each group, of tensors that lie in the order of the groups; views."""
-    sizes = [len(group) for group in groups]
-    starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    stacks = [
-        torch.stack(tensors[start : start + size]).to(dtype)
-        for start, size, dtype in zip(starts, sizes, dtypes, strict=True)
-    ]
-    return stacks, [view for stack in stacks for view in stack.unbind()]
+    params: list[Tensor], grads: list[Tensor | None], groups: list[_Group]
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The gradients of each group as one tensor (n, rows, columns), and its views, by index.
 
-
-def _where(learning: list[bool], tensors: list[Tensor]) -> list[Tensor]:
-    return [t for t, learns in zip(tensors, learning, strict=True) if learns]
+    A parameter without a gradient has 0 there: it only takes part in the scores.
+    """
+    stacks: list[Tensor] = []
+    entries: dict[int, Tensor] = {}
+    for group in groups:
+        members = [torch.zeros_like(params[i]) if (g := grads[i]) is None else g for i in group]
+        stacks.append(torch.stack(members).to(_wide(params[group[0]], grads[group[0]])))
+        entries.update(zip(group, stacks[-1].unbind(), strict=True))
+    return stacks, entries
 
 
 def _lerp_(averages: list[Tensor], ends: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Move the averages towards the ends; returns them before they are rounded to bfloat16."""
+    """Move averages towards ends; returns them as they are before they are rounded to bfloat16."""
     weights = {end.dtype: weight.to(end.dtype) for end in ends}
-    wide = [a.to(end.dtype) for a, end in zip(averages, ends, strict=True)]
+    wide = [average.to(end.dtype) for average, end in zip(averages, ends, strict=True)]
     torch._foreach_lerp_(wide, ends, [weights[end.dtype] for end in ends])
-    if any(a is not w for a, w in zip(averages, wide, strict=True)):
+    if any(average is not moved for average, moved in zip(averages, wide, strict=True)):
         torch._foreach_copy_(averages, wide)
     return wide
 
 
-def _sum_of_means_(
-    scores: Tensor, ranks: list[int], stacks: list[Tensor], groups: list[list[int]]
-) -> None:
-    """Eq. (7), S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), from the stacks of s."""
+def _add_means_(parts: tuple[Tensor, ...], stacks: list[Tensor], groups: list[_Group]) -> None:
+    """Eq. (7), S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji), the stacks holding s.
+
+    `parts` are the scores of each adapter. They are added to factor by factor, for the same one
+    must not stand twice in a list that is added to at once.
+    """
     means: dict[int, Tensor] = {}
     for stack, group in zip(stacks, groups, strict=True):
-        # lora_E is like lora_A a matrix of r rows, of one entry each.
+        # lora_E is, like lora_A, a matrix of r rows, but of one entry each.
         means.update(zip(group, stack.mean(1 if group[0] % 3 == _B else 2).unbind(), strict=True))
-    of_adapter = scores.zero_().split_with_sizes(ranks)
     for factor in range(3):
         mine = [i for i in means if i % 3 == factor]
-        torch._foreach_add_([of_adapter[i // 3] for i in mine], [means[i] for i in mine])
+        if mine:
+            torch._foreach_add_([parts[i // 3] for i in mine], [means[i] for i in mine])
