@@ -39,16 +39,24 @@ def importance_update_(
     if all(g is None or g.numel() == 0 for g in grads):
         return
     batches = list(_batches(params, grads))
-    finite = _all_finite(batches, grads, grad_scale)
+    largest = [] if grad_scale is None else [grad_scale.abs().reshape(())]
+    for groups in batches:
+        stacks, entries = _stack(params, grads, groups)
+        torch._foreach_abs_(stacks)
+        largest += torch._foreach_max(stacks)
+    # The largest one is finite exactly when all are; the decision stays on the device.
+    finite = (torch.stack(largest) < math.inf).all()
     skipped.add_(~finite)
     step = finite.to(scores.dtype)
     weight_ipt, weight_unc = step * (1.0 - beta1), step * (1.0 - beta2)
     parts = scores.zero_().split_with_sizes([E.shape[0] for E in params[1::3]])
-    for groups in batches:
-        order = [i for group in groups for i in group]
+    # The last batch, as a rule the only one, is in the stacks already.
+    for groups in reversed(batches):
+        if groups is not batches[-1]:
+            stacks, entries = _stack(params, grads, groups)
+        order = list(entries)
         learning = [i for i in order if grads[i] is not None]
-        # At first an entry is |w·g|, then |w·g - Ī|, and in the end Ī·Ū.
-        stacks, entries = _stack(params, grads, groups)
+        # At first an entry is |g| or g, then |w·g|, then |w·g - Ī|, and in the end Ī·Ū.
         torch._foreach_mul_(list(entries.values()), [params[i] for i in order])
         torch._foreach_abs_(stacks)
         if grad_scale is not None:
@@ -94,21 +102,6 @@ def _batches(params: list[Tensor], grads: list[Tensor | None]) -> Iterator[list[
                 batch, room = [], limit
     if batch:
         yield batch
-
-
-def _all_finite(
-    batches: list[list[_Group]], grads: list[Tensor | None], grad_scale: Tensor | None
-) -> Tensor:
-    """Whether all gradients, and the scale, are finite: a bool on the device."""
-    largest: list[Tensor] = []
-    for groups in batches:
-        found = [g for group in groups for i in group if (g := grads[i]) is not None]
-        if found:
-            # The largest one is finite exactly when all are.
-            largest += torch._foreach_max(torch._foreach_abs(found))
-    if grad_scale is not None:
-        largest.append(grad_scale.abs().reshape(()))
-    return (torch.stack(largest) < math.inf).all()
 
 
 def _stack(

@@ -283,3 +283,17 @@ def test_dispatched_ops_without_the_library_depend_on_the_shapes_only():
         counts.append(ops_called.counts.total())
     assert counts[0] == counts[1] <= 38
     assert counts[2] <= 48
+
+
+@pytest.mark.parametrize("update", FOREACH)
+@pytest.mark.parametrize("limit", [1, 4000, 60_000])
+def test_a_model_that_does_not_fit_a_batch(monkeypatch, update, limit):
+    monkeypatch.setattr(importance, "_BATCH_BYTES", {update.device: limit})
+    adapters = Adapters([(12, 64, 48), (4, 33, 20), (0, 3, 3), (12, 64, 48)] * 3, update.device)
+    adapters.grads[4] = None
+    check_update(update, adapters)
+    before = snapshot(adapters)
+    adapters.grads[-1][-1, -1] = math.nan
+    adapters.step(update)
+    assert adapters.skipped.item() == 1
+    assert_bitwise(adapters.state()[:-1], before[:-1])
