@@ -30,6 +30,22 @@ def check_weight(name: str, weight: float) -> None:
         raise ValueError(f"{name} must be at least 0, got {weight}")
 
 
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Raise TypeError or ValueError if `value` is not an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_beta(name: str, beta: object) -> None:
+    """Raise TypeError or ValueError if `beta`, the decay of an average, is not in (0, 1)."""
+    if isinstance(beta, bool) or not isinstance(beta, int | float):
+        raise TypeError(f"{name} must be a number, got {type(beta).__name__}")
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {beta}")
+
+
 def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
     """Return the factor from gradients to ∂L/∂w as the ops take it: one float32 on `device`.
 

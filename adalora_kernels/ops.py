@@ -3,8 +3,8 @@
 Python owns the schemas, so every op exists on every device, whether or not there is a compiled
 library. The ops of one layer (`svd_linear`, `svd_delta`, `svd_linear_backward`) are one function
 each, in which everything is decided: it launches the Triton kernels, or calls `cpu` or
-`reference`. For the ops over whole models the dispatcher finds the implementation, which is that
-of the compiled library where it has one for the device, and else that of `reference`.
+`reference`. For the op over a whole model, `importance_update_`, the dispatcher finds the
+implementation: that of the compiled library where it has one for the device, else `importance`.
 
 The layer ops have one more argument than their reference, `impl`. It is "auto", or it names what
 the op and its backward must use: "triton", or one of the kernels' paths (see
@@ -16,13 +16,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _extension, cpu, reference
+from . import _extension, cpu, importance, reference
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -43,12 +43,6 @@ _SCHEMAS = {
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
     "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
     "Tensor? grad_scale=None) -> ()",
-    "allocate_": "(Tensor scores, Tensor? budget, Tensor(a!) mask, Tensor(b!)[] lora_E) -> ()",
-    "orth_reg": "(Tensor[] A, Tensor[] B) -> (Tensor, Tensor)",
-    "orth_reg_backward": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, "
-    "Tensor[] B) -> (Tensor[], Tensor[])",
-    "orth_reg_grad_": "(Tensor grad_norms, Tensor norms, Tensor residuals, Tensor[] A, Tensor[] B, "
-    "Tensor(a!)[] grad_A, Tensor(b!)[] grad_B) -> ()",
 }
 
 
@@ -64,7 +58,8 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
         first: Any = args[0]
         tensor = first if isinstance(first, Tensor) else first[0]
         device_type = tensor.device.type
-        if not torch.is_autocast_enabled(device_type):
+        available = torch.amp.is_autocast_available(device_type)
+        if not (available and torch.is_autocast_enabled(device_type)):
             return implementation(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args, **kwargs)
@@ -204,17 +199,10 @@ torch.library.impl("adalora::svd_linear", "default", _svd_linear)
 torch.library.impl("adalora::svd_delta", "default", _svd_delta)
 torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backward)
 
-# The ops over whole models.
-
+# The op over a whole model: the compiled library brings faster code for CPU and CUDA tensors.
 torch.library.impl(
-    "adalora::importance_update_", "default", outside_autocast(reference.importance_update_)
+    "adalora::importance_update_", "default", outside_autocast(importance.importance_update_)
 )
-torch.library.impl("adalora::allocate_", "default", outside_autocast(reference.allocate_))
-torch.library.impl("adalora::orth_reg", "default", outside_autocast(reference.orth_reg))
-torch.library.impl(
-    "adalora::orth_reg_backward", "default", outside_autocast(reference.orth_reg_backward)
-)
-torch.library.impl("adalora::orth_reg_grad_", "default", outside_autocast(reference.orth_reg_grad_))
 
 library = _extension.load()
 
@@ -246,7 +234,7 @@ def implementations(device_type: str) -> list[Implementation]:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
             why = library.why_not or f"the library was built for {library.built_for} only"
-            rows.append(Implementation(op, plain, why))
+            rows.append(Implementation(op, "torch._foreach", why))
     return rows
 
 
@@ -299,26 +287,10 @@ def _in_place_fake(*args: Any) -> None:
     return None
 
 
-def _orth_reg_fake(A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in A], torch.float32)
-    numel = sum(2 * a.shape[0] ** 2 for a in A)
-    return A[0].new_empty(2 * len(A), dtype=dtype), A[0].new_empty(numel, dtype=dtype)
-
-
-def _orth_reg_backward_fake(
-    grad_norms: Tensor, norms: Tensor, residuals: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [a.new_empty(a.shape) for a in A], [b.new_empty(b.shape) for b in B]
-
-
 torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
 torch.library.register_fake("adalora::importance_update_", _in_place_fake)
-torch.library.register_fake("adalora::allocate_", _in_place_fake)
-torch.library.register_fake("adalora::orth_reg", _orth_reg_fake)
-torch.library.register_fake("adalora::orth_reg_backward", _orth_reg_backward_fake)
-torch.library.register_fake("adalora::orth_reg_grad_", _in_place_fake)
 
 
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
@@ -381,31 +353,9 @@ def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tu
     return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5
 
 
-def _orth_reg_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    A, B = inputs
-    norms, residuals = output
-    ctx.mark_non_differentiable(residuals)
-    ctx.set_materialize_grads(False)
-    ctx.count = len(A)
-    ctx.save_for_backward(norms, residuals, *A, *B)
-
-
-def _orth_reg_autograd(ctx: Any, grad_norms: Tensor | None, _: Tensor | None) -> tuple[Any, Any]:
-    _reject_double_backward("orth_reg")
-    norms, residuals, *matrices = ctx.saved_tensors
-    A, B = matrices[: ctx.count], matrices[ctx.count :]
-    if grad_norms is None:
-        return [None] * ctx.count, [None] * ctx.count
-    dA, dB = torch.ops.adalora.orth_reg_backward(grad_norms, norms, residuals, A, B)
-    return dA, dB
-
-
 torch.library.register_autograd(
     "adalora::svd_linear", _svd_linear_autograd, setup_context=_svd_linear_setup
 )
 torch.library.register_autograd(
     "adalora::svd_delta", _svd_delta_autograd, setup_context=_svd_delta_setup
-)
-torch.library.register_autograd(
-    "adalora::orth_reg", _orth_reg_autograd, setup_context=_orth_reg_setup
 )

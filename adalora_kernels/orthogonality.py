@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import ops  # noqa: F401  (defines the operators that are called here)
+from . import ops
 from .adapters import Adapter, find_adapters
 from .checks import as_grad_scale, check_floating, check_weight, shape_of
 
 Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
+
+# The most that is stacked at a time: on a CPU about what stays in the cache between two products,
+# elsewhere what keeps the memory bounded while there are few launches.
+_STACK_BYTES = {"cpu": 2**20}
+_LARGEST_STACK_BYTES = 2**26
 
 
 def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) -> Tensor:
@@ -36,8 +41,9 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
     """
     lora_A, lora_B = _pairs(pairs_or_model)
     check_weight("weight", weight)
-    norms, _ = torch.ops.adalora.orth_reg(lora_A, lora_B)
-    return _penalty(norms, weight, squared)
+    apply: Callable[..., Tensor] = OrthRegFunction.apply
+    total = apply(len(lora_A), squared, *lora_A, *lora_B)
+    return _coefficient(weight, squared, len(lora_A)) * total
 
 
 @torch.no_grad()
@@ -65,47 +71,149 @@ def orth_reg_grad_(
     lora_A, lora_B = _pairs(pairs_or_model)
     check_weight("weight", weight)
     scale = as_grad_scale(grad_scale, lora_A[0].device)
-    norms, residuals = torch.ops.adalora.orth_reg(lora_A, lora_B)
-    grad_norms = 2.0 * weight * norms if squared else torch.full_like(norms, weight / len(norms))
-    if scale is not None:
-        grad_norms = grad_norms / scale
-    targets, aside = _gradients_of(lora_A + lora_B)
-    grad_A, grad_B = targets[: len(lora_A)], targets[len(lora_A) :]
-    torch.ops.adalora.orth_reg_grad_(grad_norms, norms, residuals, lora_A, lora_B, grad_A, grad_B)
-    for grad, part in aside:
-        grad.add_(part)
-    return _penalty(norms, weight, squared)
+    coefficient = _coefficient(weight, squared, len(lora_A))
+    return coefficient * _add_gradients_(lora_A + lora_B, len(lora_A), squared, coefficient, scale)
 
 
-def _gradients_of(
-    parameters: list[Tensor],
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The `.grad` of each (made where it is missing), for an op that adds to all of them at once.
+class OrthRegFunction(torch.autograd.Function):
+    """The sum over all matrices of ‖G - I‖_F, or of ‖G - I‖²_F if `squared`.
 
-    A tensor of its own stands in for that of a parameter that needs none, or is in the list
-    already. In the second case (the `.grad`, what stands in for it) is in the second result.
+    The arguments are the number of lora_A, `squared`, all lora_A and all lora_B. What the forward
+    has stacked is not kept: the backward, which can be differentiated itself, stacks it again.
     """
-    targets, aside = [], []
-    shared = len({id(parameter) for parameter in parameters}) < len(parameters)
-    seen = set()
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            targets.append(torch.zeros_like(parameter))
-            continue
-        grad = parameter.grad
-        if grad is None:
-            parameter.grad = grad = torch.zeros_like(parameter)
-        if shared:
-            if id(parameter) in seen:
-                aside.append((grad, torch.zeros_like(grad)))
-                grad = aside[-1][1]
-            seen.add(id(parameter))
-        targets.append(grad)
-    return targets, aside
+
+    @staticmethod
+    def forward(ctx: Any, count: int, squared: bool, *matrices: Tensor) -> Tensor:
+        ctx.count, ctx.squared = count, squared
+        ctx.save_for_backward(*matrices)
+        return _total(matrices, count, squared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_gradients(ctx.saved_tensors, ctx.count, ctx.squared, grad)
 
 
-def _penalty(norms: Tensor, weight: float, squared: bool) -> Tensor:
-    return weight * (norms.square().sum() if squared else norms.mean())
+def _coefficient(weight: float, squared: bool, count: int) -> float:
+    """The factor of the sum over the matrices of `count` pairs."""
+    return weight if squared else weight / (2 * count)
+
+
+@ops.outside_autocast
+def _total(matrices: Sequence[Tensor], count: int, squared: bool) -> Tensor:
+    total = _zero(matrices)
+    for stack in _stacks(matrices, count):
+        total = total + _penalty(stack.rows, squared)[0]
+    return total
+
+
+@ops.outside_autocast
+def _gradients(matrices: Sequence[Tensor], count: int, squared: bool, grad: Tensor) -> list[Tensor]:
+    """The gradients of `_total` times `grad`, each in the shape and dtype of its matrix."""
+    # Matrices of rank 0 are in no stack.
+    gradients = [torch.zeros_like(m) if m.numel() == 0 else m for m in matrices]
+    for stack in _stacks(matrices, count):
+        slope = _penalty(stack.rows, squared)[1] * grad
+        for i, gradient in zip(stack.members, stack.gradients(slope), strict=True):
+            gradients[i] = gradient.to(matrices[i].dtype)
+    return gradients
+
+
+@ops.outside_autocast
+def _add_gradients_(
+    matrices: list[Tensor], count: int, squared: bool, coefficient: float, scale: Tensor | None
+) -> Tensor:
+    """Add coefficient / scale times the gradients of `_total` to `.grad`, and return `_total`."""
+    total = _zero(matrices)
+    for stack in _stacks(matrices, count):
+        penalty, slope = _penalty(stack.rows, squared)
+        total = total + penalty
+        slope = slope * coefficient
+        if scale is not None:
+            slope = slope / scale
+        _add_to_grad_([matrices[i] for i in stack.members], stack.gradients(slope))
+    return total
+
+
+def _zero(matrices: Sequence[Tensor]) -> Tensor:
+    dtypes = [m.dtype for m in matrices]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.zeros((), dtype=wide, device=matrices[0].device)
+
+
+def _add_to_grad_(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add to the `.grad` of those that need one; it is made where it is missing."""
+    mine = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.requires_grad]
+    for parameter, _ in mine:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if len({id(parameter) for parameter, _ in mine}) == len(mine):
+        grads = [cast(Tensor, p.grad) for p, _ in mine]
+        torch._foreach_add_(grads, [gradient for _, gradient in mine])
+        return
+    # All additions of `_foreach_add_` may happen at once, so a shared parameter is not for it.
+    for parameter, gradient in mine:
+        cast(Tensor, parameter.grad).add_(gradient)
+
+
+class _Stack(NamedTuple):
+    """Matrices of one shape and dtype.
+
+    Attributes:
+        members: which ones they are of all lora_A and lora_B.
+        matrices: (n, r, length) or (n, length, r), in float32 or float64.
+        vectors_dim: 1 or 2, where the vectors that should be orthonormal are counted.
+        transposed: whether the matrices are the members' transposes.
+    """
+
+    members: list[int]
+    matrices: Tensor
+    vectors_dim: int
+    transposed: bool
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors that should be orthonormal, as rows (n, r, length)."""
+        return self.matrices if self.vectors_dim == 1 else self.matrices.mT
+
+    def gradients(self, slope: Tensor) -> list[Tensor]:
+        """Those of the members, given the slope (n, r, r) of `_penalty`, which is symmetric."""
+        first = self.vectors_dim == 1
+        product = torch.bmm(slope, self.matrices) if first else torch.bmm(self.matrices, slope)
+        return list((product.mT if self.transposed else product).unbind())
+
+
+def _stacks(matrices: Sequence[Tensor], count: int) -> Iterator[_Stack]:
+    """Stacks of all matrices but those of rank 0, the first `count` being lora_A."""
+    groups: dict[tuple[int, bool, torch.Size, torch.dtype], list[int]] = {}
+    for i, m in enumerate(matrices):
+        is_B = i >= count
+        if m.shape[1 if is_B else 0] > 0:
+            # What is copied anyway is copied into rows: long sums over them are more accurate.
+            transposed = is_B and not m.is_contiguous()
+            vectors_dim = 2 if is_B and not transposed else 1
+            groups.setdefault((vectors_dim, transposed, m.shape, m.dtype), []).append(i)
+    limit = _STACK_BYTES.get(matrices[0].device.type, _LARGEST_STACK_BYTES)
+    for (vectors_dim, transposed, shape, dtype), group in groups.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        most = max(1, limit // max(1, shape.numel() * wide.itemsize))
+        for start in range(0, len(group), most):
+            members = group[start : start + most]
+            parts = [matrices[i].mT if transposed else matrices[i] for i in members]
+            yield _Stack(members, torch.stack(parts).to(wide), vectors_dim, transposed)
+
+
+def _penalty(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    """The sum of ‖G - I‖_F or ‖G - I‖²_F of the matrices in `rows`, and its slope (n, r, r).
+
+    The gradient is slope·rows: 2·(G - I)·rows / ‖G - I‖_F, taken as 0 where the norm is 0, or
+    4·(G - I)·rows.
+    """
+    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    residual = torch.bmm(rows, rows.mT) - eye
+    if squared:
+        return residual.square().sum(), 4.0 * residual
+    norm = torch.linalg.vector_norm(residual, dim=(1, 2), keepdim=True)
+    return norm.sum(), residual * (2.0 / norm.masked_fill(norm == 0, torch.inf))
 
 
 def _pairs(pairs_or_model: Pairs) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,6 +14,7 @@ B = lora_B (out, r), mask (r,) bool, h (..., r).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -250,62 +251,21 @@ def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)
 
 
-def allocate_(scores: Tensor, budget: Tensor | None, mask: Tensor, lora_E: list[Tensor]) -> None:
-    """Prune: `mask` (n,) bool becomes `top_b_mask`, and lora_E becomes 0 where it is false.
+def orth_reg(
+    pairs: Iterable[tuple[Tensor, Tensor]], weight: float = 0.1, squared: bool = False
+) -> Tensor:
+    """Eq. (4): weight · mean of ‖A·Aᵀ - I‖_F and ‖Bᵀ·B - I‖_F over all (A, B) (loralib, PEFT).
 
-    `budget` is one int64 on the device of `scores` (n,). Where it is negative, nothing changes;
-    where it is None, `mask` stays, and is written to lora_E, whose ranks add up to n.
+    If `squared`, the paper's weight · Σ ‖A·Aᵀ - I‖²_F + ‖Bᵀ·B - I‖²_F. The result is a scalar in
+    float32, or float64 for float64 adapters. The gradient at a norm of 0 is 0.
     """
-    written = mask
-    if budget is not None:
-        idle = budget < 0
-        mask.copy_(torch.where(idle, mask, top_b_mask(scores, budget)))
-        written = mask | idle
-    flat = torch.cat(lora_E).masked_fill_(~written.unsqueeze(1), 0.0)
-    torch._foreach_copy_(lora_E, flat.split_with_sizes([E.shape[0] for E in lora_E]))
-
-
-def orth_reg(A: list[Tensor], B: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The parts of eq. (4): norms (2n,) = ‖A_i·A_iᵀ - I‖_F, ‖B_i·B_iᵀ - I‖_F, alternating.
-
-    (‖Bᵀ·B - I‖ for B (out, r).) Also returns, flat and in the same order, the matrices G - I that
-    the backward needs. Both are in float32, or float64 for float64 adapters.
-    """
-    eyes = {a.shape[0]: torch.eye(a.shape[0], dtype=_widen(a).dtype, device=a.device) for a in A}
-    residuals = []
-    for a, b in zip(A, B, strict=True):
-        for rows in (_widen(a), _widen(b).T):
-            residuals.append(torch.addmm(eyes[rows.shape[0]], rows, rows.T, beta=-1.0))
-    norms = torch.stack([torch.linalg.vector_norm(residual) for residual in residuals])
-    return norms, torch.cat([residual.flatten() for residual in residuals])
-
-
-def orth_reg_backward(
-    grad_norms: Tensor, norms: Tensor, residuals: Tensor, A: list[Tensor], B: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(dA, dB) of `orth_reg`: ∂‖G - I‖_F/∂A = 2·(G - I)·A / ‖G - I‖_F; 0 where the norm is 0."""
-    factor = torch.where(norms > 0, 2.0 * grad_norms / norms, 0.0)
-    ranks = [a.shape[0] for a in A for _ in "AB"]
-    parts = residuals.split_with_sizes([r * r for r in ranks])
-    scaled = [p.view(r, r) * f for p, r, f in zip(parts, ranks, factor.unbind(), strict=True)]
-    dA = [(s @ _widen(a)).to(a.dtype) for s, a in zip(scaled[0::2], A, strict=True)]
-    dB = [(_widen(b) @ s).to(b.dtype) for s, b in zip(scaled[1::2], B, strict=True)]
-    return dA, dB
-
-
-def orth_reg_grad_(
-    grad_norms: Tensor,
-    norms: Tensor,
-    residuals: Tensor,
-    A: list[Tensor],
-    B: list[Tensor],
-    grad_A: list[Tensor],
-    grad_B: list[Tensor],
-) -> None:
-    """Add the gradients of `orth_reg_backward` to grad_A and grad_B, shaped like A and B."""
-    dA, dB = orth_reg_backward(grad_norms, norms, residuals, A, B)
-    for grad, more in zip(grad_A + grad_B, dA + dB, strict=True):
-        grad.add_(more)
+    norms = []
+    for A, B in pairs:
+        for rows in (_widen(A), _widen(B).T):
+            eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
+            norms.append(torch.linalg.vector_norm(rows @ rows.T - eye))
+    every = torch.stack(norms)
+    return weight * (every.square().sum() if squared else every.mean())
 
 
 def _widen(t: Tensor) -> Tensor:

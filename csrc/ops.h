@@ -1,9 +1,13 @@
-// What the ops over a whole model are asked to do, in plain types: no tensors, no torch library.
-// library.cpp makes these from checked arguments; cpu/ and cuda/ carry them out.
+// What the importance update of a whole model is asked to do, in plain types: no tensors, no torch
+// library. library.cpp makes it from checked arguments; cpu/ and cuda/ carry it out.
 #pragma once
 
 #include <cstdint>
 #include <vector>
+
+#ifdef ADALORA_WITH_CUDA
+#include <cuda_runtime.h>
+#endif
 
 namespace adalora {
 
@@ -54,51 +58,26 @@ inline bool holds_float64(const ImportanceUpdate& op) {
   return found;
 }
 
-// A matrix as the regulariser sees it: r rows of `length`, entry (i, k) at
-// data[i * row_stride + k * stride]. lora_A (r, in) is that already, lora_B (out, r) transposed.
-struct Rows {
-  void* data;
-  Type type;
-  int64_t r, length;
-  int64_t row_stride, stride;
-};
+namespace cpu {
 
-// For every matrix M of `matrices`, one after the other: residual = M * M^T - I (r x r) and
-// norm = ||residual||_F.
-struct OrthReg {
-  std::vector<Rows> matrices;
-  Type type;        // of norms and residuals: float32 or float64
-  void* norms;      // one per matrix
-  void* residuals;  // r * r per matrix
-};
+// The result does not depend on the number of threads.
+void importance_update(const ImportanceUpdate& op);
 
-// The gradient: 2 * grad_norm / norm * residual * M (0 where norm is 0), written to `grads`, or
-// added to what is there.
-struct OrthRegBackward {
-  std::vector<Rows> matrices;
-  std::vector<Rows> grads;  // shaped like matrices
-  Type type;                // of grad_norms, norms and residuals
-  const void* grad_norms;
-  const void* norms;
-  const void* residuals;
-  bool accumulate;
-};
+}  // namespace cpu
 
-// The `budget` best of all triplets stay (eq. 6): among equal scores the lower index, and NaN below
-// everything. mask tells which; the lora_E of the others becomes 0.
-struct Allocate {
-  struct Target {
-    void* lora_E;  // r entries, `stride` apart
-    Type type;
-    int64_t r, stride;
-    int64_t first;  // its triplets are those from `first` on
-  };
-  std::vector<Target> targets;
-  int64_t total_rank;
-  const void* scores;
-  Type scores_type;       // float32 or float64
-  const int64_t* budget;  // null: the mask stays and is written; *budget < 0: nothing happens
-  bool* mask;             // total_rank
-};
+#ifdef ADALORA_WITH_CUDA
+namespace cuda {
+
+// Everything is launched on `stream`, nothing is read back, and nothing is copied from the host:
+// what a launch needs to know travels in its arguments, so that a captured graph keeps it. The
+// result does not depend on the device.
+//
+// `workspace` is device memory of at least importance_update_workspace(op) bytes, aligned to 256;
+// only this call uses it, and it need not be initialised.
+int64_t importance_update_workspace(const ImportanceUpdate& op);
+cudaError_t importance_update(const ImportanceUpdate& op, void* workspace, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
 
 }  // namespace adalora

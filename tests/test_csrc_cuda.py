@@ -8,7 +8,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_as_good_as_eager
@@ -17,7 +16,7 @@ from adalora_kernels import reference
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
-SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("importance", "orth_reg", "allocate")]
+SOURCE = ROOT / "csrc" / "cuda" / "importance.cu"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 ARCHITECTURES = ("80", "90a", "100")
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,39 +25,34 @@ GUARD = 64
 
 
 def _compile_for_cpu(output, *options):
-    command = ["g++", "-std=c++20", "-Wno-unknown-pragmas", *options]
-    command += ["-I", EMULATION, "-isystem", TORCH_INCLUDE, "-o", output, "-x", "c++", *SOURCES]
+    command = ["g++", "-std=c++20", "-Wno-unknown-pragmas", "-DADALORA_WITH_CUDA", *options]
+    command += ["-I", EMULATION, "-isystem", TORCH_INCLUDE, "-o", output, "-x", "c++", SOURCE]
     driver = "driver.cpp" if "-shared" in options else "sanitize.cpp"
     subprocess.run([*command, EMULATION / driver], check=True, capture_output=True, text=True)
     return output
 
 
-def _compile_for_gpus(output, source):
-    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "-fatbin", "-I", TORCH_INCLUDE]
+def _compile_for_gpus(output):
+    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "-fatbin", "-DADALORA_WITH_CUDA"]
     for arch in ARCHITECTURES:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    done = subprocess.run([*command, "-o", output, source], capture_output=True, text=True)
+    command += ["-I", TORCH_INCLUDE, "-o", output, SOURCE]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output, done.stderr
 
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
-    """Everything that is compiled, as futures: two compilers at a time, while tests run."""
+    """The library for the CPU and the code for GPUs, as futures: tests run beside nvcc."""
     folder = tmp_path_factory.mktemp("csrc_cuda")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor() as pool:
         futures = {}
         if shutil.which("g++"):
-            for name, options in {
-                "library": ("-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"),
-                "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-                "thread": ("-fsanitize=thread",),
-            }.items():
-                futures[name] = pool.submit(_compile_for_cpu, folder / name, *options)
+            options = ("-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+            futures["library"] = pool.submit(_compile_for_cpu, folder / "library", *options)
         if shutil.which("nvcc"):
-            for source in SOURCES:
-                output = folder / f"{source.stem}.fatbin"
-                futures[source.stem] = pool.submit(_compile_for_gpus, output, source)
+            futures["gpus"] = pool.submit(_compile_for_gpus, folder / "fatbin")
         yield futures
 
 
@@ -93,12 +87,11 @@ def _assert_guards(t):
 
 
 class Emulated:
-    """The ops of csrc/cuda on CPU tensors, signatures as in `reference`. Checks what they write."""
+    """The op of csrc/cuda on CPU tensors, as in `reference`. It checks what is written."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.importance_update_workspace.restype = ctypes.c_int64
-        self.library.orth_reg_workspace.restype = ctypes.c_int64
         self.set_device()
 
     def set_device(self, multiprocessors=1, shuffle=0):
@@ -148,43 +141,6 @@ class Emulated:
         assert (guard == 0xA5).all()
         for t in (*ipt, *unc, scores):
             _assert_guards(t)
-
-    def _matrices(self, A, B):
-        rows = []
-        for a, b in zip(A, B, strict=True):
-            for t in (a, b.T):
-                rows.append([_pointer(t), _type(t), *t.shape, *t.stride()])
-        return _table(rows)
-
-    def orth_reg(self, A, B):
-        dtype = FP64 if FP64 in {t.dtype for t in (*A, *B)} else FP32
-        norms = _padded(torch.full((2 * len(A),), float("nan"), dtype=dtype))
-        count = sum(2 * a.shape[0] ** 2 for a in A)
-        residuals = _padded(torch.full((count,), float("nan"), dtype=dtype))
-        table = self._matrices(A, B)
-        workspace, guard = self._workspace("orth_reg", *table, _type(norms))
-        outputs = (_type(norms), _pointer(norms), _pointer(residuals), _pointer(workspace))
-        self._call("orth_reg", *table, *outputs)
-        assert (guard == 0xA5).all()
-        _assert_guards(norms)
-        _assert_guards(residuals)
-        return norms, residuals
-
-    def orth_reg_backward(self, grad_norms, norms, residuals, A, B, grads=None):
-        """Adds to `grads` (lists dA, dB) if there are any, else returns new ones."""
-        dA, dB = grads or ([_padded(torch.full_like(t, torch.nan)) for t in ts] for ts in (A, B))
-        tables = (*self._matrices(A, B), self._matrices(dA, dB)[1])
-        inputs = (_type(norms), *map(_pointer, (grad_norms, norms, residuals)))
-        self._call("orth_reg_backward", *tables, *inputs, int(grads is not None))
-        return dA, dB
-
-    def allocate_(self, scores, budget, mask, lora_E):
-        rows, first = [], 0
-        for E in lora_E:
-            rows.append([_pointer(E), _type(E), E.shape[0], E.stride(0), first])
-            first += E.shape[0]
-        arguments = (first, _pointer(scores), _type(scores), _pointer(budget), _pointer(mask))
-        self._call("allocate", *_table(rows), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -412,233 +368,34 @@ def test_more_adapters_than_fit_into_a_launch(emulated):
     assert model.skipped.item() == 1
 
 
-ORTH_SIZES = [
-    (1, 9, 5),
-    (3, 37, 29),
-    (12, 1401, 96),
-    (16, 1100, 1030),
-    (0, 8, 8),
-    (33, 50, 70),
-    (64, 300, 40),
-    (66, 8, 7),
-    (200, 264, 31),
-]
+SANITIZERS = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-fsanitize=thread",),
+}
 
 
-def _matrices(sizes, dtypes=(FP32,), layout="contiguous"):
-    A, B = [], []
-    for n, (r, in_features, out_features) in enumerate(sizes):
-        dtype = dtypes[n % len(dtypes)]
-        a = torch.randn(r, in_features) / in_features**0.5
-        b = torch.randn(out_features, r) / out_features**0.5
-        if layout == "transposed":
-            a, b = a.T.contiguous().to(dtype).T, b.T.contiguous().to(dtype).T
-        elif layout == "strided":
-            a, b = (t.to(dtype).repeat_interleave(2, 1)[:, ::2] for t in (a, b))
-        else:
-            a, b = (_padded(t.to(dtype), int(layout == "one-entry-off")) for t in (a, b))
-        A.append(a)
-        B.append(b)
-    return A, B
-
-
-def _double(tensors):
-    return [t.double() for t in tensors]
-
-
-def _exact_orth_reg(grad_norms, A, B):
-    """(norms, residuals, dA, dB), written out in more than float64."""
-    norms, residuals, grads = [], [], []
-    for n, t in enumerate(t for pair in zip(A, B, strict=True) for t in pair):
-        rows = t.double().numpy().astype(np.longdouble)
-        rows = rows if n % 2 == 0 else rows.T
-        residual = rows @ rows.T - np.eye(len(rows))
-        norm = np.sqrt((residual**2).sum())
-        grad = (2 * grad_norms[n].item() / norm if norm > 0 else 0.0) * (residual @ rows)
-        norms.append(norm)
-        residuals.append(residual.ravel())
-        grads.append(torch.from_numpy((grad if n % 2 == 0 else grad.T).astype(np.float64)))
-
-    def tensor(values):
-        return torch.from_numpy(np.array(values).astype(np.float64))
-
-    return tensor(norms), tensor(np.concatenate(residuals)), grads[0::2], grads[1::2]
-
-
-def _compare_orth_reg(emulated, A, B, flat=False):
-    """`flat`: gradients are too small, or too many, for a bound on each."""
-    norms, residuals = emulated.orth_reg(A, B)
-    eager = reference.orth_reg(A, B)
-    grad_norms = torch.randn_like(norms)
-    exact = _exact_orth_reg(grad_norms, A, B)
-    assert_as_good_as_eager(norms, eager[0], exact[0], "norms")
-    assert_as_good_as_eager(residuals, eager[1], exact[1], "residuals")
-
-    grads = emulated.orth_reg_backward(grad_norms, norms, residuals, A, B)
-    eager = reference.orth_reg_backward(grad_norms, *eager, A, B)
-    for kind in range(2):
-        together = (grads[kind], eager[kind], exact[2 + kind])
-        if flat:
-            together = ([torch.cat([t.flatten() for t in ts])] for ts in together)
-        for n, (grad, e, o) in enumerate(zip(*together, strict=True)):
-            assert_as_good_as_eager(grad, e, o, f"d{'AB'[kind]}[{n}]")
-        for grad in grads[kind]:
-            _assert_guards(grad)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "one-entry-off", "transposed", "strided"])
-def test_orth_reg_of_a_whole_model(emulated, layout):
-    emulated.launches()
-    _compare_orth_reg(emulated, *_matrices(ORTH_SIZES, layout=layout))
-    assert emulated.launches() == 2
-
-
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        pytest.param((BF16,), id="bf16"),
-        pytest.param((FP16,), id="fp16"),
-        pytest.param((FP64,), id="fp64"),
-        pytest.param((FP32, BF16, FP16), id="mixed"),
-    ],
-)
-@pytest.mark.parametrize("layout", ["contiguous", "one-entry-off"])
-def test_orth_reg_in_other_types(emulated, dtypes, layout):
-    sizes = [(12, 40, 28), (16, 300, 24), (70, 36, 33)]
-    _compare_orth_reg(emulated, *_matrices(sizes, dtypes, layout))
-
-
-def test_orth_reg_of_orthogonal_matrices(emulated):
-    """The norm is 0 and its gradient taken as 0."""
-    A, B = [torch.eye(4, 12)], [torch.eye(8, 4)]
-    norms, residuals = emulated.orth_reg(A, B)
-    assert torch.equal(norms, torch.zeros(2))
-    dA, dB = emulated.orth_reg_backward(torch.ones(2), norms, residuals, A, B)
-    assert not dA[0].any() and not dB[0].any()
-
-
-def test_orth_reg_of_nothing(emulated):
-    A, B = [torch.empty(2, 0)], [torch.empty(0, 2)]
-    norms, residuals = emulated.orth_reg(A, B)
-    torch.testing.assert_close(norms, torch.full((2,), 2**0.5))
-    torch.testing.assert_close(residuals.view(2, 2, 2), -torch.eye(2).expand(2, 2, 2))
-    emulated.orth_reg_backward(torch.ones(2), norms, residuals, A, B)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_orth_reg_adds_to_gradients(emulated, dtype, layout):
-    A, B = _matrices([(12, 40, 29), (66, 12, 7)], (dtype,))
-    before = _matrices([(12, 40, 29), (66, 12, 7)], (dtype,), layout)
-    norms, residuals = emulated.orth_reg(A, B)
-    grad_norms = torch.randn_like(norms)
-    fresh = emulated.orth_reg_backward(grad_norms, norms, residuals, A, B)
-    oracle = reference.orth_reg_backward(
-        grad_norms.double(), norms.double(), residuals.double(), _double(A), _double(B)
-    )
-    sums = [[t.clone(memory_format=torch.preserve_format) for t in ts] for ts in before]
-    emulated.orth_reg_backward(grad_norms, norms, residuals, A, B, sums)
-    for kind in range(2):
-        for total, was, new, exact in zip(
-            sums[kind], before[kind], fresh[kind], oracle[kind], strict=True
-        ):
-            assert_as_good_as_eager(total, was + new, was.double() + exact)
-
-
-def test_orth_reg_does_not_depend_on_the_device(emulated):
-    A, B = _matrices([(12, 1401, 96), (66, 300, 31)], (FP32, BF16))
-    results = []
-    for multiprocessors, shuffle in ((1, 0), (3, 0), (20, 7)):
-        emulated.set_device(multiprocessors, shuffle)
-        norms, residuals = emulated.orth_reg(A, B)
-        dA, dB = emulated.orth_reg_backward(torch.ones_like(norms), norms, residuals, A, B)
-        results.append(_bits((norms, residuals, *dA, *dB)))
-    _assert_same_bits(results[0], results[1])
-    _assert_same_bits(results[0], results[2])
-
-
-def test_orth_reg_of_more_matrices_than_fit_into_a_launch(emulated):
-    emulated.launches()
-    _compare_orth_reg(emulated, *_matrices([(n % 5 // 2, 4, 3) for n in range(230)]), flat=True)
-    assert emulated.launches() > 2
-
-
-def _check_allocate(emulated, scores, budget, ranks, dtypes=(FP32,), stride=1):
-    """lora_E and mask are those of `reference.top_b_mask`, or of the mask if budget is None."""
-    mask = torch.rand(scores.shape[0]) < 0.5
-    before = mask.clone()
-    lora_E = []
-    for n, r in enumerate(ranks):
-        lora_E.append(torch.ones(r, stride, dtype=dtypes[n % len(dtypes)])[:, :1])
-    count = None if budget is None else torch.tensor([budget])
-    emulated.allocate_(scores, count, mask, lora_E)
-    if budget is None:
-        kept = expected = before
-    elif budget < 0:
-        kept, expected = before, torch.ones_like(before)
-    else:
-        kept = expected = reference.top_b_mask(scores, budget)
-    assert torch.equal(mask, kept)
-    assert torch.equal(torch.cat([E.float() for E in lora_E]).view(-1) != 0, expected)
-
-
-RANKS = [16, 0, 12, 1, 33, 300]
-
-
-@pytest.mark.parametrize("budget", [None, -1, 0, 1, 100, 361, 362, 1000])
-def test_allocate(emulated, budget):
-    emulated.launches()
-    _check_allocate(emulated, torch.randn(362), budget, RANKS)
-    assert emulated.launches() == 1
-
-
-@pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("budget", [7, 180, 300])
-def test_allocate_ties_and_nan(emulated, dtype, budget):
-    scores = torch.randint(-3, 3, (362,)).to(dtype)
-    scores[torch.randint(362, (40,))] = torch.nan
-    scores[torch.randint(362, (40,))] = -torch.inf
-    scores[torch.randint(362, (4,))] = torch.inf
-    scores[scores == 0] *= -1.0
-    _check_allocate(emulated, scores, budget, RANKS)
-
-
-def test_allocate_all_nan(emulated):
-    _check_allocate(emulated, torch.full((362,), torch.nan), 5, RANKS)
-
-
-def test_allocate_in_any_type_and_stride(emulated):
-    _check_allocate(emulated, torch.randn(362), 181, RANKS, TYPES, stride=3)
-
-
-def test_allocate_more_targets_than_fit_into_a_launch(emulated):
-    emulated.set_device(3, shuffle=5)
-    emulated.launches()
-    _check_allocate(emulated, torch.randn(1200).round(), 700, [1] * 1200)
-    assert emulated.launches() == 2
-
-
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers_find_nothing(builds, sanitizer):
-    if sanitizer not in builds:
-        pytest.skip("needs g++")
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("options", SANITIZERS.values(), ids=SANITIZERS.keys())
+def test_sanitizers_find_nothing(tmp_path, options):
     # Address space layouts that this thread sanitizer doesn't know come with newer kernels.
     command = ["setarch", "-R"] if shutil.which("setarch") else []
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    command.append(builds[sanitizer].result())
+    command.append(_compile_for_cpu(tmp_path / "sanitized", *options))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def _compiled(builds, source):
-    if source not in builds:
+@pytest.fixture(scope="module")
+def gpu_code(builds):
+    """(path, what ptxas said) of the code for GPUs."""
+    if "gpus" not in builds:
         pytest.skip("needs nvcc")
-    return builds[source].result()
+    return builds["gpus"].result()
 
 
-@pytest.mark.parametrize("source", [source.stem for source in SOURCES])
-def test_registers(builds, source):
-    _, report = _compiled(builds, source)
+def test_registers(gpu_code):
+    _, report = gpu_code
     found = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
@@ -646,8 +403,7 @@ def test_registers(builds, source):
         report,
         re.DOTALL,
     )
-    kernels = {"importance": 6, "orth_reg": 4, "allocate": 2}[source]
-    assert len(found) == kernels * len(ARCHITECTURES), report
+    assert len(found) == 6 * len(ARCHITECTURES), report
     for kernel, arch, stack, stores, loads, registers in found:
         print(f"sm_{arch} {registers:>4} {kernel}")
         assert stack == stores == loads == "0", (kernel, arch)
@@ -662,8 +418,8 @@ def _cuobjdump():
     return bundled if bundled.exists() else shutil.which("cuobjdump")
 
 
-def test_update_keeps_eight_wide_loads_in_flight(builds):
-    binary, _ = _compiled(builds, "importance")
+def test_update_keeps_eight_wide_loads_in_flight(gpu_code):
+    binary, _ = gpu_code
     cuobjdump = _cuobjdump()
     if cuobjdump is None:
         pytest.skip("needs cuobjdump, which comes with triton or the CUDA toolkit")

@@ -23,8 +23,9 @@ LAYERS = [
     {"orthogonality"},
     {"ops"},
     {"cpu"},
-    {"reference", "adapters", "checks", "kernels", "_extension"},
+    {"importance", "reference", "adapters", "checks", "kernels", "_extension"},
 ]
+ALLOCATOR = [{"allocator"}, {"state", "shrink", "attach", "schedule"}]
 KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]
 
 
@@ -50,14 +51,16 @@ def test_submodules_load_when_they_are_used():
         _ = adalora_kernels.nothing
 
 
-def own_imports(path):
+def own_imports(path, level=1):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == level:
             yield from [node.module] if node.module else [a.name for a in node.names]
 
 
 @pytest.mark.parametrize(
-    ("folder", "layers"), [(PACKAGE, LAYERS), (PACKAGE / "kernels", KERNELS)], ids=["", "kernels"]
+    ("folder", "layers"),
+    [(PACKAGE, LAYERS), (PACKAGE / "allocator", ALLOCATOR), (PACKAGE / "kernels", KERNELS)],
+    ids=["", "allocator", "kernels"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}
@@ -69,6 +72,10 @@ def test_imports_go_one_way(folder, layers):
             if imported != "__version__":
                 outer = imported.split(".")[0]
                 assert level[module] < level[outer], f"{module} imports {imported}"
+    for package in packages:
+        for path in (folder / package).glob("*.py"):
+            for imported in own_imports(path, 2):
+                assert level[package] < level[imported.split(".")[0]], f"{path} imports {imported}"
 
 
 def test_kernels_import_nothing_of_ours():

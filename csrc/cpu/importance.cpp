@@ -7,7 +7,7 @@
 #include <limits>
 #include <numeric>
 
-#include "ops.h"
+#include "../ops.h"
 #include "simd.h"
 
 namespace adalora::cpu {
@@ -87,16 +87,16 @@ ADALORA_CLONES void fold(double* sums, int64_t columns, int64_t count) {
   fold_block(sums, columns, count);
 }
 ADALORA_CLONES void widen(float* to, const void* from, Type type, int64_t start, int64_t count) {
-  load(to, from, type, start, 1, count);
+  load(to, from, type, start, count);
 }
 ADALORA_CLONES void widen(double* to, const void* from, Type type, int64_t start, int64_t count) {
-  load(to, from, type, start, 1, count);
+  load(to, from, type, start, count);
 }
 ADALORA_CLONES void narrow(const float* from, void* to, Type type, int64_t start, int64_t count) {
-  store(from, to, type, start, 1, count);
+  store(from, to, type, start, count);
 }
 ADALORA_CLONES void narrow(const double* from, void* to, Type type, int64_t start, int64_t count) {
-  store(from, to, type, start, 1, count);
+  store(from, to, type, start, count);
 }
 
 // A number is inf or NaN exactly when all bits of its exponent are set.

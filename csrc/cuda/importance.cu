@@ -5,7 +5,6 @@
 #include <limits>
 
 #include "common.cuh"
-#include "ops.h"
 
 namespace adalora::cuda {
 namespace {

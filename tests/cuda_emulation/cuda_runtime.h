@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -196,12 +195,6 @@ inline int __syncthreads_or(int predicate) {
   return emulation::block.wait(emulation::Block::kSyncOr, predicate != 0);
 }
 
-inline void __threadfence() {}
-
-inline unsigned atomicAdd(unsigned* to, unsigned value) {
-  return std::atomic_ref<unsigned>(*to).fetch_add(value);
-}
-
 template <class Word>
 Word __ldcs(const Word* from) {
   return *from;
@@ -219,11 +212,6 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = emulation::multiprocessors;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
   return cudaSuccess;
 }
 

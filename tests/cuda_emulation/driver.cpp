@@ -1,5 +1,5 @@
-// The ops of csrc/cuda for ctypes: one row of integers per adapter, matrix or target.
-#include "../../csrc/cuda/ops.h"
+// The op of csrc/cuda for ctypes: one row of integers per adapter.
+#include "../../csrc/ops.h"
 
 namespace {
 
@@ -12,8 +12,6 @@ T* pointer(int64_t address) {
 
 constexpr int kParameterColumns = 7;
 constexpr int kAdapterColumns = 3 * kParameterColumns + 4;
-constexpr int kMatrixColumns = 6;
-constexpr int kTargetColumns = 5;
 
 ImportanceUpdate::Parameter parameter(const int64_t* row) {
   return {pointer<void>(row[0]), pointer<void>(row[1]), pointer<void>(row[2]),
@@ -39,14 +37,6 @@ ImportanceUpdate importance(int64_t count, const int64_t* rows, int64_t total_ra
                            sizes[3]});
   }
   return op;
-}
-
-std::vector<Rows> matrices(int64_t count, const int64_t* rows) {
-  std::vector<Rows> result;
-  for (; count > 0; --count, rows += kMatrixColumns) {
-    result.push_back({pointer<void>(rows[0]), Type(rows[1]), rows[2], rows[3], rows[4], rows[5]});
-  }
-  return result;
 }
 
 }  // namespace
@@ -75,39 +65,6 @@ int importance_update(int64_t count, const int64_t* rows, int64_t total_rank, in
   return cuda::importance_update(importance(count, rows, total_rank, scores, scores_type, skipped,
                                             grad_scale, beta1, beta2),
                                  pointer<void>(workspace), nullptr);
-}
-
-int64_t orth_reg_workspace(int64_t count, const int64_t* rows, int64_t type) {
-  return cuda::orth_reg_workspace({matrices(count, rows), Type(type), nullptr, nullptr});
-}
-
-int orth_reg(int64_t count, const int64_t* rows, int64_t type, int64_t norms, int64_t residuals,
-             int64_t workspace) {
-  return cuda::orth_reg({matrices(count, rows), Type(type), pointer<void>(norms),
-                         pointer<void>(residuals)},
-                        pointer<void>(workspace), nullptr);
-}
-
-int orth_reg_backward(int64_t count, const int64_t* rows, const int64_t* grads, int64_t type,
-                      int64_t grad_norms, int64_t norms, int64_t residuals, int64_t accumulate) {
-  return cuda::orth_reg_backward(
-      {matrices(count, rows), matrices(count, grads), Type(type), pointer<void>(grad_norms),
-       pointer<void>(norms), pointer<void>(residuals), accumulate != 0},
-      nullptr);
-}
-
-int allocate(int64_t count, const int64_t* rows, int64_t total_rank, int64_t scores,
-             int64_t scores_type, int64_t budget, int64_t mask) {
-  Allocate op = {{},
-                 total_rank,
-                 pointer<void>(scores),
-                 Type(scores_type),
-                 pointer<int64_t>(budget),
-                 pointer<bool>(mask)};
-  for (; count > 0; --count, rows += kTargetColumns) {
-    op.targets.push_back({pointer<void>(rows[0]), Type(rows[1]), rows[2], rows[3], rows[4]});
-  }
-  return cuda::allocate(op, nullptr);
 }
 
 }  // extern "C"

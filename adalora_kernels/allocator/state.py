@@ -1,0 +1,191 @@
+"""What an allocator has learnt and decided, as tensors on the device of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops  # noqa: F401  (defines the op that is called here)
+from ..reference import top_b_mask
+
+FORMAT = 1
+
+
+class AllocatorState:
+    """The averages and scores of all triplets, and which of them live.
+
+    Captured graphs hold the addresses of these tensors: while the model stays where it is and the
+    averages are needed, they are only written in place.
+
+    Args:
+        parameters: lora_A, lora_E and lora_B of each adapter in turn.
+        narrow_dtype: that of the averages, which for float64 parameters is float64.
+
+    Attributes:
+        ranks: the number of triplets that each adapter starts with; n is their sum.
+        exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10), each in the shape of its parameter;
+            empty once the pattern is frozen.
+        scores: the importance of each triplet (eq. 7), (n,) float32, or float64 for float64
+            parameters.
+        mask: which triplets live, (n,) bool.
+        skipped: how many steps had inf or NaN gradients, (1,) int64.
+        budget: how many triplets may live at the current step, (1,) int64.
+        prunes: whether the current step prunes, (1,) bool.
+    """
+
+    exp_avg_ipt: list[Tensor]
+    exp_avg_unc: list[Tensor]
+
+    def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
+        self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
+        self._narrow_dtype = narrow_dtype
+        self._make(parameters)
+
+    def _make(self, parameters: Sequence[Tensor]) -> None:
+        n, device = sum(self.ranks), parameters[0].device
+        self.make_averages(parameters)
+        self.scores = torch.zeros(n, dtype=_at_least_float32(parameters[0].dtype), device=device)
+        self.mask = torch.ones(n, dtype=torch.bool, device=device)
+        self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
+        self.budget = torch.full((1,), n, dtype=torch.int64, device=device)
+        self.prunes = torch.zeros(1, dtype=torch.bool, device=device)
+
+    def make_averages(self, parameters: Sequence[Tensor]) -> None:
+        """Let both averages begin at 0."""
+        self.exp_avg_ipt, self.exp_avg_unc = (
+            [torch.zeros(p.shape, dtype=self._dtype_for(p), device=p.device) for p in parameters]
+            for _ in range(2)
+        )
+
+    def drop_averages(self) -> None:
+        """Free the averages: nothing is learnt any more."""
+        self.exp_avg_ipt, self.exp_avg_unc = [], []
+
+    def _dtype_for(self, parameter: Tensor) -> torch.dtype:
+        dtype = _at_least_float32(parameter.dtype)
+        return dtype if dtype == torch.float64 else self._narrow_dtype
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Go to the device and dtype of the parameters, which may have been moved since."""
+        device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
+        if self.scores.device == device and self.scores.dtype == dtype:
+            return
+        if self.scores.is_meta:
+            self._make(parameters)
+            return
+        for averages in (self.exp_avg_ipt, self.exp_avg_unc):
+            # There are none once the pattern is frozen.
+            averages[:] = [
+                t.to(device, self._dtype_for(p)) for t, p in zip(averages, parameters, strict=False)
+            ]
+        self.scores = self.scores.to(device, dtype)
+        for name in ("mask", "skipped", "budget", "prunes"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def learn(
+        self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
+    ) -> None:
+        """Update the averages and the scores from the gradients of the parameters."""
+        torch.ops.adalora.importance_update_(
+            parameters,
+            [p.grad for p in parameters],
+            self.exp_avg_ipt,
+            self.exp_avg_unc,
+            self.scores,
+            self.skipped,
+            beta1,
+            beta2,
+            grad_scale,
+        )
+
+    def prune(self, lora_E: Sequence[Tensor]) -> None:
+        """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
+
+        Whether it does and how many stay is for the device to see, so that one captured call
+        serves steps of all kinds.
+        """
+        best = top_b_mask(self.scores, self.budget)
+        self.mask.copy_(torch.where(self.prunes, best, self.mask))
+        _write_zeros(lora_E, self.mask | ~self.prunes)
+
+    def prune_again(self, lora_E: Sequence[Tensor]) -> None:
+        """Write 0 to the lora_E of the triplets that the mask has dropped before."""
+        _write_zeros(lora_E, self.mask)
+
+    def tensors(self) -> dict[str, Any]:
+        """Copies of what a resumed run needs."""
+        return {
+            "exp_avg_ipt": [t.clone() for t in self.exp_avg_ipt],
+            "exp_avg_unc": [t.clone() for t in self.exp_avg_unc],
+            "scores": self.scores.clone(),
+            "mask": self.mask.clone(),
+            "skipped": self.skipped.clone(),
+        }
+
+    def check(
+        self, saved: dict[str, Any], names: list[str], parameters: Sequence[Tensor], shrunk: bool
+    ) -> None:
+        """Raise ValueError if a saved state is not one of these adapters.
+
+        `shrunk` says that only the triplets of the mask are left of them.
+        """
+        if saved["names"] != names:
+            difference = _first_difference(saved["names"], names)
+            raise ValueError(f"state is for other adapters: {difference}")
+        if saved["ranks"] != self.ranks:
+            raise ValueError(f"state is for ranks {saved['ranks']}, the model has {self.ranks}")
+        if shrunk and not (saved["shrunk"] and saved["mask"].tolist() == self.mask.tolist()):
+            raise ValueError("state is for other triplets than those that shrink() left here")
+        shapes = [] if saved["frozen"] else [p.shape for p in parameters]
+        expected = {
+            "exp_avg_ipt": shapes,
+            "exp_avg_unc": shapes,
+            "scores": self.scores.shape,
+            "mask": self.mask.shape,
+            "skipped": self.skipped.shape,
+        }
+        for key, shape in expected.items():
+            value = saved[key]
+            actual = [t.shape for t in value] if isinstance(value, list) else value.shape
+            if actual != shape:
+                raise ValueError(f"state has {key} of shape {actual}, expected {shape}")
+
+    def load(self, saved: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Take over what `check` has found to fit."""
+        self.follow(parameters)
+        if not saved["frozen"]:
+            if not self.exp_avg_ipt:
+                self.make_averages(parameters)
+            torch._foreach_copy_(self.exp_avg_ipt, saved["exp_avg_ipt"])
+            torch._foreach_copy_(self.exp_avg_unc, saved["exp_avg_unc"])
+        for name in ("scores", "mask", "skipped"):
+            getattr(self, name).copy_(saved[name])
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _write_zeros(lora_E: Sequence[Tensor], alive: Tensor) -> None:
+    """Let lora_E, whose ranks add up to n, be 0 where `alive` (n,) bool is false."""
+    flat = torch.cat(list(lora_E)).masked_fill_(~alive.unsqueeze(1), 0.0)
+    torch._foreach_copy_(list(lora_E), flat.split_with_sizes([E.shape[0] for E in lora_E]))
+
+
+def check_format(saved: dict[str, Any], like: dict[str, Any]) -> None:
+    """Raise ValueError if a saved state has another format, or not all entries, of one like it."""
+    missing = like.keys() - saved.keys()
+    if missing:
+        raise ValueError(f"state is not from a RankAllocator: it lacks {sorted(missing)}")
+    if saved["format"] != FORMAT:
+        raise ValueError(f"state has format {saved['format']}, this version reads {FORMAT}")
+
+
+def _first_difference(theirs: list[str], mine: list[str]) -> str:
+    for a, b in zip(theirs, mine, strict=False):
+        if a != b:
+            return f"{a!r} where the model has {b!r}"
+    return f"{len(theirs)} of them where the model has {len(mine)}"
