@@ -77,7 +77,7 @@ _LAYER_OPS = {
     "svd_linear": ("svd_linear_fwd", 3),
     "svd_linear_backward": ("svd_linear_bwd", 3),
     "svd_delta": ("svd_delta_fwd", 2),
-    "svd_delta_backward": ("svd_delta_bwd", 2),
+    "svd_delta_backward": ("svd_linear_bwd", 2),
 }
 
 
@@ -103,9 +103,11 @@ def _layer_op(name: str) -> Callable[..., Any]:
             return plain(*args)
         from .kernels import svd_linear
 
-        how = ["auto" if impl == "triton" else impl] if paths else []
+        path = ["auto" if impl == "triton" else impl] if paths else []
+        if name == "svd_delta_backward":
+            args = (*args[:2], None, *args[2:])
         with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return getattr(svd_linear, launcher)(*args, *how)
+            return getattr(svd_linear, launcher)(*args, *path)
 
     return run
 

@@ -1,10 +1,9 @@
-"""Which path and which block sizes a problem gets: a measured table, else arithmetic.
+"""Which path and which block sizes a problem gets: what was measured, else what arithmetic says.
 
-Nothing is tuned while a program runs. `python -m adalora_kernels --tune` measures and writes a
-table to the user's cache; what is in there comes before what `launch_table.json` ships.
+Nothing is tuned while a program runs. `python -m adalora_kernels --tune` measures plans and writes
+them into the user's cache. An entry there comes before one of `launch_table.json`, which the
+package ships, and each of them before the arithmetic, which knows a GPU by few numbers.
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import ceil_div
+from ..launch import ceil_div
 
 PATHS: tuple[str, ...] = ("two_pass", "one_pass", "cublas")
 # Where one_pass ends: a tile keeps h (rows, r) beside its own accumulator.
@@ -35,6 +34,11 @@ class Blocks(NamedTuple):
     stages: int
     tma: bool = False
     flatten: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options by triton's names."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Device(NamedTuple):
@@ -63,28 +67,10 @@ class Plan(NamedTuple):
     gemm: Blocks
 
 
-class Family(NamedTuple):
-    """Ceilings of a class of GPUs, for the arithmetic: only their ratios matter."""
+# The configurations of the kernels, by family. "sm_86" are all GPUs of compute capability 8.x, and
+# later ones with about 100 KB of shared memory and neither wgmma nor tcgen05.
 
-    flops: float  # dense bfloat16, per second, as cuBLAS reaches it
-    bandwidth: float  # bytes per second
-    gemm: float  # the speed of our GEMM as a part of cuBLAS's
-
-
-# sm_90: measured on an H200; persistent Triton GEMMs with descriptors are reported to reach 97 to
-# 98 % of cuBLAS on Hopper, and which it is decides nothing but ties. The others are data sheets
-# (A100 80 GB, RTX 4090, B200) and a guess, 0.9, which leaves the compute-bound problems to cuBLAS.
-FAMILIES = {
-    "sm_80": Family(312e12, 2.0e12, 0.90),
-    "sm_86": Family(165e12, 1.0e12, 0.90),
-    "sm_90": Family(788e12, 4.3e12, 0.98),
-    "sm_100": Family(2250e12, 8.0e12, 0.90),
-}
-# Between the end of a kernel and the start of the one that waits for it; an assumption.
-_LAUNCH_SECONDS = 2e-6
-
-# Candidates for the GEMM, largest tile first: the first usable one that keeps most multiprocessors
-# busy is taken, the last one if none does.
+# The GEMM of half-precision operands, largest tile first.
 GEMM = {
     "sm_80": (Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 4)),
     "sm_86": (Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 64, 4, 3)),
@@ -148,24 +134,19 @@ def pass_blocks(
     return blocks._replace(m=min(blocks.m, most), n=n, k=k, stages=stages)
 
 
-@functools.cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    family = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
-    # The others have about 100 KB of shared memory, and no wgmma or tcgen05.
-    name = family.get(capability, "sm_86")
-    return Device(properties.name, name, properties.multi_processor_count)
+def one_pass_blocks(device: Device, M: int) -> Blocks:
+    """The configuration of the GEMM for one_pass."""
+    return ONE_PASS[device.family][0 if M <= 16 else 1]
 
 
-def device_of(device: torch.device) -> Device:
-    """The GPU; under the interpreter, on the CPU, a small one with descriptors."""
-    if device.type != "cuda":
-        return Device("interpreter", "sm_90", 4)
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
+    """The shipped configurations of the GEMM that a problem can use, largest tile first."""
+    if problem.dtype == torch.float32:
+        return [GEMM_GENERAL]
+    return [blocks for blocks in GEMM[device.family] if is_usable(blocks, device.family, problem)]
 
 
-def usable(blocks: Blocks, family: str, problem: Problem) -> bool:
+def is_usable(blocks: Blocks, family: str, problem: Problem) -> bool:
     """Whether the GEMM in this configuration has registers and shared memory enough."""
     few_ranks = problem.r_pad <= 16
     if problem.product == "dropped dx":
@@ -177,14 +158,7 @@ def usable(blocks: Blocks, family: str, problem: Problem) -> bool:
     return few_ranks or not blocks.flatten
 
 
-def candidates_for(device: Device, problem: Problem) -> list[Blocks]:
-    """The shipped configurations of the GEMM that can be used for a problem, largest tile first."""
-    if problem.dtype == torch.float32:
-        return [GEMM_GENERAL]
-    return [blocks for blocks in GEMM[device.family] if usable(blocks, device.family, problem)]
-
-
-def allowed(path: str, problem: Problem) -> bool:
+def is_allowed(path: str, problem: Problem) -> bool:
     """Whether a path can compute a problem whose operands are aligned."""
     if path != "one_pass":
         return True
@@ -192,59 +166,102 @@ def allowed(path: str, problem: Problem) -> bool:
     return few and problem.product == "y" and problem.dtype != torch.float32
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
-    device: Device, problem: Problem, paths: tuple[str, ...] = PATHS, aligned: bool = True
+    device: Device,
+    problem: Problem,
+    path: str | Plan = "auto",
+    possible: tuple[str, ...] = PATHS,
+    aligned: bool = True,
 ) -> Plan:
     """The plan for a problem.
 
     Args:
-        paths: those to choose from; one name forces it.
+        path: a plan, which is taken as it is; the name of one of PATHS, which is taken if it is
+            possible, else two_pass is; or "auto".
+        possible: the paths that can compute this product.
         aligned: 16 neighbours of each operand can be read at once.
+
+    Raises:
+        ValueError: there is no path of that name.
     """
-    if not aligned:
-        paths = ("cublas",) if "cublas" in paths else ("two_pass",)
-    paths = tuple(path for path in paths if allowed(path, problem)) or ("two_pass",)
-    entry = _table(device.name).get(problem._replace(M=bucket(problem.M)))
-    if entry is not None and entry.path in paths and aligned:
-        return entry
-    ceilings = FAMILIES[device.family]
-    path = min(paths, key=lambda path: predicted_seconds(path, ceilings, problem))
-    return Plan(path, _blocks(device, problem, path, aligned))
+    if isinstance(path, Plan):
+        return path
+    if path != "auto":
+        if path not in PATHS:
+            raise ValueError(f"path must be 'auto' or one of {', '.join(PATHS)}, got {path!r}")
+        possible = (path,) if path in possible else ("two_pass",)
+    return _choose(device, problem, possible, aligned)
 
 
-def _blocks(device: Device, problem: Problem, path: str, aligned: bool) -> Blocks:
+@functools.lru_cache(maxsize=4096)
+def _choose(device: Device, problem: Problem, possible: tuple[str, ...], aligned: bool) -> Plan:
     if not aligned:
-        return GEMM_GENERAL
+        return Plan("cublas" if "cublas" in possible else "two_pass", GEMM_GENERAL)
+    paths = tuple(path for path in possible if is_allowed(path, problem)) or ("two_pass",)
+    measured = _table(device.name).get(problem._replace(M=bucket(problem.M)))
+    if measured is not None and measured.path in paths:
+        return measured
+    path = min(paths, key=lambda path: predicted_seconds(path, device.family, problem))
     if path == "one_pass":
-        return ONE_PASS[device.family][0 if problem.M <= 16 else 1]
-    candidates = candidates_for(device, problem)
+        return Plan(path, one_pass_blocks(device, problem.M))
+    candidates = gemm_candidates(device, problem)
     for blocks in candidates:
+        # The largest tile of which there are enough to keep most multiprocessors busy.
         if ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n) >= 0.75 * device.sms:
-            return blocks
-    return candidates[-1]
+            return Plan(path, blocks)
+    return Plan(path, candidates[-1])
 
 
-def predicted_seconds(path: str, family: Family, problem: Problem) -> float:
-    """The floor of a path by its FLOPs and bytes; design, section 5."""
+# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the speed of our GEMM
+# as a part of cuBLAS's. Only their ratios matter. Measured: FLOP/s and bytes/s of sm_90, on an
+# H200. From data sheets: those of an A100 80 GB, an RTX 4090 and a B200. Guessed: every third
+# number; 0.98 on sm_90 is what persistent Triton GEMMs with descriptors are reported to reach on
+# Hopper (97 to 98 %), and 0.90 leaves compute-bound problems to cuBLAS.
+CEILINGS = {
+    "sm_80": (312e12, 2.0e12, 0.90),
+    "sm_86": (165e12, 1.0e12, 0.90),
+    "sm_90": (788e12, 4.3e12, 0.98),
+    "sm_100": (2250e12, 8.0e12, 0.90),
+}
+# A guess: between the end of a kernel and the start of the one that waits for it.
+_LAUNCH_SECONDS = 2e-6
+
+
+def predicted_seconds(path: str, family: str, problem: Problem) -> float:
+    """The least time of a path by its FLOPs, bytes and launches; design, section 5."""
+    flops, bandwidth, ours = CEILINGS[family]
     dtype, M, K, N, r_pad, _ = problem
-    size = dtype.itemsize
-    x, w, y = M * K * size, N * K * size, M * N * size
-    # Without TF32 a float32 product does not run on tensor cores, and ours is no rival then.
-    flops, ours = (family.flops, family.gemm) if size == 2 else (family.flops / 16, 0.5)
-    low_rank = 2 * M * N * r_pad
-    product = 2 * M * K * N
+    if dtype.itemsize == 4:
+        # A guess: without TF32 such a product does not run on tensor cores, ours at half the speed.
+        flops, ours = flops / 16, 0.5
+    x, w, y = (n * dtype.itemsize for n in (M * K, N * K, M * N))
 
-    def gemm(operations: float) -> float:
-        return max(operations / flops, (x + w + y) / family.bandwidth)
+    def gemm(low_rank: int) -> float:
+        return max((2 * M * K * N + low_rank) / flops, (x + w + y) / bandwidth)
 
+    add = 2 * M * N * r_pad
     if path == "one_pass":
-        tiles = ceil_div(N, 32)
-        return gemm(product + low_rank + 2 * M * K * tiles * r_pad) / ours + _LAUNCH_SECONDS
-    down = x / family.bandwidth + _LAUNCH_SECONDS
+        return gemm(add + 2 * M * K * r_pad * ceil_div(N, 32)) / ours + _LAUNCH_SECONDS
+    down = x / bandwidth + _LAUNCH_SECONDS
     if path == "two_pass":
-        return down + gemm(product + low_rank) / ours + _LAUNCH_SECONDS
-    return down + gemm(product) + 2 * y / family.bandwidth + 2 * _LAUNCH_SECONDS
+        return down + gemm(add) / ours + _LAUNCH_SECONDS
+    return down + gemm(0) + 2 * y / bandwidth + 2 * _LAUNCH_SECONDS
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    families = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    family = families.get(capability, "sm_86")
+    return Device(properties.name, family, properties.multi_processor_count)
+
+
+def device_of(device: torch.device) -> Device:
+    """The GPU; under the interpreter, on the CPU, a small one with descriptors."""
+    if device.type != "cuda":
+        return Device("interpreter", "sm_90", 4)
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def padded_rank(r: int) -> int:
@@ -268,23 +285,21 @@ def cache_path() -> Path:
 
 @functools.cache
 def _table(device_name: str) -> Mapping[Problem, Plan]:
-    """The measured plans for a device, read once per process."""
-    plans: dict[Problem, Plan] = {}
-    for path in (_SHIPPED, cache_path()):
-        if path.exists():
-            plans |= read_table(path, device_name)
-    return plans
+    """The measured plans for a device, read once per process; the user's come first."""
+    return read_table(_SHIPPED, device_name) | read_table(cache_path(), device_name)
 
 
 def read_table(path: Path, device_name: str) -> dict[Problem, Plan]:
     """The entries of one table file for a device, by problem with M a power of two.
+
+    No file is an empty table.
 
     Raises:
         ValueError: the file is not such a table; the message names it.
     """
     try:
         plans = {}
-        for entry in json.loads(path.read_text())["entries"]:
+        for entry in _entries(path):
             if entry["device"] == device_name and entry["path"] in PATHS:
                 problem = Problem(getattr(torch, entry["dtype"]), *entry["problem"])
                 plans[problem] = Plan(entry["path"], Blocks(*entry["gemm"]))
@@ -295,31 +310,28 @@ def read_table(path: Path, device_name: str) -> dict[Problem, Plan]:
 
 def write_table(path: Path, device_name: str, plans: Mapping[Problem, Plan]) -> None:
     """Put `plans` into the table at `path`, in place of those for the same problems."""
-
-    def key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        return entry["device"], entry["dtype"], *entry["problem"]
-
-    old = json.loads(path.read_text())["entries"] if path.exists() else []
-    new = [
-        {
+    entries = _entries(path)
+    for problem, plan in plans.items():
+        key = {
             "device": device_name,
             "dtype": str(problem.dtype).removeprefix("torch."),
             "problem": [bucket(problem.M), *problem[2:]],
-            "path": plan.path,
-            "gemm": list(plan.gemm),
         }
-        for problem, plan in plans.items()
-    ]
-    merged = {key(entry): entry for entry in [*old, *new]}
+        entries = [entry for entry in entries if not key.items() <= entry.items()]
+        entries.append({**key, "path": plan.path, "gemm": list(plan.gemm)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    lines = ",\n".join(json.dumps(entry) for entry in merged.values())
+    lines = ",\n".join(map(json.dumps, entries))
     partial.write_text(f'{{"entries": [\n{lines}\n]}}\n')
     partial.replace(path)
     forget_tables()
 
 
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
 def forget_tables() -> None:
     """Have the tables read again, and plans made anew."""
     _table.cache_clear()
-    choose.cache_clear()
+    _choose.cache_clear()
