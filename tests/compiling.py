@@ -24,7 +24,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Calls of the launchers; of what they launch, `kernels` are compiled (all if empty)."""
+    """A `Case` is a call of the launchers; `kernels` of it are compiled, or all if empty."""
 
     family: str
     name: str
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel uses; bytes of stack and local memory are per thread."""
+    """A `Compiled` is what a kernel uses; bytes of stack and local memory are per thread."""
 
     kernel: str
     options: str
@@ -67,7 +67,7 @@ class Compiled:
 
 
 def launches(case):
-    """What the launchers would launch for a case, without a GPU and without memory."""
+    """List what the launchers would launch for a case, without a GPU and without memory."""
     from adalora_kernels.kernels import launch, svd_linear
     from adalora_kernels.kernels.svd_linear import plans
 
@@ -99,14 +99,14 @@ def launches(case):
 
 
 def _source(recorded):
-    """The arguments as triton would specialise them at a launch."""
+    """Specialise the arguments as triton would at a launch."""
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     constants, attributes = {}, {}
 
     def kind(value, parameter, place):
-        """The type of one argument, or of one entry of a tuple, which has a longer place."""
+        """Return the type of one argument, or of one entry of a tuple, which has a longer place."""
         if isinstance(value, torch.Tensor):
             attributes[place] = [["tt.divisibility", 16]]
             return f"*{TYPES[value.dtype]}"
@@ -147,7 +147,7 @@ def compile_for_real():
 
 
 def compile_case(case, folder):
-    """[Compiled or the error as text, …] for the launches of a case."""
+    """Return [Compiled or the error as text, …] for the launches of a case."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -36,7 +36,7 @@ def gemm_cases(family):
         for (adapter, r), dropout in itertools.product(kinds, (0.0, 0.1)):
             product = "dropped dx" if dropout else "dx"
             problem = plans.Problem(BF16, 8192, 4096, 4096, r, product)
-            if not plans.is_usable(blocks, family, problem):
+            if blocks not in plans.gemm_candidates(plans.Device("", family, 0), problem):
                 continue
             options = {"r": r, "adapter": adapter, "blocks": blocks, "kernels": ("gemm",)}
             if dropout:
@@ -63,7 +63,7 @@ def pass_cases(family):
 
 
 def other_cases(family):
-    """One representative of each kernel in the other types, and the general path."""
+    """Yield one case of each kernel in the other types, and those of the general path."""
     types = ((FP16, FP16, False), (FP16, FP32, False), (FP32, FP32, False), (FP32, FP32, True))
     for dtype, adapter, tf32 in types if family != "sm_86" else ():
         options = {"dtype": dtype, "adapter": adapter, "tf32": tf32}
@@ -100,8 +100,10 @@ def is_quick(case):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A function that maps cases to {case: [Compiled or an error, …]}, in as many processes as
-    there are cores for this one of pytest's."""
+    """Return a function from cases to {case: [Compiled or an error, …]}.
+
+    It compiles in as many processes as there are cores for each of pytest's.
+    """
     compile_here = functools.partial(compile_case, folder=tmp_path_factory.mktemp("triton"))
     processes = os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     context = multiprocessing.get_context("spawn")
@@ -110,7 +112,7 @@ def compiled(tmp_path_factory):
 
 
 def problems(case, kernel):
-    """What is wrong with one result, in words."""
+    """Say what is wrong with one result."""
     if isinstance(kernel, str):
         return [kernel]
     found = []
@@ -176,7 +178,7 @@ def test_every_shipped_configuration_is_compiled():
 
 
 def blocks_of(recorded):
-    """The Blocks of a recorded launch, as a tuple."""
+    """Return the Blocks of a recorded launch, as a tuple."""
     given = recorded.arguments
     sizes = (given.get(f"BLOCK_{axis}", 0) for axis in "MNK")
     options = (given["num_warps"], given["num_stages"])

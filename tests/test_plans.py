@@ -85,6 +85,16 @@ def test_a_measured_plan_comes_first():
     assert plans.choose(H200, PROBLEM, aligned=False) != MEASURED
 
 
+def test_the_users_table_comes_before_the_shipped_one(monkeypatch, tmp_path):
+    shipped, other = tmp_path / "shipped" / "launch_table.json", PROBLEM._replace(K=2048)
+    slower = Plan("two_pass", MEASURED.gemm)
+    plans.write_table(shipped, H200.name, {PROBLEM: slower, other: slower})
+    plans.write_table(plans.cache_path(), H200.name, {PROBLEM: MEASURED})
+    monkeypatch.setattr(plans, "_SHIPPED", shipped)
+    assert plans.choose(H200, PROBLEM) == MEASURED
+    assert plans.choose(H200, other) == slower
+
+
 def test_writing_replaces_the_same_problem_only():
     path = plans.cache_path()
     other = PROBLEM._replace(K=2048)

@@ -48,7 +48,7 @@ def check(case, draws=2, impl="triton", **options):
 
 
 def tiered(quick, *axes):
-    """The product of dictionaries of cases; those whose ids are not in `quick` are `full`."""
+    """Multiply dictionaries of cases out; those whose ids are not in `quick` are `full`."""
     parameters = []
     for chosen in itertools.product(*(axis.items() for axis in axes)):
         name = "-".join(filter(None, (key for key, _ in chosen)))
@@ -219,7 +219,7 @@ def test_opaque_base_of_another_type(dtypes, adapter_dtype):
 
 
 def forward_and_backward(case, g, path="auto", dropout_p=0.0, need_dx=True):
-    """(y, h, dx, dA, dE, dB) straight from the launchers."""
+    """Return (y, h, dx, dA, dE, dB) straight from the launchers."""
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     x, weight, _, *rest = arguments(case)
     y, h = kernels.svd_linear_fwd(*arguments(case, dropout_p, seed), path)
@@ -438,7 +438,7 @@ GOALS = {
 
 
 def planned(M, K, N, r=16):
-    """The launches of the forward and those of the backward; bfloat16, float32 adapters."""
+    """List the launches of the forward and of the backward; bfloat16, float32 adapters."""
 
     def meta(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -469,6 +469,7 @@ def test_launches_and_bytes_at_the_goal_shapes(shape, megabytes):
     M, K, N = shape
     x, w, y = 2 * M * K, 2 * N * K, 2 * M * N
     moved = [sum(item.moved for item in launches) for launches in (there, back)]
+    assert (there[-1].written, back[-1].written) == (y, x)
     assert moved[0] <= 1.10 * (x + (x + w + y))
     assert moved[1] <= 1.10 * (y + x + (y + w + x))
     assert [round(number / 1e6) for number in moved] == list(megabytes)

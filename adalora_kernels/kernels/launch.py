@@ -1,4 +1,4 @@
-"""Launching a kernel, or only writing down what would be launched.
+"""Launch a kernel, or only write down what would be launched.
 
 What a launch reads and writes is told by the names of its arguments: a kernel writes the tensors
 whose name begins with "out", and reads all others.
@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. triton.cdiv costs more than all that it is needed for here."""
+    """Return a / b, rounded up. triton.cdiv costs more than all that it is needed for here."""
     return -(-a // b)
 
 
@@ -35,7 +35,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> 
 
 
 def launch_cublas(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (M, N) = x (M, K)·w (K, N) + bias, by torch, which calls cuBLAS."""
+    """Compute out (M, N) = x (M, K)·w (K, N) + bias by torch, which calls cuBLAS."""
     if _recording is not None:
         arguments = {"x": x, "w": w, "bias": bias, "out": out}
         _recording.append(_record("cublas", (), None, arguments))
@@ -47,7 +47,7 @@ def launch_cublas(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: of a Triton kernel of ours, or of a cuBLAS product (`function` is None).
+    """A `Launch` is that of a Triton kernel of ours, or of a cuBLAS product (`function` is None).
 
     `read` and `written` are bytes: each tensor that the kernel needs counted once, each that it
     writes once. What a cache does with repeated reads of a tile is not in them.
@@ -62,7 +62,7 @@ class Launch:
 
     @property
     def moved(self) -> int:
-        """Bytes read plus bytes written."""
+        """Return bytes read plus bytes written."""
         return self.read + self.written
 
 
@@ -97,7 +97,7 @@ def _record(
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the arguments, in named tuples and descriptors too, with their names."""
+    """Yield the tensors among the arguments, also those in named tuples and descriptors."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -108,6 +108,6 @@ def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored_bytes(t: Tensor) -> int:
-    """The bytes of a tensor, in which what is expanded (stride 0) counts as what is stored."""
+    """Count the bytes of a tensor as they are stored: what is expanded (stride 0) counts once."""
     stored = [n for n, stride in zip(t.shape, t.stride(), strict=True) if stride]
     return t.element_size() * torch.Size(stored).numel()

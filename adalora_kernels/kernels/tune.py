@@ -1,4 +1,4 @@
-"""Measures the plans for given layers and keeps the fastest; `python -m adalora_kernels --tune`."""
+"""Measure the plans for given layers, for `python -m adalora_kernels --tune`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROTATED_BYTES = 256 * 2**20
 
 
 class Layer(NamedTuple):
-    """A layer of in_features K and out_features N under M rows and an adapter of rank r."""
+    """A `Layer` has in_features K, out_features N, M rows of x, and an adapter of rank r."""
 
     dtype: torch.dtype
     M: int
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
 
 def seconds_in_graph(calls: Sequence[Call]) -> float:
-    """Median seconds per call, from a CUDA graph of all of them."""
+    """Measure the median seconds per call in a CUDA graph of all of them."""
     milliseconds = do_bench_cudagraph(lambda: [call() for call in calls], return_mode="median")
     return float(milliseconds) / 1000 / len(calls)
 
@@ -48,7 +48,7 @@ def tune(
     device: torch.device,
     seconds: Callable[[Sequence[Call]], float] = seconds_in_graph,
 ) -> Iterator[tuple[Problem, Plan, float]]:
-    """The fastest plan for y and for dx of every layer, and its seconds, one after the other.
+    """Yield the fastest plan for y and for dx of every layer, and its seconds.
 
     Adapters are float32, scaling 1, no dropout; for dx the whole backward is timed.
     """
@@ -69,7 +69,7 @@ def tune(
 
 
 def candidates(device: Device, problem: Problem) -> list[Plan]:
-    """Every plan that is worth a measurement."""
+    """List every plan that is worth a measurement."""
     gemms = gemm_candidates(device, problem)
     # cuBLAS chooses its own blocks.
     blocks = {
@@ -83,7 +83,7 @@ def candidates(device: Device, problem: Problem) -> list[Plan]:
 def _calls(
     layer: Layer, device: torch.device
 ) -> tuple[list[Callable[..., object]], list[Callable[..., object]]]:
-    """The forwards and the backwards of one layer on rotated operands, but for their path."""
+    """Make the forwards and the backwards of one layer on rotated operands, without their path."""
     dtype, M, K, N, r = layer
     new = partial(torch.randn, device=device)
     A, E, B, h = new(r, K), new(r, 1), new(N, r), new(M, r)

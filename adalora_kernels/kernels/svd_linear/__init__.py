@@ -1,4 +1,4 @@
-"""svd_linear and svd_delta from Triton kernels: forward and backward of one layer.
+"""This package computes svd_linear and svd_delta, forward and backward, with Triton kernels.
 
 Shapes throughout: x (M, K), weight (N, K), A (R, K), E (R, 1), B (N, R), mask (R,), y and grad_y
 (M, N), h (M, R). e = scaling · E ⊙ mask, h = dropout(x)·Aᵀ, u = grad_y·B, and grad_h = u ⊙ e.

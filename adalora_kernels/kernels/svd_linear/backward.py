@@ -1,4 +1,4 @@
-"""The backward: the adapter's gradients from one pass over grad_y and one over x, and dx.
+"""The backward makes the adapter's gradients in one pass over grad_y and one over x, and dx.
 
 Each pass is two kernels: the first has every program write its part of a sum, the second adds the
 parts in a fixed order. g is grad_y as rows, u = g·B, and grad_h = u ⊙ e.
@@ -18,7 +18,7 @@ _SUM_BLOCK, _SUM_PARTS = 1024, 16
 
 
 def _split_rows(layer: Layer, column_blocks: int, blocks: plans.Blocks) -> tuple[int, int]:
-    """(parts, rows per part) of M, so that parts x column blocks fill the GPU about once."""
+    """Split M into (parts, rows per part) so that parts x column blocks fill the GPU about once."""
     row_blocks = ceil_div(layer.M, blocks.m)
     parts = max(1, min(layer.device.sms // column_blocks, row_blocks))
     per_part = ceil_div(row_blocks, parts) * blocks.m
@@ -44,7 +44,7 @@ def _g_pass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (i, s): for columns block i and rows part s of g, u[i] (M, R) and dB[s] (N, R)."""
+    """Program (i, s) makes u[i] (M, R) and dB[s] (N, R) of columns block i and rows part s of g."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -73,7 +73,7 @@ def _g_pass_kernel(
 
 
 def _g_pass(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts of u (n_parts, M, R), parts of dB (m_parts, N, R)) from one read of g."""
+    """Return parts of u (n_parts, M, R) and of dB (m_parts, N, R) from one read of g."""
     blocks = layer.blocks("g_pass", g)
     n_parts = ceil_div(layer.N, blocks.n)
     m_parts, m_per_split = _split_rows(layer, n_parts, blocks)
@@ -117,7 +117,7 @@ def _g_reduce_kernel(
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The first programs: grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others: dB."""
+    """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB."""
     ranks = tl.arange(0, R_PAD)
     program = tl.program_id(0)
     row_blocks = tl.cdiv(M, BLOCK_M)
@@ -146,7 +146,7 @@ def _g_reduce_kernel(
 def _g_reduce(
     layer: Layer, u_parts: Tensor, db_parts: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), dB)."""
+    """Return grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), and dB."""
     blocks = layer.blocks("g_reduce", layer.x)
     row_blocks = ceil_div(layer.M, blocks.m)
     grad_h = layer.new(1, layer.M, layer.R)
@@ -192,7 +192,7 @@ def _x_pass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, s): columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x), over rows part s."""
+    """Program (i, s) makes columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x) of rows part s."""
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -221,7 +221,7 @@ def _x_pass_kernel(
 
 
 def _x_pass(layer: Layer, grad_h: Tensor) -> Tensor:
-    """Parts of dA (m_parts, R, K) from one read of x."""
+    """Return parts of dA (m_parts, R, K) from one read of x."""
     x = layer.x
     blocks = layer.blocks("x_pass", x)
     k_blocks = ceil_div(layer.K, blocks.k)
@@ -263,7 +263,7 @@ def _x_reduce_kernel(
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """The last program: dE = scaling · mask ⊙ Σ parts; the others: dA, R·K = `numel` entries."""
+    """The last program writes dE = scaling · mask ⊙ Σ parts; the others dA, `numel` entries."""
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
         offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -288,7 +288,7 @@ def _x_reduce_kernel(
 
 
 def _x_reduce(layer: Layer, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor, Tensor]:
-    """(dA, dE) from their parts."""
+    """Return dA and dE from their parts."""
     dA, dE = torch.empty_like(layer.A), torch.empty_like(layer.E)
     numel = layer.R * layer.K
     arguments = {
@@ -314,7 +314,7 @@ def _x_reduce(layer: Layer, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor,
 
 
 def _adapter_grads(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_h as one part (1, M, R), dA, dE, dB). The workspace is free again when it returns."""
+    """Return grad_h as one part (1, M, R), dA, dE and dB; the workspace is free again then."""
     u_parts, db_parts = _g_pass(layer, g, h)
     grad_h, de_parts, dB = _g_reduce(layer, u_parts, db_parts, h)
     dA, dE = _x_reduce(layer, _x_pass(layer, grad_h), de_parts)
@@ -324,7 +324,7 @@ def _adapter_grads(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, 
 def _dx(
     layer: Layer, g: Tensor, weight: Tensor | None, grad_h: Tensor, path: str | plans.Plan
 ) -> Tensor:
-    """dx (M, K) = g·weight + dropout'(grad_h·A), without the first term if there is no weight."""
+    """Return dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
     dx = layer.new(layer.M, layer.K, dtype=layer.x.dtype)
     low_rank = LowRank(grad_h, layer.A, None, layer.R, *layer.A.stride())
     if weight is None:

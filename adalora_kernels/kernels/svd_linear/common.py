@@ -1,4 +1,4 @@
-"""What the kernels of the forward and of the backward share: arithmetic, and one call's operands.
+"""The forward and the backward share this arithmetic, and the operands of one call.
 
 All sizes M, N, K, R may be odd: blocks are padded and masked. R_PAD is R rounded up to a power of
 two that `tl.dot` takes, at least 16. Rows of matrices are addressed with 64 bits. A pointer that is
@@ -21,7 +21,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class EffectiveE(NamedTuple):
-    """What e = scaling · E ⊙ mask is made of; without E it is 1."""
+    """The kernels make e = scaling · E ⊙ mask from these; without E it is 1."""
 
     E_ptr: Tensor | None
     mask_ptr: Tensor | None
@@ -29,19 +29,19 @@ class EffectiveE(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The dropout of x: the mask's seed, or None, and what the mask is made with."""
+    """The kernels make the dropout of x from these; without a seed there is none."""
 
     seed_ptr: Tensor | None
     drop_below: int  # of the 2¹⁶ values of an entry's random number
     keep_scale: float
 
     def is_aligned(self, columns: int) -> bool:
-        """Whether the kernels may make the mask of a matrix by eight neighbours at once."""
+        """Tell whether the mask of a matrix can be made for eight neighbours at once."""
         return self.seed_ptr is None or columns % 8 == 0
 
 
 class LowRank(NamedTuple):
-    """The operands of (Σ_s left[s] ⊙ e)·right, for left (S, M, R) and right (R, N).
+    """These are the operands of (Σ_s left[s] ⊙ e)·right, for left (S, M, R) and right (R, N).
 
     The kernel stores the sum, before e, in out_h (M, R), where that is not None.
     """
@@ -55,7 +55,7 @@ class LowRank(NamedTuple):
 
     @property
     def splits(self) -> int:
-        """S; 0 where left is not there yet."""
+        """Return S, which is 0 where left is not there yet."""
         return 0 if self.left_ptr is None else len(self.left_ptr)
 
 
@@ -65,7 +65,7 @@ NO_DROPOUT = Dropout(None, 0, 1.0)
 
 @triton.jit
 def dot_as_stored(x, w, acc, PRECISION: tl.constexpr):
-    """acc + x·w. The interpreter multiplies the raw bits of bfloat16 (triton #11584)."""
+    """Return acc + x·w. The interpreter multiplies the raw bits of bfloat16 (triton #11584)."""
     if _INTERPRETED:
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(x, w, acc, input_precision=PRECISION)
@@ -73,13 +73,13 @@ def dot_as_stored(x, w, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _clear_low_bits(w):
-    """float32 cut to the 11 significant bits that TF32 has."""
+    """Cut float32 to the 11 significant bits that TF32 has."""
     return (w.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x·w, for w (an adapter, h or grad_h) of any floating type.
+    """Return acc + x·w, for w (an adapter, h or grad_h) of any floating type.
 
     Not WIDE: w is rounded to the type of x. WIDE: x is half precision and w counts in float32. It
     is split into three parts of the tensor cores' own type, whose sum is w, so that three products
@@ -107,10 +107,11 @@ def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def keep_mask(dropout, rows, first_column, K, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which entries of (rows, COLUMNS from first_column) of a (·, K) matrix dropout keeps.
+    """Tell which entries of (rows, COLUMNS from first_column) of a (·, K) matrix dropout keeps.
 
-    The twin of `reference.philox_mask`: entry i takes half i % 2 of lane i // 2 % 4 of counter
-    i // 8. ALIGNED: K and first_column are multiples of 8, so a counter serves 8 neighbours.
+    This is the twin of `reference.philox_mask`: entry i takes half i % 2 of lane i // 2 % 4 of
+    counter i // 8. ALIGNED: K and first_column are multiples of 8, so that a counter serves eight
+    neighbours.
     """
     seed = tl.load(dropout.seed_ptr)
     rows = rows.to(tl.int64)[:, None]
@@ -131,39 +132,39 @@ def keep_mask(dropout, rows, first_column, K, COLUMNS: tl.constexpr, ALIGNED: tl
 
 @triton.jit
 def effective_e(e, ranks, R):
-    """e for these ranks, float32; 0 for padding."""
+    """Return e for these ranks in float32, and 0 for padding."""
     values = tl.load(e.E_ptr + ranks, mask=ranks < R, other=0.0).to(tl.float32) * e.scaling
     if e.mask_ptr is not None:
-        kept = tl.load(e.mask_ptr + ranks, mask=ranks < R, other=0)
-        values = tl.where(kept != 0, values, 0.0)
+        unmasked = tl.load(e.mask_ptr + ranks, mask=ranks < R, other=0)
+        values = tl.where(unmasked != 0, values, 0.0)
     return values
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """(..., n) as (rows, n): a view wherever strides allow, so of every expanded gradient too."""
+    """Reshape (..., n) to (rows, n): a view wherever strides allow, also of expanded gradients."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The PRECISION of products in this type: what torch allows its own."""
+    """Return the PRECISION of products in this type, which is what torch allows its own."""
     # allow_tf32, which is the same setting, raises where the newer name has been used.
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def is_aligned(t: Tensor) -> bool:
-    """Whether this matrix can be read by descriptors, and by vectors of 16 bytes and more."""
+    """Tell whether this matrix can be read by descriptors, and by vectors of at least 16 bytes."""
     rows = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
     return rows and (t.stride(0) | t.shape[1] | t.data_ptr()) % 16 == 0
 
 
 def all_aligned(x: Tensor, w: Tensor, out: Tensor) -> bool:
-    """Whether all three matrices of out = x·w are aligned, w by its rows or by its columns."""
+    """Tell whether all of out = x·w are aligned, w by its rows or by its columns."""
     return is_aligned(x) and is_aligned(w if w.stride(1) == 1 else w.T) and is_aligned(out)
 
 
 class Layer:
-    """x, the adapter and the dropout of one call, in the form that the kernels take."""
+    """A `Layer` is x, the adapter and the dropout of one call, as the kernels take them."""
 
     def __init__(
         self,
@@ -190,19 +191,19 @@ class Layer:
         self.device = device or plans.device_of(x.device)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised tensor."""
+        """Allocate a tensor, and leave it as it is."""
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def is_wide(self, t: Tensor) -> bool:
-        """Whether the adapter counts in float32 although the matrix `t` does not."""
+        """Tell whether the adapter counts in float32 although the matrix `t` does not."""
         return self.h_dtype == torch.float32 != t.dtype
 
     def blocks(self, kernel: str, t: Tensor) -> plans.Blocks:
-        """The configuration of a pass over the matrix `t`."""
+        """Look up the configuration of a pass over the matrix `t`."""
         return plans.pass_blocks(
             kernel, self.device, self.r_pad, t.dtype, self.is_wide(t), is_aligned(t)
         )
 
     def types(self, t: Tensor) -> dict[str, object]:
-        """How kernels multiply the matrix `t` with the adapter."""
+        """Tell kernels how they multiply the matrix `t` with the adapter."""
         return {"WIDE": self.is_wide(t), "PRECISION": precision(t.dtype), "R_PAD": self.r_pad}

@@ -1,4 +1,4 @@
-"""The forward: the down projection, and y from one of three paths (see the package's docstring)."""
+"""The forward makes h by the down projection, and y by one of three paths (see the package)."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def _down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h = dropout(x)·Aᵀ; program (i, s) does rows block i and part s of K, into h[s] (M, R)."""
+    """Program (i, s) writes rows block i of h[s] (M, R) = dropout(x)·Aᵀ over part s of K."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -53,7 +53,7 @@ def _down_kernel(
 
 
 def _down(layer: Layer) -> tuple[Tensor, Tensor]:
-    """(parts of h (splits, M, R), h (M, R)); with one split they are the same memory."""
+    """Return parts of h (splits, M, R), and h (M, R), which with one split is their memory."""
     x = layer.x
     blocks = layer.blocks("down", x)
     row_blocks = ceil_div(layer.M, blocks.m)
@@ -85,7 +85,7 @@ def _down(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _low_rank(layer: Layer, parts: Tensor | None, h: Tensor) -> LowRank:
-    """The operands of (h ⊙ e)·Bᵀ. Its kernel stores h, unless the one part is h itself."""
+    """Return the operands of (h ⊙ e)·Bᵀ, whose kernel stores h unless the one part is h itself."""
     out_h = None if parts is not None and len(parts) == 1 else h
     right = layer.B.T
     return LowRank(parts, right, out_h, layer.R, *right.stride())
@@ -144,7 +144,7 @@ def svd_delta_fwd(
     seed: Tensor | None,
     device: plans.Device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (y + delta, h) of `reference.svd_delta`; the limits of `svd_linear_fwd`."""
+    """Compute (y + delta, h) of `reference.svd_delta`, with the limits of `svd_linear_fwd`."""
     layer = Layer(x, A, E, B, mask, scaling, dropout_p, seed, device)
     out = layer.new(layer.M, layer.N, dtype=y.dtype)
     parts, h = _down(layer)

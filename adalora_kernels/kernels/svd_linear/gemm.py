@@ -1,4 +1,4 @@
-"""The large products: y in the forward, dx in the backward, each with its low-rank term.
+"""These kernels compute y in the forward and dx in the backward, with their low-rank terms.
 
 Both are out (M, N) = x (M, K)·w (K, N) + bias + dropout'((left ⊙ e)·right); dropout' is that of dx,
 the mask and scale of dropout itself. Either `gemm` does all of it, or `low_rank_add` adds the
@@ -30,7 +30,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @triton.jit
 def _rows_and_columns(acc, tile_m, tile_n):
-    """Which rows and columns the tile `acc` holds."""
+    """Tell which rows and columns the tile `acc` holds."""
     rows = tile_m * acc.shape[0] + tl.arange(0, acc.shape[0])
     return rows, tile_n * acc.shape[1] + tl.arange(0, acc.shape[1])
 
@@ -39,7 +39,7 @@ def _rows_and_columns(acc, tile_m, tile_n):
 def _low_rank_step(
     acc, left, low_rank, ranks, columns, N, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """acc + left·right for these ranks; left is the sum of the parts, times e."""
+    """Return acc + left·right for these ranks, where left is the sum of the parts, times e."""
     right = low_rank.right_ptr + ranks[:, None] * low_rank.stride_r
     right += columns.to(tl.int64)[None, :] * low_rank.stride_n
     inside = (ranks[:, None] < low_rank.R) & (columns[None, :] < N)
@@ -61,7 +61,7 @@ def _low_rank_product(
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
 ):
-    """acc + (Σ_s left[s] ⊙ e)·right for one tile; those of the first column store the sum."""
+    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
     STEP: tl.constexpr = min(R_PAD, 32)
     for first in tl.range(0, R_PAD, STEP, num_stages=1):
@@ -82,15 +82,15 @@ def _low_rank_product(
 
 @triton.jit
 def _drop(acc, dropout, tile_m, tile_n, N, ALIGNED: tl.constexpr):
-    """dropout' of one tile."""
+    """Apply dropout' to one tile."""
     rows, _ = _rows_and_columns(acc, tile_m, tile_n)
-    kept = keep_mask(dropout, rows, tile_n * acc.shape[1], N, acc.shape[1], ALIGNED)
-    return tl.where(kept, acc * dropout.keep_scale, 0.0)
+    keep = keep_mask(dropout, rows, tile_n * acc.shape[1], N, acc.shape[1], ALIGNED)
+    return tl.where(keep, acc * dropout.keep_scale, 0.0)
 
 
 @triton.jit
 def _tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(tile_m, tile_n): those that run at the same time share rows of x and columns of w in L2."""
+    """Order tiles so that those of the same time share rows of x and columns of w in the L2."""
     group = tile // (GROUP_M * tiles_n)
     in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     tile_m = group * GROUP_M + tile % (GROUP_M * tiles_n) % in_group
@@ -99,7 +99,7 @@ def _tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _add_to_h(h, x_tile, a_ptr, k, K, R, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """h + x·Aᵀ over the columns of x from k that x_tile holds."""
+    """Return h + x·Aᵀ over the columns of x from k that x_tile holds."""
     ranks = tl.arange(0, h.shape[1])
     columns = k + tl.arange(0, x_tile.shape[1])[None, :]
     inside = (ranks[:, None] < R) & (columns < K)
@@ -111,7 +111,7 @@ def _add_to_h(h, x_tile, a_ptr, k, K, R, WIDE: tl.constexpr, PRECISION: tl.const
 def _add_own_h(
     acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """acc + (h ⊙ e)·right for a tile that made h itself; those of the first column store it."""
+    """Return acc + (h ⊙ e)·right for a tile with its own h; the first of its rows stores h."""
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
     ranks = tl.arange(0, h.shape[1])
     inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
@@ -167,7 +167,7 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """out = x·w + bias + dropout'((Σ_s left[s] ⊙ e)·right), tile by tile; persistent.
+    """Compute out = x·w + bias + dropout'((Σ_s left[s] ⊙ e)·right), tile by tile; persistent.
 
     x, w and out are descriptors if TMA, else pointers; W_BY_ROWS: the descriptor of w is that of
     its transpose (N, K). With SPLITS = 0 the sum is made here, as h = x·aᵀ, while x goes by.
@@ -228,7 +228,7 @@ def gemm(
     e: EffectiveE,
     dropout: Dropout,
 ) -> None:
-    """out (M, n) = x (M, k)·w (k, n) + bias + dropout'((Σ_s left[s] ⊙ e)·right).
+    """Compute out (M, n) = x (M, k)·w (k, n) + bias + dropout'((Σ_s left[s] ⊙ e)·right).
 
     Where `low_rank` has no left, it is made from x and A; there must be no dropout then.
     """
@@ -290,7 +290,7 @@ def _low_rank_add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = base + dropout'((Σ_s left[s] ⊙ e)·right), or without base; one tile per program."""
+    """Program i computes tile i of out = base + dropout'((Σ_s left[s] ⊙ e)·right)."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
@@ -315,7 +315,7 @@ def low_rank_add(
     e: EffectiveE,
     dropout: Dropout,
 ) -> None:
-    """out (M, n) = base + dropout'((Σ_s left[s] ⊙ e)·right), or without base; base may be out."""
+    """Compute out (M, n) = base + dropout'((Σ_s left[s] ⊙ e)·right); base may be out, or None."""
     blocks = layer.blocks("low_rank_add", out if base is None else base)
     n = out.shape[1]
     arguments = {

@@ -1,4 +1,4 @@
-"""Which path and which block sizes a problem gets: what was measured, else what arithmetic says.
+"""A problem gets the path and block sizes that were measured for it, else those of arithmetic.
 
 Nothing is tuned while a program runs. `python -m adalora_kernels --tune` measures plans and writes
 them into the user's cache. An entry there comes before one of `launch_table.json`, which the
@@ -25,7 +25,7 @@ _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
 class Blocks(NamedTuple):
-    """Block sizes and launch options of one kernel; the sizes that it hasn't are 0."""
+    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0."""
 
     m: int
     n: int
@@ -37,12 +37,12 @@ class Blocks(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """The launch options by triton's names."""
+        """Return the launch options by triton's names."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Device(NamedTuple):
-    """What the choice of a plan needs to know about a GPU."""
+    """A `Device` is what the choice of a plan needs to know about a GPU."""
 
     name: str
     family: str
@@ -50,7 +50,7 @@ class Device(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One product (M, K)·(K, N) with a low-rank term of rank ≤ r_pad, as plans tell them apart."""
+    """A `Problem` is one product (M, K)·(K, N) with a low-rank term of rank ≤ r_pad."""
 
     dtype: torch.dtype
     M: int
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one product with a low-rank term is computed: y in the forward, dx in the backward."""
+    """A `Plan` says how one product with a low-rank term is computed, y or dx."""
 
     path: str
     gemm: Blocks
@@ -111,7 +111,7 @@ PASSES = {
 def pass_blocks(
     kernel: str, device: Device, r_pad: int, dtype: torch.dtype, wide: bool, aligned: bool
 ) -> Blocks:
-    """The configuration of one of the PASSES.
+    """Return the configuration of one of the PASSES.
 
     Args:
         dtype: of the large operand.
@@ -135,31 +135,26 @@ def pass_blocks(
 
 
 def one_pass_blocks(device: Device, M: int) -> Blocks:
-    """The configuration of the GEMM for one_pass."""
+    """Return the configuration of the GEMM for one_pass."""
     return ONE_PASS[device.family][0 if M <= 16 else 1]
 
 
 def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
-    """The shipped configurations of the GEMM that a problem can use, largest tile first."""
+    """List the GEMM's configurations with registers and memory enough, largest tile first."""
     if problem.dtype == torch.float32:
         return [GEMM_GENERAL]
-    return [blocks for blocks in GEMM[device.family] if is_usable(blocks, device.family, problem)]
-
-
-def is_usable(blocks: Blocks, family: str, problem: Problem) -> bool:
-    """Whether the GEMM in this configuration has registers and shared memory enough."""
     few_ranks = problem.r_pad <= 16
     if problem.product == "dropped dx":
         # The mask is made beside a whole tile.
-        widest = 64 if family == "sm_100" and not few_ranks else 128
-        return blocks.n <= widest and not blocks.flatten
+        widest = 64 if device.family == "sm_100" and not few_ranks else 128
+        return [b for b in GEMM[device.family] if b.n <= widest and not b.flatten]
     # Flattened, the loads of the low-rank step are pipelined like those of the main loop, and take
     # as much shared memory.
-    return few_ranks or not blocks.flatten
+    return [b for b in GEMM[device.family] if few_ranks or not b.flatten]
 
 
 def is_allowed(path: str, problem: Problem) -> bool:
-    """Whether a path can compute a problem whose operands are aligned."""
+    """Tell whether a path can compute a problem whose operands are aligned."""
     if path != "one_pass":
         return True
     few = problem.M <= ONE_PASS_ROWS and problem.r_pad <= ONE_PASS_RANKS
@@ -173,7 +168,7 @@ def choose(
     possible: tuple[str, ...] = PATHS,
     aligned: bool = True,
 ) -> Plan:
-    """The plan for a problem.
+    """Return the plan for a problem.
 
     Args:
         path: a plan, which is taken as it is; the name of one of PATHS, which is taken if it is
@@ -228,7 +223,7 @@ _LAUNCH_SECONDS = 2e-6
 
 
 def predicted_seconds(path: str, family: str, problem: Problem) -> float:
-    """The least time of a path by its FLOPs, bytes and launches; design, section 5."""
+    """Compute the least time of a path by its FLOPs, bytes and launches (design, section 5)."""
     flops, bandwidth, ours = CEILINGS[family]
     dtype, M, K, N, r_pad, _ = problem
     if dtype.itemsize == 4:
@@ -258,24 +253,24 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(device: torch.device) -> Device:
-    """The GPU; under the interpreter, on the CPU, a small one with descriptors."""
+    """Describe the GPU, or for a CPU (the interpreter) a small one with descriptors."""
     if device.type != "cuda":
         return Device("interpreter", "sm_90", 4)
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def padded_rank(r: int) -> int:
-    """r rounded up to a power of two that `tl.dot` takes: the R_PAD of the kernels."""
+    """Round r up to a power of two that `tl.dot` takes: the R_PAD of the kernels."""
     return max(16, bucket(r))
 
 
 def bucket(M: int) -> int:
-    """M rounded up to a power of two: what a measured entry is for."""
+    """Round M up to a power of two, which is what a measured entry is for."""
     return 1 << max(M - 1, 0).bit_length()
 
 
 def cache_path() -> Path:
-    """Where the user's measured table is: $ADALORA_KERNELS_CACHE, or below $XDG_CACHE_HOME."""
+    """Return where the user's table is: in $ADALORA_KERNELS_CACHE, or below $XDG_CACHE_HOME."""
     folder = os.environ.get("ADALORA_KERNELS_CACHE")
     if folder is not None:
         return Path(folder) / _SHIPPED.name
@@ -285,12 +280,12 @@ def cache_path() -> Path:
 
 @functools.cache
 def _table(device_name: str) -> Mapping[Problem, Plan]:
-    """The measured plans for a device, read once per process; the user's come first."""
+    """Read the measured plans for a device, once per process; the user's come first."""
     return read_table(_SHIPPED, device_name) | read_table(cache_path(), device_name)
 
 
 def read_table(path: Path, device_name: str) -> dict[Problem, Plan]:
-    """The entries of one table file for a device, by problem with M a power of two.
+    """Read the entries of one table file for a device, by problem with M a power of two.
 
     No file is an empty table.
 
@@ -332,6 +327,6 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_tables() -> None:
-    """Have the tables read again, and plans made anew."""
+    """Forget what was read and chosen, so that tables are read again."""
     _table.cache_clear()
     _choose.cache_clear()
