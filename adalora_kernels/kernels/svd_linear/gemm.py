@@ -36,20 +36,9 @@ def _rows_and_columns(acc, tile_m, tile_n):
 
 
 @triton.jit
-def _low_rank_step(
-    acc, left, low_rank, ranks, columns, N, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return acc + left·right for these ranks, where left is the sum of the parts, times e."""
-    right = low_rank.right_ptr + ranks[:, None] * low_rank.stride_r
-    right += columns.to(tl.int64)[None, :] * low_rank.stride_n
-    inside = (ranks[:, None] < low_rank.R) & (columns[None, :] < N)
-    v = tl.load(right, mask=inside, other=0.0)
-    return dot_as_stored(left.to(DTYPE), v.to(DTYPE), acc, PRECISION)
-
-
-@triton.jit
 def _low_rank_product(
     acc,
+    h,
     low_rank,
     e,
     tile_m,
@@ -61,14 +50,20 @@ def _low_rank_product(
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
 ):
-    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
+    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ.
+
+    With SPLITS = 0 the tile has Σ already: it is h (BLOCK_M, R_PAD), and R_PAD is at most 32.
+    """
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
     STEP: tl.constexpr = min(R_PAD, 32)
     for first in tl.range(0, R_PAD, STEP, num_stages=1):
         ranks = first + tl.arange(0, STEP)
         inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
         offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
-        left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SPLITS == 0:
+            left = h
+        else:
+            left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         for split in tl.static_range(1, SPLITS):
             part = low_rank.left_ptr + tl.cast(split, tl.int64) * M * low_rank.R
             left += tl.load(part + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -76,7 +71,11 @@ def _low_rank_product(
             tl.store(low_rank.out_h_ptr + offsets, left, mask=inside & (tile_n == 0))
         if e.E_ptr is not None:
             left *= effective_e(e, ranks, low_rank.R)[None, :]
-        acc = _low_rank_step(acc, left, low_rank, ranks, columns, N, DTYPE, PRECISION)
+        right = low_rank.right_ptr + ranks[:, None] * low_rank.stride_r
+        right += columns.to(tl.int64)[None, :] * low_rank.stride_n
+        inside = (ranks[:, None] < low_rank.R) & (columns[None, :] < N)
+        v = tl.load(right, mask=inside, other=0.0)
+        acc = dot_as_stored(left.to(DTYPE), v.to(DTYPE), acc, PRECISION)
     return acc
 
 
@@ -105,20 +104,6 @@ def _add_to_h(h, x_tile, a_ptr, k, K, R, WIDE: tl.constexpr, PRECISION: tl.const
     inside = (ranks[:, None] < R) & (columns < K)
     a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * K + columns, mask=inside, other=0.0)
     return dot(x_tile, tl.trans(a), h, WIDE, PRECISION)
-
-
-@triton.jit
-def _add_own_h(
-    acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return acc + (h ⊙ e)·right for a tile with its own h; the first of its rows stores h."""
-    rows, columns = _rows_and_columns(acc, tile_m, tile_n)
-    ranks = tl.arange(0, h.shape[1])
-    inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
-    offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
-    tl.store(low_rank.out_h_ptr + offsets, h, mask=inside & (tile_n == 0))
-    left = h * effective_e(e, ranks, low_rank.R)[None, :]
-    return _low_rank_step(acc, left, low_rank, ranks, columns, N, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -177,14 +162,14 @@ def _gemm_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _tile_order(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        h = tl.zeros((BLOCK_M, R_PAD), tl.float32)
         # Dropout is that of the low-rank term alone, which comes first then. Otherwise it comes
         # last, so that the latency of its loads hides.
         if dropout.seed_ptr is not None:
             acc = _low_rank_product(
-                acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
             acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
-        h = tl.zeros((BLOCK_M, R_PAD), tl.float32)
         rows, columns = _rows_and_columns(acc, tile_m, tile_n)
         if not TMA:
             reduced = tl.arange(0, BLOCK_K)
@@ -206,11 +191,9 @@ def _gemm_kernel(
             acc = dot_as_stored(x_tile, w_tile, acc, PRECISION)
             if SPLITS == 0:
                 h = _add_to_h(h, x_tile, a_ptr, k, K, low_rank.R, WIDE, PRECISION)
-        if SPLITS == 0:
-            acc = _add_own_h(acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION)
-        elif dropout.seed_ptr is None:
+        if dropout.seed_ptr is None:
             acc = _low_rank_product(
-                acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -295,7 +278,9 @@ def _low_rank_add_kernel(
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _low_rank_product(acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD)
+    acc = _low_rank_product(
+        acc, None, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+    )
     if dropout.seed_ptr is not None:
         acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
     if base_ptr is not None:
