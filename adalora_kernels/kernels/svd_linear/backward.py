@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..launch import ceil_div, launch, launch_cublas
 from . import plans
-from .common import NO_E, Layer, LowRank, all_aligned, as_rows, dot, effective_e, keep_mask
+from .common import NO_E, LayerOperands, LowRank, all_aligned, as_rows, dot, effective_e, keep_mask
 from .gemm import gemm, low_rank_add
 
 _SUM_BLOCK, _SUM_PARTS = 1024, 16
 
 
-def _split_rows(layer: Layer, column_blocks: int, blocks: plans.Blocks) -> tuple[int, int]:
+def _split_rows(layer: LayerOperands, column_blocks: int, blocks: plans.Blocks) -> tuple[int, int]:
     """Split M into (parts, rows per part) so that parts x column blocks fill the GPU about once."""
     row_blocks = ceil_div(layer.M, blocks.m)
     parts = max(1, min(layer.device.sms // column_blocks, row_blocks))
@@ -72,7 +72,7 @@ def _g_pass_kernel(
     tl.store(out_db_ptr + split.to(tl.int64) * N * R + b_offsets, db, mask=b_inside)
 
 
-def _g_pass(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _g_pass(layer: LayerOperands, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return parts of u (n_parts, M, R) and of dB (m_parts, N, R) from one read of g."""
     blocks = layer.blocks("g_pass", g)
     n_parts = ceil_div(layer.N, blocks.n)
@@ -144,7 +144,7 @@ def _g_reduce_kernel(
 
 
 def _g_reduce(
-    layer: Layer, u_parts: Tensor, db_parts: Tensor, h: Tensor
+    layer: LayerOperands, u_parts: Tensor, db_parts: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), and dB."""
     blocks = layer.blocks("g_reduce", layer.x)
@@ -220,7 +220,7 @@ def _x_pass_kernel(
     tl.store(out, da * dropout.keep_scale, mask=inside)
 
 
-def _x_pass(layer: Layer, grad_h: Tensor) -> Tensor:
+def _x_pass(layer: LayerOperands, grad_h: Tensor) -> Tensor:
     """Return parts of dA (m_parts, R, K) from one read of x."""
     x = layer.x
     blocks = layer.blocks("x_pass", x)
@@ -287,7 +287,7 @@ def _x_reduce_kernel(
         tl.store(out_de_ptr + ranks, sums, mask=ranks < R)
 
 
-def _x_reduce(layer: Layer, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor, Tensor]:
+def _x_reduce(layer: LayerOperands, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor, Tensor]:
     """Return dA and dE from their parts."""
     dA, dE = torch.empty_like(layer.A), torch.empty_like(layer.E)
     numel = layer.R * layer.K
@@ -313,7 +313,9 @@ def _x_reduce(layer: Layer, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor,
     return dA, dE
 
 
-def _adapter_grads(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _adapter_grads(
+    layer: LayerOperands, g: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return grad_h as one part (1, M, R), dA, dE and dB; the workspace is free again then."""
     u_parts, db_parts = _g_pass(layer, g, h)
     grad_h, de_parts, dB = _g_reduce(layer, u_parts, db_parts, h)
@@ -322,7 +324,7 @@ def _adapter_grads(layer: Layer, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _dx(
-    layer: Layer, g: Tensor, weight: Tensor | None, grad_h: Tensor, path: str | plans.Plan
+    layer: LayerOperands, g: Tensor, weight: Tensor | None, grad_h: Tensor, path: str | plans.Plan
 ) -> Tensor:
     """Return dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
     dx = layer.new(layer.M, layer.K, dtype=layer.x.dtype)
@@ -367,7 +369,7 @@ def svd_linear_bwd(
     Args:
         weight: None for the backward of svd_delta, whose opaque base has a backward of its own.
     """
-    layer = Layer(x, A, E, B, mask, scaling, dropout_p, seed, device)
+    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
     g = as_rows(grad_y)
     grad_h, dA, dE, dB = _adapter_grads(layer, g, as_rows(h))
     if not need_dx:

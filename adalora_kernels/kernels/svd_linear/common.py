@@ -163,8 +163,8 @@ def all_aligned(x: Tensor, w: Tensor, out: Tensor) -> bool:
     return is_aligned(x) and is_aligned(w if w.stride(1) == 1 else w.T) and is_aligned(out)
 
 
-class Layer:
-    """A `Layer` is x, the adapter and the dropout of one call, as the kernels take them."""
+class LayerOperands:
+    """`LayerOperands` are x, the adapter and the dropout of one call, as the kernels take them."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..launch import ceil_div, launch, launch_cublas
 from . import plans
-from .common import NO_DROPOUT, Layer, LowRank, all_aligned, as_rows, dot, keep_mask
+from .common import NO_DROPOUT, LayerOperands, LowRank, all_aligned, as_rows, dot, keep_mask
 from .gemm import gemm, low_rank_add
 
 
@@ -52,7 +52,7 @@ def _down_kernel(
     tl.store(out, h * dropout.keep_scale, mask=(rows[:, None] < M) & (ranks[None, :] < R))
 
 
-def _down(layer: Layer) -> tuple[Tensor, Tensor]:
+def _down(layer: LayerOperands) -> tuple[Tensor, Tensor]:
     """Return parts of h (splits, M, R), and h (M, R), which with one split is their memory."""
     x = layer.x
     blocks = layer.blocks("down", x)
@@ -84,7 +84,7 @@ def _down(layer: Layer) -> tuple[Tensor, Tensor]:
     return parts, h
 
 
-def _low_rank(layer: Layer, parts: Tensor | None, h: Tensor) -> LowRank:
+def _low_rank(layer: LayerOperands, parts: Tensor | None, h: Tensor) -> LowRank:
     """Return the operands of (h ⊙ e)·Bᵀ, whose kernel stores h unless the one part is h itself."""
     out_h = None if parts is not None and len(parts) == 1 else h
     right = layer.B.T
@@ -111,7 +111,7 @@ def svd_linear_fwd(
         path: a plan, the name of a path to plan for, or "auto".
         device: the GPU to plan for; that of x by default.
     """
-    layer = Layer(x, A, E, B, mask, scaling, dropout_p, seed, device)
+    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
     w, y = weight.T, layer.new(layer.M, layer.N, dtype=x.dtype)
     # One_pass would make the mask of dropout once for every tile.
     possible = plans.PATHS if seed is None else ("two_pass", "cublas")
@@ -145,7 +145,7 @@ def svd_delta_fwd(
     device: plans.Device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute (y + delta, h) of `reference.svd_delta`, with the limits of `svd_linear_fwd`."""
-    layer = Layer(x, A, E, B, mask, scaling, dropout_p, seed, device)
+    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
     out = layer.new(layer.M, layer.N, dtype=y.dtype)
     parts, h = _down(layer)
     low_rank_add(layer, as_rows(y), out, _low_rank(layer, parts, h), layer.e, NO_DROPOUT)

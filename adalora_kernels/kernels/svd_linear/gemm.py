@@ -15,7 +15,7 @@ from ..launch import ceil_div, launch
 from .common import (
     Dropout,
     EffectiveE,
-    Layer,
+    LayerOperands,
     LowRank,
     dot,
     dot_as_stored,
@@ -201,7 +201,7 @@ def _gemm_kernel(
 
 
 def gemm(
-    layer: Layer,
+    layer: LayerOperands,
     blocks: Blocks,
     x: Tensor,
     w: Tensor,
@@ -293,7 +293,7 @@ def _low_rank_add_kernel(
 
 
 def low_rank_add(
-    layer: Layer,
+    layer: LayerOperands,
     base: Tensor | None,
     out: Tensor,
     low_rank: LowRank,
