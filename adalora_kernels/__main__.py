@@ -171,7 +171,8 @@ def tune(
     layers: Sequence[Layer], device: torch.device, *seconds: Callable[[Sequence[Call]], float]
 ) -> None:
     """Measure, print, and write the user's table."""
-    from .kernels import plans, tune
+    from .kernels import tune
+    from .kernels.svd_linear import plans
 
     for problem, plan, time in tune.tune(layers, device, *seconds):
         print(f"{tuple(problem)[1:]}: {plan.path} {tuple(plan.gemm)}, {time * 1e6:.1f} us")

@@ -19,8 +19,8 @@ import triton.language as tl
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from adalora_kernels.kernels import plans
 from adalora_kernels.kernels.launch import Launch
+from adalora_kernels.kernels.svd_linear import plans
 from benchmarks.contest import Context, Outcome
 from benchmarks.counting import Call, count_ops, kernels_of, peak_extra_memory
 from benchmarks.results import Row, Run
@@ -306,10 +306,12 @@ def _variant(launch: Launch) -> object:
     unspecialised = getattr(launch.function, "do_not_specialize", None) or ()
 
     def kind(name: str, value: Any) -> object:
-        if name in unspecialised:
-            return None
+        if isinstance(value, tuple):
+            return tuple(kind(name, entry) for entry in value)
         if isinstance(value, Tensor):
             return value.dtype
+        if name in unspecialised:
+            return value is None
         if hasattr(value, "block_shape"):
             return value.base.dtype, tuple(value.block_shape)
         if value is None or name not in parameters:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from adalora_kernels.kernels import plans
+from adalora_kernels.kernels.svd_linear import plans
 from benchmarks.svd_linear_rivals import (
     FLOOR,
     GOAL_M,

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import adalora_kernels
 import adalora_kernels.peft
 from adalora_kernels import ops, reference
-from adalora_kernels.kernels import plans
 from adalora_kernels.kernels import svd_linear as kernels
 from adalora_kernels.kernels.launch import Launch, ceil_div, dry_run
+from adalora_kernels.kernels.svd_linear import plans
 from benchmarks.numerics import check, poisoned_memory
 from benchmarks.peft_models import with_adapters
 from benchmarks.results import first_line

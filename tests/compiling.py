@@ -1,6 +1,6 @@
 """Compiles recorded launches for GPUs that are not here, and reads what they need of one.
 
-`compile_case` runs in processes of their own, in which triton does not interpret.
+`compile_case` runs in processes of its own, which begin with `compile_for_real`.
 """
 
 import os
@@ -24,7 +24,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Calls of the launchers; of what they launch, `kernels` are compiled (all if empty)."""
+    """A `Case` is a call of the launchers; `kernels` of it are compiled, or all if empty."""
 
     family: str
     name: str
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel uses; bytes of stack and local memory are per thread."""
+    """A `Compiled` is what a kernel uses; bytes of stack and local memory are per thread."""
 
     kernel: str
     options: str
@@ -67,20 +67,19 @@ class Compiled:
 
 
 def launches(case):
-    """What the launchers would launch for a case, without a GPU and without memory."""
-    from adalora_kernels.kernels import launch, plans, svd_linear
+    """List what the launchers would launch for a case, without a GPU and without memory."""
+    from adalora_kernels.kernels import launch, svd_linear
+    from adalora_kernels.kernels.svd_linear import plans
 
     def meta(*shape, dtype=case.dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     device = plans.Device("compile-only", case.family, SMS[case.family])
-    how = plans.Plan(case.path, plans.Blocks(*case.blocks)) if case.blocks else case.path
+    path = plans.Plan(case.path, plans.Blocks(*case.blocks)) if case.blocks else case.path
     x, y = meta(case.M, case.K), meta(case.M, case.N)
     weight, bias = meta(case.N, case.K), meta(case.N)
-    factors = [
-        meta(*shape, dtype=case.adapter)
-        for shape in ((case.r, case.K), (case.r, 1), (case.N, case.r))
-    ]
+    shapes = ((case.r, case.K), (case.r, 1), (case.N, case.r))
+    factors = [meta(*shape, dtype=case.adapter) for shape in shapes]
     mask = meta(case.r, dtype=torch.bool)
     seed = meta(1, dtype=torch.int64) if case.dropout else None
     options = (1.5, case.dropout, seed)
@@ -89,40 +88,47 @@ def launches(case):
     with launch.dry_run() as recorded:
         if case.delta:
             svd_linear.svd_delta_fwd(y, x, *factors, mask, *options, device)
-            svd_linear.svd_delta_bwd(y, x, *factors, mask, h, *options, True, device)
         elif "forward" in case.parts:
-            svd_linear.svd_linear_fwd(x, weight, bias, *factors, mask, *options, how, device)
-        if not case.delta and "backward" in case.parts:
-            svd_linear.svd_linear_bwd(y, x, weight, *factors, mask, h, *options, True, how, device)
+            svd_linear.svd_linear_fwd(x, weight, bias, *factors, mask, *options, path, device)
+        if "backward" in case.parts:
+            base = None if case.delta else weight
+            options = (*options, True, path, device)
+            svd_linear.svd_linear_bwd(y, x, base, *factors, mask, h, *options)
     kernels = [item for item in recorded if item.function is not None]
     return [item for item in kernels if item.kernel in case.kernels or not case.kernels]
 
 
 def _source(recorded):
-    """The arguments as triton would specialise them at a launch."""
+    """Specialise the arguments as triton would at a launch."""
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(recorded.function.params):
-        value = recorded.arguments[parameter.name]
-        kind = "constexpr"
+    constants, attributes = {}, {}
+
+    def kind(value, parameter, place):
+        """Return the type of one argument, or of one entry of a tuple, which has a longer place."""
         if isinstance(value, torch.Tensor):
-            kind = f"*{TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            kind = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif parameter.is_constexpr or value is None:
-            constants[(i,)] = value
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            constants[(i,)] = value
-        else:
-            kind = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        signature[parameter.name] = kind
+            attributes[place] = [["tt.divisibility", 16]]
+            return f"*{TYPES[value.dtype]}"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        if isinstance(value, tuple):
+            kinds = [kind(entry, parameter, (*place, i)) for i, entry in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        is_one = value == 1 and isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and not parameter.do_not_specialize:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "i32"
+
+    signature = {
+        parameter.name: kind(recorded.arguments[parameter.name], parameter, (i,))
+        for i, parameter in enumerate(recorded.function.params)
+    }
     return ASTSource(recorded.function, signature, constants, attributes)
 
 
@@ -134,12 +140,17 @@ def _disassemble(cubin):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def compile_for_real():
+    """Have triton compile in this process, into which it is not imported yet, not interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+
+
 def compile_case(case, folder):
-    """[Compiled or the error as text, …] for the launches of a case."""
+    """Return [Compiled or the error as text, …] for the launches of a case."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    torch.set_num_threads(1)
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     results = []
     for recorded in launches(case):

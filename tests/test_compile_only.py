@@ -12,9 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from compiling import Case, compile_case, launches
+from compiling import Case, compile_case, compile_for_real, launches
 
-from adalora_kernels.kernels import plans
+from adalora_kernels.kernels.svd_linear import plans
 
 # Bytes that one block may use (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -36,7 +36,7 @@ def gemm_cases(family):
         for (adapter, r), dropout in itertools.product(kinds, (0.0, 0.1)):
             product = "dropped dx" if dropout else "dx"
             problem = plans.Problem(BF16, 8192, 4096, 4096, r, product)
-            if not plans.usable(blocks, family, problem):
+            if blocks not in plans.gemm_candidates(plans.Device("", family, 0), problem):
                 continue
             options = {"r": r, "adapter": adapter, "blocks": blocks, "kernels": ("gemm",)}
             if dropout:
@@ -57,13 +57,13 @@ def one_pass_cases(family):
 def pass_cases(family):
     for adapter, r in ADAPTERS if family != "sm_86" else ADAPTERS[1:]:
         options = {"adapter": adapter, "r": r, "delta": True}
-        yield Case(family, "passes", **options)
-        kernels = ("down", "x_pass", "low_rank_add")
-        yield Case(family, "passes-dropout", dropout=0.1, kernels=kernels, **options)
+        yield Case(family, "passes-dropout", dropout=0.1, **options)
+        kernels = ("down", "x_pass", "low_rank_add")  # The others know nothing of dropout.
+        yield Case(family, "passes", kernels=kernels, **options)
 
 
 def other_cases(family):
-    """One representative of each kernel in the other types, and the general path."""
+    """Yield one case of each kernel in the other types, and those of the general path."""
     types = ((FP16, FP16, False), (FP16, FP32, False), (FP32, FP32, False), (FP32, FP32, True))
     for dtype, adapter, tf32 in types if family != "sm_86" else ():
         options = {"dtype": dtype, "adapter": adapter, "tf32": tf32}
@@ -90,23 +90,29 @@ CASES = [
 ]
 
 
+# One configuration of every kernel, with PEFT's default adapters, in float32.
+QUICK = ("gemm0", "one_pass-16", "passes-dropout")
+
+
+def is_quick(case):
+    return case.name in QUICK and (case.adapter, case.r) == (FP32, 16)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """{case: [Compiled or an error, …]}, made by one process per core."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        compile_here = functools.partial(compile_case, folder=tmp_path_factory.mktemp("triton"))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            results = dict(zip(CASES, pool.map(compile_here, CASES), strict=True))
-    for case, kernels in results.items():
-        for kernel in kernels:
-            print(case.id, kernel)
-    return results
+    """Return a function from cases to {case: [Compiled or an error, …]}.
+
+    It compiles in as many processes as there are cores for each of pytest's.
+    """
+    compile_here = functools.partial(compile_case, folder=tmp_path_factory.mktemp("triton"))
+    processes = os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, processes), context, compile_for_real) as pool:
+        yield lambda cases: dict(zip(cases, pool.map(compile_here, cases), strict=True))
 
 
 def problems(case, kernel):
-    """What is wrong with one result, in words."""
+    """Say what is wrong with one result."""
     if isinstance(kernel, str):
         return [kernel]
     found = []
@@ -136,12 +142,22 @@ def problems(case, kernel):
 
 
 @pytest.mark.parametrize("family", SHARED_MEMORY)
-def test_resources(compiled, family):
-    kernels = [
-        (c, kernel) for c, found in compiled.items() if c.family == family for kernel in found
-    ]
-    assert len(kernels) > 50
-    assert [what for case, kernel in kernels for what in problems(case, kernel)] == []
+@pytest.mark.parametrize(
+    "quick",
+    [True, pytest.param(False, marks=pytest.mark.full)],
+    ids=["one_of_each_kernel", "all_others"],
+)
+def test_resources(compiled, family, quick):
+    cases = [case for case in CASES if case.family == family and is_quick(case) == quick]
+    results = [(case, kernel) for case, found in compiled(cases).items() for kernel in found]
+    for case, kernel in results:
+        print(case.id, kernel)
+    if quick:
+        kernels = {"down", "gemm", "low_rank_add", "g_pass", "g_reduce", "x_pass", "x_reduce"}
+        assert {kernel.kernel for _, kernel in results} == kernels
+    else:
+        assert len(results) > 40
+    assert [what for case, kernel in results for what in problems(case, kernel)] == []
 
 
 def test_every_shipped_configuration_is_compiled():
@@ -162,37 +178,26 @@ def test_every_shipped_configuration_is_compiled():
 
 
 def blocks_of(recorded):
-    """The Blocks of a recorded launch, as a tuple."""
+    """Return the Blocks of a recorded launch, as a tuple."""
     given = recorded.arguments
     sizes = (given.get(f"BLOCK_{axis}", 0) for axis in "MNK")
     options = (given["num_warps"], given["num_stages"])
     return (*sizes, *options, given.get("TMA", False), given.get("FLATTEN", False))
 
 
-@pytest.mark.parametrize(
-    ("blocks", "says"),
-    [
-        (plans.Blocks(128, 256, 64, 4, 3, tma=True), "bytes of stack"),
-        (plans.Blocks(128, 256, 64, 8, 6, tma=True), "shared memory"),
-        (plans.Blocks(16, 256, 64, 8, 3, tma=True), "this generation"),
-    ],
-    ids=["spills", "shared_memory", "no_wgmma"],
-)
-def test_a_bad_configuration_is_found(tmp_path, monkeypatch, blocks, says):
-    case = Case("sm_90", "gemm-bad", blocks=blocks, parts=("forward",), kernels=("gemm",))
-    assert_found(tmp_path, monkeypatch, case, says)
+WRONG = {
+    # Blocks, K and what is to be found.
+    "spills": (plans.Blocks(128, 256, 64, 4, 3, tma=True), 4096, "bytes of stack"),
+    "shared_memory": (plans.Blocks(128, 256, 64, 8, 6, tma=True), 4096, "shared memory"),
+    "no_wgmma": (plans.Blocks(16, 256, 64, 8, 3, tma=True), 4096, "this generation"),
+    # The large tiles of aligned operands, which these are not.
+    "small_loads": (plans.Blocks(64, 128, 64, 8, 3), 4097, "loads of two bytes"),
+}
 
 
-def test_small_loads_are_found(tmp_path, monkeypatch):
-    # K = 4097 on the large tiles of aligned operands.
-    blocks = plans.Blocks(64, 128, 64, 8, 3)
-    case = Case("sm_90", "gemm-bad", K=4097, blocks=blocks, parts=("forward",), kernels=("gemm",))
-    assert_found(tmp_path, monkeypatch, case, "loads of two bytes")
-
-
-def assert_found(tmp_path, monkeypatch, case, says):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        (kernel,) = pool.submit(compile_case, case, tmp_path).result()
+@pytest.mark.parametrize(("blocks", "K", "says"), WRONG.values(), ids=WRONG.keys())
+def test_a_bad_configuration_is_found(compiled, blocks, K, says):
+    options = {"parts": ("forward",), "kernels": ("gemm",)}
+    case = Case("sm_90", "gemm-bad", K=K, blocks=blocks, **options)
+    (kernel,) = compiled([case])[case]
     assert any(says in what for what in problems(case, kernel)), kernel

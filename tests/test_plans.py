@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from adalora_kernels.kernels import plans
-from adalora_kernels.kernels.plans import Blocks, Device, Plan, Problem
+from adalora_kernels.kernels.svd_linear import plans
+from adalora_kernels.kernels.svd_linear.plans import Blocks, Device, Plan, Problem
 
 BF16 = torch.bfloat16
 H200 = Device("NVIDIA H200", "sm_90", 132)
@@ -42,15 +42,19 @@ def test_arithmetic(device, problem, path):
 
 def test_a_named_path_is_taken_where_it_can_be():
     problem = Problem(BF16, 8192, 4096, 4096, 16, "y")
-    assert plans.choose(H200, problem, ("cublas",)).path == "cublas"
-    assert plans.choose(H200, problem, ("one_pass",)).path == "two_pass"
+    assert plans.choose(H200, problem, "cublas").path == "cublas"
+    assert plans.choose(H200, problem, "cublas", ("two_pass",)).path == "two_pass"
+    assert plans.choose(H200, problem, "one_pass").path == "two_pass"
+    assert plans.choose(H200, problem, MEASURED) == MEASURED
+    with pytest.raises(ValueError, match=r"path must be 'auto' or one of .*, got 'three_pass'"):
+        plans.choose(H200, problem, "three_pass")
 
 
 @pytest.mark.parametrize(
     ("M", "N", "tile"), [(8192, 4096, (128, 256)), (2048, 1024, (128, 128)), (100, 1024, (64, 64))]
 )
 def test_tiles_keep_the_gpu_busy(M, N, tile):
-    plan = plans.choose(H200, Problem(BF16, M, 4096, N, 16, "y"), ("two_pass",))
+    plan = plans.choose(H200, Problem(BF16, M, 4096, N, 16, "y"), "two_pass")
     assert (plan.gemm.m, plan.gemm.n) == tile
 
 
@@ -58,12 +62,12 @@ def test_tiles_keep_the_gpu_busy(M, N, tile):
 def test_operands_that_are_not_aligned_are_for_cublas(M):
     problem = Problem(BF16, M, 4097, 4096, 16, "y")
     assert plans.choose(H200, problem, aligned=False).path == "cublas"
-    forced = plans.choose(H200, problem, ("two_pass",), False)
+    forced = plans.choose(H200, problem, "two_pass", aligned=False)
     assert forced == Plan("two_pass", plans.GEMM_GENERAL)
 
 
 def test_every_family_has_its_tables():
-    assert plans.FAMILIES.keys() == plans.GEMM.keys() == plans.ONE_PASS.keys()
+    assert plans.CEILINGS.keys() == plans.GEMM.keys() == plans.ONE_PASS.keys()
 
 
 PROBLEM = Problem(BF16, 8192, 4096, 4096, 16, "y")
@@ -77,8 +81,18 @@ def test_a_measured_plan_comes_first():
     assert plans.choose(H200, PROBLEM._replace(M=8193)) != MEASURED
     assert plans.choose(H200, PROBLEM._replace(product="dx")) != MEASURED
     assert plans.choose(H200._replace(name="another"), PROBLEM) != MEASURED
-    assert plans.choose(H200, PROBLEM, ("two_pass",)) != MEASURED
+    assert plans.choose(H200, PROBLEM, "two_pass") != MEASURED
     assert plans.choose(H200, PROBLEM, aligned=False) != MEASURED
+
+
+def test_the_users_table_comes_before_the_shipped_one(monkeypatch, tmp_path):
+    shipped, other = tmp_path / "shipped" / "launch_table.json", PROBLEM._replace(K=2048)
+    slower = Plan("two_pass", MEASURED.gemm)
+    plans.write_table(shipped, H200.name, {PROBLEM: slower, other: slower})
+    plans.write_table(plans.cache_path(), H200.name, {PROBLEM: MEASURED})
+    monkeypatch.setattr(plans, "_SHIPPED", shipped)
+    assert plans.choose(H200, PROBLEM) == MEASURED
+    assert plans.choose(H200, other) == slower
 
 
 def test_writing_replaces_the_same_problem_only():

@@ -4,6 +4,7 @@ On a GPU if there is one (`pytest -m gpu`), else in triton's interpreter, in whi
 rounded towards zero, so that there results in bfloat16 are not held to the error rule.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_kernels import reference, svd_delta, svd_linear
-from adalora_kernels.kernels import plans
 from adalora_kernels.kernels import svd_linear as kernels
 from adalora_kernels.kernels.launch import INTERPRETED, dry_run
+from adalora_kernels.kernels.svd_linear import plans
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +47,18 @@ def check(case, draws=2, impl="triton", **options):
     check_against_float64(*tensors, impl=impl, **options)
 
 
+def tiered(quick, *axes):
+    """Multiply dictionaries of cases out; those whose ids are not in `quick` are `full`."""
+    parameters = []
+    for chosen in itertools.product(*(axis.items() for axis in axes)):
+        name = "-".join(filter(None, (key for key, _ in chosen)))
+        marks = () if name in quick else pytest.mark.full
+        parameters.append(pytest.param(*(value for _, value in chosen), id=name, marks=marks))
+    assert set(quick) <= {parameter.id for parameter in parameters}
+    return parameters
+
+
+DROPOUT = {"": 0.0, "dropout": 0.25}
 SHAPES = {
     "aligned": {"lead": (40,), "in_features": 64, "out_features": 48, "r": 8},
     "many_tiles": {"lead": (130,), "in_features": 160, "out_features": 288, "r": 12},
@@ -60,36 +73,66 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
-@pytest.mark.parametrize("case", (CASES | EXTREMES).values(), ids=(CASES | EXTREMES).keys())
+QUICK_CASES = [
+    *("rank_1", "rank_33", "one_row-dropout", "x_1d", "x_4d-dropout", "odd", "no_bias", "no_rows"),
+    *("mask_mixed-dropout", "mask_all_false", "fp32_adapter_fp16_base", "x_3d_no_rows-dropout"),
+    *("many_row_blocks", "one_entry", "one_entry-dropout", "rank_above_sizes"),
+]
+
+
+@pytest.mark.parametrize(("case", "dropout_p"), tiered(QUICK_CASES, CASES | EXTREMES, DROPOUT))
 def test_error_against_float64(case, dropout_p):
     check(case, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+QUICK_SHAPES = [
+    *("aligned-fp32", "aligned-bf16", "aligned-fp32_bf16_adapter", "split_k-fp16"),
+    *("many_tiles-fp16_fp32_adapter-dropout", "k_of_8-fp16-dropout"),
+    *("unaligned-bf16_fp32_adapter-dropout", "unaligned-fp16_fp32_adapter"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "dropout_p"), tiered(QUICK_SHAPES, SHAPES, DTYPES, DROPOUT)
+)
 def test_shapes_and_types(shape, dtypes, dropout_p):
     dtype, adapter_dtype = dtypes
     case = {**shape, "dtype": dtype, "adapter_dtype": adapter_dtype, "mask": "mixed"}
     check(case, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
-@pytest.mark.parametrize("shape", ["aligned", "many_tiles", "unaligned"])
-@pytest.mark.parametrize("path", plans.PATHS)
+QUICK_PATHS = [
+    *("one_pass-aligned", "one_pass-unaligned-dropout", "two_pass-many_tiles-dropout"),
+    *("two_pass-unaligned", "cublas-many_tiles", "cublas-unaligned-dropout"),
+]
+PATHS = {path: path for path in plans.PATHS}
+SOME_SHAPES = {name: SHAPES[name] for name in ("aligned", "many_tiles", "unaligned")}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "dropout_p"), tiered(QUICK_PATHS, PATHS, SOME_SHAPES, DROPOUT)
+)
 def test_every_path(path, shape, dropout_p):
-    case = {**SHAPES[shape], "dtype": FP16, "adapter_dtype": FP32, "mask": "mixed"}
+    case = {**shape, "dtype": FP16, "adapter_dtype": FP32, "mask": "mixed"}
     check(case, impl=path, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("family", ["sm_80", "sm_86", "sm_90", "sm_100"])
-@pytest.mark.parametrize("case", ["aligned", "many_tiles", "unaligned"])
-def test_configurations_of_other_gpus(monkeypatch, family, case):
-    monkeypatch.setattr(kernels, "device_of", lambda _: plans.Device("test", family, 6))
+FAMILIES = {family: family for family in plans.GEMM}
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    tiered(
+        ["sm_80-aligned", "sm_86-unaligned", "sm_90-aligned", "sm_100-many_tiles"],
+        FAMILIES,
+        SOME_SHAPES,
+    ),
+)
+def test_configurations_of_other_gpus(monkeypatch, family, shape):
+    monkeypatch.setattr(plans, "device_of", lambda _: plans.Device("test", family, 6))
     if not INTERPRETED and family != plans.device_of(torch.device("cuda")).family:
         pytest.skip(f"needs a GPU of the class {family}, or the interpreter")
-    check({**SHAPES[case], "dtype": FP16}, dropout_p=0.25)
+    check({**shape, "dtype": FP16}, dropout_p=0.25)
 
 
 @pytest.mark.parametrize("blocks", plans.GEMM["sm_90"], ids=str)
@@ -111,12 +154,12 @@ def arguments(case, dropout_p=0.0, seed=None):
     return (*(case[name] for name in names), 1.5, dropout_p, seed)
 
 
-def forward(case, how, sms):
+def forward(case, plan, sms):
     device = plans.device_of(case["x"].device)._replace(sms=sms)
-    return kernels.svd_linear_fwd(*arguments(case), how, device)
+    return kernels.svd_linear_fwd(*arguments(case), plan, device)
 
 
-@pytest.mark.parametrize("r", [2, 31, 100, 128, 256])
+@pytest.mark.parametrize("r", tiered(["31", "256"], {str(r): r for r in (2, 31, 100, 128, 256)}))
 def test_ranks(r):
     check({"lead": (20,), "in_features": 64, "out_features": 48, "r": r}, draws=1)
 
@@ -160,25 +203,27 @@ def test_opaque_base_of_another_type(dtypes, adapter_dtype):
     x, _, _, *factors, mask, scaling, _, _ = arguments(case)
     base, g = torch.randn(2, 40, 48).to(base_dtype)
 
-    def run(op, backward, to):
-        x_to, *factors_to = (to(t) for t in (x, *factors))
-        y, h = op(to(base), x_to, *factors_to, mask, scaling, 0.0, None)
-        rest = (*factors_to, mask, h, scaling, 0.0, None, True)
-        return y, *backward(to(g), x_to, None, *rest)
+    def by_autograd(to):
+        leaves = [to(t).requires_grad_() for t in (x, *factors)]
+        y, _ = reference.svd_delta(to(base), *leaves, mask, scaling, 0.0, None)
+        return y.detach(), *torch.autograd.grad(y, leaves, to(g))
 
-    actual = run(kernels.svd_delta_fwd, kernels.svd_linear_bwd, lambda t: t.to(DEVICE))
-    eager = run(reference.svd_delta, reference.svd_linear_backward, lambda t: t)
-    exact = run(reference.svd_delta, reference.svd_linear_backward, wide)
+    tensors = [t.to(DEVICE) for t in (x, *factors)]
+    y, h = kernels.svd_delta_fwd(base.to(DEVICE), *tensors, mask, scaling, 0.0, None)
+    x, *factors = tensors
+    backward = (g.to(DEVICE), x, None, *factors, mask, h, scaling, 0.0, None, True)
+    actual = (y, *kernels.svd_linear_bwd(*backward))
+    eager, exact = by_autograd(lambda t: t.detach()), by_autograd(lambda t: wide(t.detach()))
     for name, *results in zip(("y", "dx", "dA", "dE", "dB"), actual, eager, exact, strict=True):
         assert_as_good_as_eager(*(t.cpu() for t in results), name)
 
 
-def forward_and_backward(case, g, how="auto", dropout_p=0.0, need_dx=True):
-    """(y, h, dx, dA, dE, dB) straight from the launchers."""
+def forward_and_backward(case, g, path="auto", dropout_p=0.0, need_dx=True):
+    """Return (y, h, dx, dA, dE, dB) straight from the launchers."""
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     x, weight, _, *rest = arguments(case)
-    y, h = kernels.svd_linear_fwd(*arguments(case, dropout_p, seed), how)
-    options = (1.5, dropout_p, seed, need_dx, how)
+    y, h = kernels.svd_linear_fwd(*arguments(case, dropout_p, seed), path)
+    options = (1.5, dropout_p, seed, need_dx, path)
     return y, h, *kernels.svd_linear_bwd(g, x, weight, *rest[:4], h, *options)
 
 
@@ -393,7 +438,7 @@ GOALS = {
 
 
 def planned(M, K, N, r=16):
-    """The launches of the forward and those of the backward; bfloat16, float32 adapters."""
+    """List the launches of the forward and of the backward; bfloat16, float32 adapters."""
 
     def meta(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -424,6 +469,7 @@ def test_launches_and_bytes_at_the_goal_shapes(shape, megabytes):
     M, K, N = shape
     x, w, y = 2 * M * K, 2 * N * K, 2 * M * N
     moved = [sum(item.moved for item in launches) for launches in (there, back)]
+    assert (there[-1].written, back[-1].written) == (y, x)
     assert moved[0] <= 1.10 * (x + (x + w + y))
     assert moved[1] <= 1.10 * (y + x + (y + w + x))
     assert [round(number / 1e6) for number in moved] == list(megabytes)

@@ -3,8 +3,8 @@
 import torch
 
 from adalora_kernels import __main__ as command
-from adalora_kernels.kernels import plans
 from adalora_kernels.kernels.launch import INTERPRETED
+from adalora_kernels.kernels.svd_linear import plans
 from adalora_kernels.kernels.tune import Layer, candidates, tune
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

@@ -1,0 +1,25 @@
+"""This package computes svd_linear and svd_delta, forward and backward, with Triton kernels.
+
+Shapes throughout: x (M, K), weight (N, K), A (R, K), E (R, 1), B (N, R), mask (R,), y and grad_y
+(M, N), h (M, R). e = scaling · E ⊙ mask, h = dropout(x)·Aᵀ, u = grad_y·B, and grad_h = u ⊙ e.
+
+x enters `svd_linear_fwd` (forward.py), which asks `plans.choose` once for one of three paths:
+"two_pass" launches the down projection (h), then the GEMM over [x | h ⊙ e]·[weight | B]ᵀ (gemm.py);
+"one_pass" launches the GEMM alone, in which every tile makes its own h: for few rows, where
+reading the weight is all that counts; "cublas" launches cuBLAS, the down projection, and the
+low-rank add in place. The backward (backward.py) makes grad_h and the adapter's gradients from one
+read of grad_y and one of x, and dx by one of the paths with operands exchanged,
+[grad_y | grad_h]·[weightᵀ | Aᵀ]ᵀ.
+
+Sums over programs go through a workspace and are added in a fixed order, so that results are
+bitwise reproducible. The forward saves h, which the backward does not compute again. Apart from y
+and dx, nothing of M rows is allocated but parts of h and u, which are R columns wide.
+
+Adapters may be float32 over half-precision x. Products with them are then exact up to float32
+rounding: gradients of float32 parameters must not be worse than eager's.
+"""
+
+from .backward import svd_linear_bwd
+from .forward import svd_delta_fwd, svd_linear_fwd
+
+__all__ = ["svd_delta_fwd", "svd_linear_bwd", "svd_linear_fwd"]

@@ -1,0 +1,325 @@
+"""These kernels compute y in the forward and dx in the backward, with their low-rank terms.
+
+Both are out (M, N) = x (M, K)·w (K, N) + bias + dropout'((left ⊙ e)·right); dropout' is that of dx,
+the mask and scale of dropout itself. Either `gemm` does all of it, or `low_rank_add` adds the
+low-rank term to what cuBLAS, or an opaque base layer, has computed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..launch import ceil_div, launch
+from .common import (
+    Dropout,
+    EffectiveE,
+    LayerOperands,
+    LowRank,
+    dot,
+    dot_as_stored,
+    effective_e,
+    keep_mask,
+    precision,
+)
+from .plans import Blocks
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _rows_and_columns(acc, tile_m, tile_n):
+    """Tell which rows and columns the tile `acc` holds."""
+    rows = tile_m * acc.shape[0] + tl.arange(0, acc.shape[0])
+    return rows, tile_n * acc.shape[1] + tl.arange(0, acc.shape[1])
+
+
+@triton.jit
+def _low_rank_product(
+    acc,
+    h,
+    low_rank,
+    e,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    R_PAD: tl.constexpr,
+):
+    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ.
+
+    With SPLITS = 0 the tile has Σ already: it is h (BLOCK_M, R_PAD), and R_PAD is at most 32.
+    """
+    rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+    STEP: tl.constexpr = min(R_PAD, 32)
+    for first in tl.range(0, R_PAD, STEP, num_stages=1):
+        ranks = first + tl.arange(0, STEP)
+        inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
+        offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
+        if SPLITS == 0:
+            left = h
+        else:
+            left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            part = low_rank.left_ptr + tl.cast(split, tl.int64) * M * low_rank.R
+            left += tl.load(part + offsets, mask=inside, other=0.0).to(tl.float32)
+        if low_rank.out_h_ptr is not None:
+            tl.store(low_rank.out_h_ptr + offsets, left, mask=inside & (tile_n == 0))
+        if e.E_ptr is not None:
+            left *= effective_e(e, ranks, low_rank.R)[None, :]
+        right = low_rank.right_ptr + ranks[:, None] * low_rank.stride_r
+        right += columns.to(tl.int64)[None, :] * low_rank.stride_n
+        inside = (ranks[:, None] < low_rank.R) & (columns[None, :] < N)
+        v = tl.load(right, mask=inside, other=0.0)
+        acc = dot_as_stored(left.to(DTYPE), v.to(DTYPE), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _drop(acc, dropout, tile_m, tile_n, N, ALIGNED: tl.constexpr):
+    """Apply dropout' to one tile."""
+    rows, _ = _rows_and_columns(acc, tile_m, tile_n)
+    keep = keep_mask(dropout, rows, tile_n * acc.shape[1], N, acc.shape[1], ALIGNED)
+    return tl.where(keep, acc * dropout.keep_scale, 0.0)
+
+
+@triton.jit
+def _tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Order tiles so that those of the same time share rows of x and columns of w in the L2."""
+    group = tile // (GROUP_M * tiles_n)
+    in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + tile % (GROUP_M * tiles_n) % in_group
+    return tile_m, tile % (GROUP_M * tiles_n) // in_group
+
+
+@triton.jit
+def _add_to_h(h, x_tile, a_ptr, k, K, R, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return h + x·Aᵀ over the columns of x from k that x_tile holds."""
+    ranks = tl.arange(0, h.shape[1])
+    columns = k + tl.arange(0, x_tile.shape[1])[None, :]
+    inside = (ranks[:, None] < R) & (columns < K)
+    a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * K + columns, mask=inside, other=0.0)
+    return dot(x_tile, tl.trans(a), h, WIDE, PRECISION)
+
+
+@triton.jit
+def _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.constexpr):
+    """Write one tile of out (M, N), which is a descriptor of half as many columns if TMA."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if TMA:
+        # In halves, so that the staging buffer leaves room for another pipeline stage.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
+        out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], first.to(DTYPE))
+        out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], second.to(DTYPE))
+    else:
+        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+        inside = (rows[:, None] < M) & (columns[None, :] < N)
+        tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "dropout"])
+def _gemm_kernel(
+    x,
+    w,
+    out,
+    bias_ptr,
+    a_ptr,
+    low_rank,
+    e,
+    dropout,
+    M,
+    N,
+    K,
+    x_strides,
+    w_strides,
+    ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Compute out = x·w + bias + dropout'((Σ_s left[s] ⊙ e)·right), tile by tile; persistent.
+
+    x, w and out are descriptors if TMA, else pointers; W_BY_ROWS: the descriptor of w is that of
+    its transpose (N, K). With SPLITS = 0 the sum is made here, as h = x·aᵀ, while x goes by.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = _tile_order(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        h = tl.zeros((BLOCK_M, R_PAD), tl.float32)
+        # Dropout is that of the low-rank term alone, which comes first then. Otherwise it comes
+        # last, so that the latency of its loads hides.
+        if dropout.seed_ptr is not None:
+            acc = _low_rank_product(
+                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+            )
+            acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
+        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+        if not TMA:
+            reduced = tl.arange(0, BLOCK_K)
+            x_tiles = x + rows.to(tl.int64)[:, None] * x_strides[0]
+            x_tiles += reduced.to(tl.int64)[None, :] * x_strides[1]
+            w_tiles = w + columns.to(tl.int64)[None, :] * w_strides[1]
+            w_tiles += reduced.to(tl.int64)[:, None] * w_strides[0]
+        for k in range(0, K, BLOCK_K):
+            if TMA:
+                x_tile = x.load([tile_m * BLOCK_M, k])
+                n = tile_n * BLOCK_N
+                w_tile = w.load([n, k]).T if W_BY_ROWS else w.load([k, n])
+            else:
+                inside = reduced < K - k
+                x_tile = tl.load(x_tiles, mask=(rows[:, None] < M) & inside[None, :], other=0.0)
+                w_tile = tl.load(w_tiles, mask=inside[:, None] & (columns[None, :] < N), other=0.0)
+                x_tiles += BLOCK_K * tl.cast(x_strides[1], tl.int64)
+                w_tiles += BLOCK_K * tl.cast(w_strides[0], tl.int64)
+            acc = dot_as_stored(x_tile, w_tile, acc, PRECISION)
+            if SPLITS == 0:
+                h = _add_to_h(h, x_tile, a_ptr, k, K, low_rank.R, WIDE, PRECISION)
+        if dropout.seed_ptr is None:
+            acc = _low_rank_product(
+                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+            )
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE, TMA)
+
+
+def gemm(
+    layer: LayerOperands,
+    blocks: Blocks,
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    low_rank: LowRank,
+    e: EffectiveE,
+    dropout: Dropout,
+) -> None:
+    """Compute out (M, n) = x (M, k)·w (k, n) + bias + dropout'((Σ_s left[s] ⊙ e)·right).
+
+    Where `low_rank` has no left, it is made from x and A; there must be no dropout then.
+    """
+    k, n = w.shape
+    by_rows = w.stride(1) != 1
+    operands: tuple[object, object, object] = (x, w, out)
+    if blocks.tma:
+        w_block = [blocks.n, blocks.k] if by_rows else [blocks.k, blocks.n]
+        operands = (
+            TensorDescriptor.from_tensor(x, [blocks.m, blocks.k]),
+            TensorDescriptor.from_tensor(w.T if by_rows else w, w_block),
+            TensorDescriptor.from_tensor(out, [blocks.m, blocks.n // 2]),
+        )
+    arguments = {
+        **dict(zip(("x", "w", "out"), operands, strict=True)),
+        "bias_ptr": bias,
+        "a_ptr": layer.A if low_rank.left_ptr is None else None,
+        "low_rank": low_rank,
+        "e": e,
+        "dropout": dropout,
+        "M": layer.M,
+        "N": n,
+        "K": k,
+        "x_strides": x.stride(),
+        "w_strides": w.stride(),
+        "ALIGNED": dropout.is_aligned(n),
+        "DTYPE": _TYPES[x.dtype],
+        **layer.types(x),
+        "TMA": blocks.tma,
+        "W_BY_ROWS": by_rows,
+        "SPLITS": low_rank.splits,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "GROUP_M": 8,
+        "FLATTEN": blocks.flatten,
+        **blocks.options,
+    }
+    tiles = ceil_div(layer.M, blocks.m) * ceil_div(n, blocks.n)
+    grid = (min(tiles, layer.device.sms) if blocks.tma else tiles,)
+    launch(_gemm_kernel, grid, arguments)
+
+
+@triton.jit(do_not_specialize=["M", "dropout"])
+def _low_rank_add_kernel(
+    base_ptr,
+    out_ptr,
+    low_rank,
+    e,
+    dropout,
+    M,
+    N,
+    base_strides,
+    ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program i computes tile i of out = base + dropout'((Σ_s left[s] ⊙ e)·right)."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    tile_n = tl.program_id(0) % tiles_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = _low_rank_product(
+        acc, None, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+    )
+    if dropout.seed_ptr is not None:
+        acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
+    if base_ptr is not None:
+        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+        base = base_ptr + rows.to(tl.int64)[:, None] * base_strides[0]
+        base += columns.to(tl.int64)[None, :] * base_strides[1]
+        inside = (rows[:, None] < M) & (columns[None, :] < N)
+        acc += tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    _store_tile(acc, out_ptr, tile_m, tile_n, M, N, DTYPE, False)
+
+
+def low_rank_add(
+    layer: LayerOperands,
+    base: Tensor | None,
+    out: Tensor,
+    low_rank: LowRank,
+    e: EffectiveE,
+    dropout: Dropout,
+) -> None:
+    """Compute out (M, n) = base + dropout'((Σ_s left[s] ⊙ e)·right); base may be out, or None."""
+    blocks = layer.blocks("low_rank_add", out if base is None else base)
+    n = out.shape[1]
+    arguments = {
+        "base_ptr": base,
+        "out_ptr": out,
+        "low_rank": low_rank,
+        "e": e,
+        "dropout": dropout,
+        "M": layer.M,
+        "N": n,
+        "base_strides": (0, 0) if base is None else base.stride(),
+        "ALIGNED": dropout.is_aligned(n),
+        "DTYPE": _TYPES[out.dtype],
+        "PRECISION": precision(out.dtype),
+        "SPLITS": low_rank.splits,
+        "R_PAD": layer.r_pad,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        **blocks.options,
+    }
+    grid = (ceil_div(layer.M, blocks.m) * ceil_div(n, blocks.n),)
+    launch(_low_rank_add_kernel, grid, arguments)

@@ -1,0 +1,332 @@
+"""A problem gets the path and block sizes that were measured for it, else those of arithmetic.
+
+Nothing is tuned while a program runs. `python -m adalora_kernels --tune` measures plans and writes
+them into the user's cache. An entry there comes before one of `launch_table.json`, which the
+package ships, and each of them before the arithmetic, which knows a GPU by few numbers.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..launch import ceil_div
+
+PATHS: tuple[str, ...] = ("two_pass", "one_pass", "cublas")
+# Where one_pass ends: a tile keeps h (rows, r) beside its own accumulator.
+ONE_PASS_ROWS, ONE_PASS_RANKS = 64, 32
+# Each part of a sum over K is read again by every tile of the GEMM.
+MOST_SPLITS = 8
+_SHIPPED = Path(__file__).with_name("launch_table.json")
+
+
+class Blocks(NamedTuple):
+    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    tma: bool = False
+    flatten: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return the launch options by triton's names."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Device(NamedTuple):
+    """A `Device` is what the choice of a plan needs to know about a GPU."""
+
+    name: str
+    family: str
+    sms: int
+
+
+class Problem(NamedTuple):
+    """A `Problem` is one product (M, K)·(K, N) with a low-rank term of rank ≤ r_pad."""
+
+    dtype: torch.dtype
+    M: int
+    K: int
+    N: int
+    r_pad: int
+    product: str  # "y", "dx", or "dropped dx", in which dropout masks the low-rank term
+
+
+class Plan(NamedTuple):
+    """A `Plan` says how one product with a low-rank term is computed, y or dx."""
+
+    path: str
+    gemm: Blocks
+
+
+# The configurations of the kernels, by family. "sm_86" are all GPUs of compute capability 8.x, and
+# later ones with about 100 KB of shared memory and neither wgmma nor tcgen05.
+
+# The GEMM of half-precision operands, largest tile first.
+GEMM = {
+    "sm_80": (Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 4)),
+    "sm_86": (Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 64, 4, 3)),
+    "sm_90": (
+        Blocks(128, 256, 64, 8, 3, tma=True, flatten=True),
+        Blocks(128, 256, 64, 8, 4, tma=True),
+        Blocks(128, 128, 64, 8, 4, tma=True),
+        Blocks(64, 64, 64, 4, 5, tma=True),
+    ),
+    "sm_100": (
+        Blocks(128, 256, 64, 8, 4, tma=True),
+        Blocks(128, 128, 64, 8, 4, tma=True),
+        Blocks(128, 64, 64, 8, 4, tma=True),
+        Blocks(64, 64, 64, 4, 5, tma=True),
+    ),
+}
+# For one_pass: at most 16 rows, and at most 64.
+ONE_PASS = {
+    "sm_80": (Blocks(16, 32, 64, 4, 6), Blocks(64, 32, 64, 4, 5)),
+    "sm_86": (Blocks(16, 32, 64, 4, 5), Blocks(64, 32, 64, 4, 3)),
+    "sm_90": (Blocks(16, 32, 64, 4, 6, tma=True), Blocks(64, 32, 64, 4, 6, tma=True)),
+    "sm_100": (Blocks(16, 32, 64, 4, 6, tma=True), Blocks(64, 32, 64, 4, 6, tma=True)),
+}
+# Every GEMM in float32, and of operands that are not aligned: "auto" leaves both to cuBLAS.
+GEMM_GENERAL = Blocks(64, 64, 32, 8, 3)
+# The passes over x and g and the low-rank add, for r_pad up to 16, 64 and 256.
+_RANK_CLASSES = (16, 64, 256)
+PASSES = {
+    "down": (Blocks(64, 0, 128, 4, 4), Blocks(64, 0, 64, 4, 4), Blocks(32, 0, 32, 8, 3)),
+    "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
+    "g_pass": (Blocks(64, 256, 0, 8, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
+    "x_pass": (Blocks(64, 0, 256, 8, 3), Blocks(64, 0, 128, 8, 3), Blocks(32, 0, 64, 8, 2)),
+    "g_reduce": (Blocks(64, 0, 0, 8, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def pass_blocks(
+    kernel: str, device: Device, r_pad: int, dtype: torch.dtype, wide: bool, aligned: bool
+) -> Blocks:
+    """Return the configuration of one of the PASSES.
+
+    Args:
+        dtype: of the large operand.
+        wide: the adapter counts in float32 although dtype does not.
+        aligned: 16 neighbours of the large operand can be read at once.
+    """
+    classes = zip(PASSES[kernel], _RANK_CLASSES, strict=True)
+    blocks = next(b for b, most in classes if r_pad <= most)
+    # Tiles of float32 take twice the registers, and without TF32 are not for tensor cores; those of
+    # float16 under a float32 adapter become TF32. Before sm_90 operands are kept in registers.
+    wide = wide and kernel != "low_rank_add"
+    if dtype == torch.float32 or (wide and r_pad > 16 and device.family in ("sm_80", "sm_86")):
+        narrow = 4
+    else:
+        narrow = 2 if wide and dtype == torch.float16 else 1
+    # Unaligned, every entry has its own address.
+    most = 256 if aligned else 32
+    n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
+    stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
+    return blocks._replace(m=min(blocks.m, most), n=n, k=k, stages=stages)
+
+
+def one_pass_blocks(device: Device, M: int) -> Blocks:
+    """Return the configuration of the GEMM for one_pass."""
+    return ONE_PASS[device.family][0 if M <= 16 else 1]
+
+
+def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
+    """List the GEMM's configurations with registers and memory enough, largest tile first."""
+    if problem.dtype == torch.float32:
+        return [GEMM_GENERAL]
+    few_ranks = problem.r_pad <= 16
+    if problem.product == "dropped dx":
+        # The mask is made beside a whole tile.
+        widest = 64 if device.family == "sm_100" and not few_ranks else 128
+        return [b for b in GEMM[device.family] if b.n <= widest and not b.flatten]
+    # Flattened, the loads of the low-rank step are pipelined like those of the main loop, and take
+    # as much shared memory.
+    return [b for b in GEMM[device.family] if few_ranks or not b.flatten]
+
+
+def is_allowed(path: str, problem: Problem) -> bool:
+    """Tell whether a path can compute a problem whose operands are aligned."""
+    if path != "one_pass":
+        return True
+    few = problem.M <= ONE_PASS_ROWS and problem.r_pad <= ONE_PASS_RANKS
+    return few and problem.product == "y" and problem.dtype != torch.float32
+
+
+def choose(
+    device: Device,
+    problem: Problem,
+    path: str | Plan = "auto",
+    possible: tuple[str, ...] = PATHS,
+    aligned: bool = True,
+) -> Plan:
+    """Return the plan for a problem.
+
+    Args:
+        path: a plan, which is taken as it is; the name of one of PATHS, which is taken if it is
+            possible, else two_pass is; or "auto".
+        possible: the paths that can compute this product.
+        aligned: 16 neighbours of each operand can be read at once.
+
+    Raises:
+        ValueError: there is no path of that name.
+    """
+    if isinstance(path, Plan):
+        return path
+    if path != "auto":
+        if path not in PATHS:
+            raise ValueError(f"path must be 'auto' or one of {', '.join(PATHS)}, got {path!r}")
+        possible = (path,) if path in possible else ("two_pass",)
+    return _choose(device, problem, possible, aligned)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(device: Device, problem: Problem, possible: tuple[str, ...], aligned: bool) -> Plan:
+    if not aligned:
+        return Plan("cublas" if "cublas" in possible else "two_pass", GEMM_GENERAL)
+    paths = tuple(path for path in possible if is_allowed(path, problem)) or ("two_pass",)
+    measured = _table(device.name).get(problem._replace(M=bucket(problem.M)))
+    if measured is not None and measured.path in paths:
+        return measured
+    path = min(paths, key=lambda path: predicted_seconds(path, device.family, problem))
+    if path == "one_pass":
+        return Plan(path, one_pass_blocks(device, problem.M))
+    candidates = gemm_candidates(device, problem)
+    for blocks in candidates:
+        # The largest tile of which there are enough to keep most multiprocessors busy.
+        if ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n) >= 0.75 * device.sms:
+            return Plan(path, blocks)
+    return Plan(path, candidates[-1])
+
+
+# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the speed of our GEMM
+# as a part of cuBLAS's. Only their ratios matter. Measured: FLOP/s and bytes/s of sm_90, on an
+# H200. From data sheets: those of an A100 80 GB, an RTX 4090 and a B200. Guessed: every third
+# number; 0.98 on sm_90 is what persistent Triton GEMMs with descriptors are reported to reach on
+# Hopper (97 to 98 %), and 0.90 leaves compute-bound problems to cuBLAS.
+CEILINGS = {
+    "sm_80": (312e12, 2.0e12, 0.90),
+    "sm_86": (165e12, 1.0e12, 0.90),
+    "sm_90": (788e12, 4.3e12, 0.98),
+    "sm_100": (2250e12, 8.0e12, 0.90),
+}
+# A guess: between the end of a kernel and the start of the one that waits for it.
+_LAUNCH_SECONDS = 2e-6
+
+
+def predicted_seconds(path: str, family: str, problem: Problem) -> float:
+    """Compute the least time of a path by its FLOPs, bytes and launches (design, section 5)."""
+    flops, bandwidth, ours = CEILINGS[family]
+    dtype, M, K, N, r_pad, _ = problem
+    if dtype.itemsize == 4:
+        # A guess: without TF32 such a product does not run on tensor cores, ours at half the speed.
+        flops, ours = flops / 16, 0.5
+    x, w, y = (n * dtype.itemsize for n in (M * K, N * K, M * N))
+
+    def gemm(low_rank: int) -> float:
+        return max((2 * M * K * N + low_rank) / flops, (x + w + y) / bandwidth)
+
+    add = 2 * M * N * r_pad
+    if path == "one_pass":
+        return gemm(add + 2 * M * K * r_pad * ceil_div(N, 32)) / ours + _LAUNCH_SECONDS
+    down = x / bandwidth + _LAUNCH_SECONDS
+    if path == "two_pass":
+        return down + gemm(add) / ours + _LAUNCH_SECONDS
+    return down + gemm(0) + 2 * y / bandwidth + 2 * _LAUNCH_SECONDS
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    families = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    family = families.get(capability, "sm_86")
+    return Device(properties.name, family, properties.multi_processor_count)
+
+
+def device_of(device: torch.device) -> Device:
+    """Describe the GPU, or for a CPU (the interpreter) a small one with descriptors."""
+    if device.type != "cuda":
+        return Device("interpreter", "sm_90", 4)
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def padded_rank(r: int) -> int:
+    """Round r up to a power of two that `tl.dot` takes: the R_PAD of the kernels."""
+    return max(16, bucket(r))
+
+
+def bucket(M: int) -> int:
+    """Round M up to a power of two, which is what a measured entry is for."""
+    return 1 << max(M - 1, 0).bit_length()
+
+
+def cache_path() -> Path:
+    """Return where the user's table is: in $ADALORA_KERNELS_CACHE, or below $XDG_CACHE_HOME."""
+    folder = os.environ.get("ADALORA_KERNELS_CACHE")
+    if folder is not None:
+        return Path(folder) / _SHIPPED.name
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "adalora_kernels" / _SHIPPED.name
+
+
+@functools.cache
+def _table(device_name: str) -> Mapping[Problem, Plan]:
+    """Read the measured plans for a device, once per process; the user's come first."""
+    return read_table(_SHIPPED, device_name) | read_table(cache_path(), device_name)
+
+
+def read_table(path: Path, device_name: str) -> dict[Problem, Plan]:
+    """Read the entries of one table file for a device, by problem with M a power of two.
+
+    No file is an empty table.
+
+    Raises:
+        ValueError: the file is not such a table; the message names it.
+    """
+    try:
+        plans = {}
+        for entry in _entries(path):
+            if entry["device"] == device_name and entry["path"] in PATHS:
+                problem = Problem(getattr(torch, entry["dtype"]), *entry["problem"])
+                plans[problem] = Plan(entry["path"], Blocks(*entry["gemm"]))
+        return plans
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a launch table ({error!r}); delete it") from error
+
+
+def write_table(path: Path, device_name: str, plans: Mapping[Problem, Plan]) -> None:
+    """Put `plans` into the table at `path`, in place of those for the same problems."""
+    entries = _entries(path)
+    for problem, plan in plans.items():
+        key = {
+            "device": device_name,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "problem": [bucket(problem.M), *problem[2:]],
+        }
+        entries = [entry for entry in entries if not key.items() <= entry.items()]
+        entries.append({**key, "path": plan.path, "gemm": list(plan.gemm)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    lines = ",\n".join(map(json.dumps, entries))
+    partial.write_text(f'{{"entries": [\n{lines}\n]}}\n')
+    partial.replace(path)
+    forget_tables()
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def forget_tables() -> None:
+    """Forget what was read and chosen, so that tables are read again."""
+    _table.cache_clear()
+    _choose.cache_clear()
