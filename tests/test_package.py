@@ -25,6 +25,8 @@ LAYERS = [
     {"reference", "adapters", "checks", "kernels", "_extension"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"svd_linear_jit", "plans"}, {"launch"}]
+PEFT = [{"model"}, {"allocator"}, {"config", "layers", "reminder"}, {"saving"}]
+EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 
 
 def test_import_loads_none_of_the_optional_packages():
@@ -49,25 +51,40 @@ def test_submodules_load_when_they_are_used():
         _ = adalora_kernels.nothing
 
 
-def own_imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+def own_imports(path, level=1):
+    """What is imported when the program runs, not for types only."""
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.level == level:
             yield from [node.module] if node.module else [a.name for a in node.names]
 
 
 @pytest.mark.parametrize(
-    ("folder", "layers"), [(PACKAGE, LAYERS), (PACKAGE / "kernels", KERNELS)], ids=["", "kernels"]
+    ("folder", "layers"),
+    [
+        (PACKAGE, LAYERS),
+        (PACKAGE / "kernels", KERNELS),
+        (PACKAGE / "peft", PEFT),
+        (PACKAGE / "export", EXPORT),
+    ],
+    ids=["", "kernels", "peft", "export"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}
     files = {p.stem: p for p in folder.glob("*.py") if p.stem != "__init__"}
     packages = {p.parent.name for p in folder.glob("*/__init__.py")}
     assert set(files) | packages == set(level), "every module has its layer"
-    for module, path in files.items():
-        for imported in own_imports(path):
-            if imported != "__version__":
-                outer = imported.split(".")[0]
-                assert level[module] < level[outer], f"{module} imports {imported}"
+    inner = [(name, path) for name in packages for path in (folder / name).glob("*.py")]
+    imports = [(module, i) for module, path in files.items() for i in own_imports(path)]
+    imports += [(package, i) for package, path in inner for i in own_imports(path, level=2)]
+    for module, imported in imports:
+        if imported != "__version__":
+            outer = imported.split(".")[0]
+            assert level[module] < level[outer], f"{module} imports {imported}"
 
 
 def test_kernels_import_nothing_of_ours():

@@ -81,4 +81,4 @@ def test_pefts_own_tests_pass_with_our_classes(tmp_path):
     ours = {name for name in report["forwards"] if name.startswith("adalora_kernels.peft.")}
     assert len(ours) == 3, "layer, tuner and allocator"
     assert set(report["forwards"]) - ours == {"peft.tuners.adalora.layer.SVDConv2d"}
-    assert report["forwards"]["adalora_kernels.peft._SVDLinear"] > 5000
+    assert report["forwards"]["adalora_kernels.peft.layers.FusedSVDLinear"] > 5000
