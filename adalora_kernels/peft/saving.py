@@ -79,13 +79,13 @@ class AdaptedLayer:
 def adapted_layers(adapters: list[Adapter], allocator: RankAllocator | None) -> list[AdaptedLayer]:
     """The layer of each adapter. Reads the device.
 
-    Without an allocator, those with lora_E = 0 count as pruned, unless they all are: then the
-    adapter is new.
+    Without an allocator, triplets with lora_E = 0 count as pruned; but if that is all of them, the
+    adapter is new and nothing is.
 
     Args:
         adapters: adapters of one model.
-        allocator: the allocator of some or all of them. Of the others, it has no opinion: a
-            triplet is chosen for a file where it adds something.
+        allocator: the allocator of some or all of them. All triplets of the others count as
+            pruned, so that a file gets those that add something.
 
     Raises:
         ValueError: the allocator is for none of the adapters, or for other ranks.
