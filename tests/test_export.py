@@ -625,11 +625,14 @@ def test_a_fresh_adapter_is_saved_whole(apply, tmp_path):
     assert tensors["base_model.model.fc0.lora_E"].shape == (6, 1)
 
 
-def test_total_step_that_nobody_knows(tmp_path):
-    model = fill(make())
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_numbers_that_peft_would_not_read_back(save, tmp_path):
+    model = fill(make(lora_alpha=0))
+    adalora_kernels.peft.apply(model)
     model.peft_config["default"].total_step = None
-    save_adapter(model, tmp_path)
-    assert read(tmp_path)[0]["total_step"] == 9
+    save(model, tmp_path)
+    config, _ = read(tmp_path)
+    assert config["total_step"] == 9 and config["lora_alpha"] == 6
     torch.testing.assert_close(logits(loaded(tmp_path)), logits(model))
 
 

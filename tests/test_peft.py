@@ -622,17 +622,6 @@ def test_an_adapter_inside_another_model():
     assert adalora_kernels.peft.allocator_of(nn.Sequential(model)) is report.allocator
 
 
-def test_transformers_add_adapter():
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    )
-    model.add_adapter(AdaLoraConfig(init_r=3, target_r=1, total_step=9, target_modules=["query"]))
-    report = adalora_kernels.peft.apply(model)
-    assert len(report.swapped) == 1 and report.allocator.schedule.init_budget == 3
-    assert callable(model.update_and_allocate)
-
-
 def test_mixed_adapters():
     torch.manual_seed(0)
     config = AdaLoraConfig(
