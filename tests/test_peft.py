@@ -125,7 +125,7 @@ def runs():
         yield pytest.param(*(v[j] for v, j in zip(values, indices, strict=True)), marks=marks)
 
 
-@pytest.mark.parametrize(("schedule", "layers", "dtype", "kind"), runs(), ids=str)
+@pytest.mark.parametrize(("schedule", "layers", "dtype", "kind"), list(runs()), ids=str)
 def test_thirty_steps_follow_peft(schedule, layers, dtype, kind):
     theirs, ours = (make(dtype=dtype, **layers, **schedule) for _ in range(2))
     assert len(adalora_kernels.peft.apply(ours).swapped) == 3
@@ -410,7 +410,11 @@ def test_apply_goes_on_from_pefts_averages():
     theirs, ours = make(tinit=3, tfinal=5), make(tinit=3, tfinal=5)
     optimizers = [optimizer_of(m, "sgd") for m in (theirs, ours)]
     train(ours, optimizers[1], range(1, 12))
-    adalora_kernels.peft.apply(ours)
+    averages = vars(ours.base_model.rankallocator)
+    state = adalora_kernels.peft.apply(ours).allocator.state_dict()
+    for key in ("exp_avg_ipt", "exp_avg_unc"):
+        names = (f"fc{i}.lora_{factor}.default" for i in range(3) for factor in "AEB")
+        assert all(map(torch.equal, state[key], (averages[key][name] for name in names)))
     expected = train(theirs, optimizers[0], range(1, 31))
     losses, patterns = train(ours, optimizers[1], range(12, 31))
     assert losses == pytest.approx(expected[0][11:], rel=1e-6, abs=0)
@@ -706,6 +710,20 @@ def test_a_pruned_adapter_is_trained_further(tmp_path, enabled):
     torch.testing.assert_close(loaded(x).logits, logits)
 
 
+def test_a_checkpoint_goes_back_into_the_run_that_wrote_it():
+    model = make(tinit=3, tfinal=5)
+    allocator = adalora_kernels.peft.apply(model).allocator
+    trained(model)
+    allocator.saves_all = True
+    state = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    assert {len(value) for name, value in state.items() if "lora_E" in name} == {6}
+    for parameter in adapter_parameters(model).values():
+        nn.init.zeros_(parameter)
+    set_peft_model_state_dict(model, state)
+    again = get_peft_model_state_dict(model)
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
 def test_rank_zero(tmp_path):
     model = make(tinit=3, tfinal=5, target_r=0)
     adalora_kernels.peft.apply(model)
@@ -736,6 +754,8 @@ def test_a_trainable_adapter_that_is_not_the_first(enabled):
     assert sum(trained(model).ranks().values()) == 4
     model.delete_adapter("second")
     assert adalora_kernels.peft.allocator_of(model) is None
+    assert not hasattr(model.base_model.model, "update_and_allocate")
+    assert model.base_model(x, labels=labels).loss is not None
     model.add_adapter("third", AdaLoraConfig(target_r=2, **options))
     assert adalora_kernels.peft.allocator_of(model).adapters[0].key == "third"
 
@@ -947,10 +967,12 @@ def test_a_forgotten_allocator_is_warned_of_once(loop):
     model = make()
     allocator = adalora_kernels.peft.apply(model).allocator
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), fused=True)
-    if loop == "attached":
-        allocator.attach(optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        if loop == "attached":
+            allocator.attach(optimizer)
+            for _ in range(2):
+                optimizer.step()  # without a gradient there is nothing to allocate yet
         for step in range(1, 6):
             x, labels = batch(step)
             model(x, labels=labels).loss.backward()
