@@ -162,6 +162,7 @@ class CallPeft(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + self.offset)
 
 
+@pytest.mark.full
 def test_01_trainer_does_not_allocate_peft(tmp_path):
     """Trainer never calls update_and_allocate: all triplets stay, and nobody says so."""
     model = make(total_step=10)
@@ -172,7 +173,11 @@ def test_01_trainer_does_not_allocate_peft(tmp_path):
     defect(alive(model) == ALL and kept(model) is None and silent)
 
 
-@pytest.mark.parametrize("total_step", [10, None], ids=["given", "from_the_trainer"])
+@pytest.mark.parametrize(
+    "total_step",
+    [pytest.param(10, marks=pytest.mark.full), None],
+    ids=["given", "from_the_trainer"],
+)
 def test_01_trainer_allocates_ours(tmp_path, total_step):
     """The callback attaches the allocator to Trainer's optimizer, and knows max_steps."""
     with enabled():
@@ -352,6 +357,7 @@ def one_accumulated_step(tmp_path, *callbacks):
     return torch.stack([(g / once[n]).median() for n, g in keep.gradients.items()])
 
 
+@pytest.mark.full
 def test_03_regulariser_under_accumulation_peft(tmp_path):
     """Trainer divides a causal LM's loss by the tokens of all micro-batches before the forward;
     what PEFT adds in each forward is not divided, and counts four times."""
@@ -444,6 +450,7 @@ def error_after_reloading(model, path):
     return ((trained - reloaded).norm() / trained.norm()).item()
 
 
+@pytest.mark.full
 def test_05_ranknum_drifts_peft(tmp_path):
     """Casting the adapter makes ranknum, of which the scaling is made, a trainable parameter. It
     drifts, and is not saved: what is loaded is not what was trained."""
@@ -493,6 +500,7 @@ def resume(path, way, callback):
     return model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("way", "error", "message"),
     [("new", RuntimeError, "size mismatch"), ("loaded", IndexError, "shape of the mask")],
@@ -543,8 +551,15 @@ def test_07_continuing_from_a_pruned_adapter_peft(tmp_path):
     defect(alive(model) <= 1)
 
 
-@pytest.mark.parametrize("takes_over", ["apply", "enable"])
-@pytest.mark.parametrize(("target_r", "expected"), [(3, 9), (2, 6)], ids=["same", "lower"])
+@pytest.mark.parametrize(
+    ("target_r", "expected", "takes_over"),
+    [
+        (3, 9, "apply"),
+        (2, 6, "enable"),
+        pytest.param(3, 9, "enable", marks=pytest.mark.full),
+        pytest.param(2, 6, "apply", marks=pytest.mark.full),
+    ],
+)
 def test_07_continuing_from_a_pruned_adapter_ours(tmp_path, target_r, expected, takes_over):
     """Our budget starts from the triplets that are there; what is saved then loads in PEFT."""
     save_a_pruned_adapter(tmp_path / "first")
@@ -559,6 +574,7 @@ def test_07_continuing_from_a_pruned_adapter_ours(tmp_path, target_r, expected, 
     torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits)
 
 
+@pytest.mark.full
 def test_07_resuming_what_was_continued_ours(tmp_path):
     """A checkpoint of such a run holds the triplets that it started with, and can be resumed."""
     save_a_pruned_adapter(tmp_path / "first")
@@ -637,6 +653,7 @@ def error_of_the_saved_adapter(model, path):
 FAST = {"learning_rate": 5e-2, "lr_scheduler_type": "constant"}
 
 
+@pytest.mark.full
 def test_09_last_mask_peft(tmp_path):
     """Trainer counts from 0 where PEFT has to be called, so step total_step never comes, which
     would have pruned for the last time: here no triplet is pruned in the end, and what saving
@@ -860,6 +877,7 @@ def two_processes(tmp_path_factory):
     return [json.loads(Path(f"{rendezvous}.{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.full
 def test_12_ddp_with_reentrant_checkpointing_peft(two_processes):
     """The loss touches lora_A and lora_B once in a checkpointed layer and once in the regulariser
     outside of it; DDP can't reduce a gradient that comes twice."""
@@ -873,11 +891,13 @@ def test_12_ddp_with_reentrant_checkpointing_ours(two_processes):
     assert first == second and first[0] == 8
 
 
+@pytest.mark.full
 def test_12_fsdp2_peft(two_processes):
     """PEFT's regulariser takes the local shard of the Gram matrix, and an identity of full size."""
     defect(all("size of tensor" in r["fsdp2_peft"] for r in two_processes))
 
 
+@pytest.mark.full
 def test_12_fsdp2_ours(two_processes):
     """Sharded adapters are not supported yet. The first step says so, with a regulariser or without
     one, and nothing is allocated from the shards of one process."""

@@ -6,6 +6,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import assert_as_good_as_eager
 from hypothesis import HealthCheck, given, settings
@@ -174,11 +175,14 @@ def assert_same_function(model, x, expected):
     assert (logits - expected).norm() <= tolerance * expected.norm()
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(cases())
-def test_any_config(case):
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.full)])
+def test_any_config(examples):
+    checks = list(HealthCheck)
+    options = {"deadline": None, "derandomize": True, "suppress_health_check": checks}
+    settings(max_examples=examples, **options)(given(cases())(check_config))()
+
+
+def check_config(case):
     net, config, steps, seed = case
     dtype = net["dtype"]
     x, labels = batch(seed, dtype)

@@ -8,10 +8,19 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
+import peft_own_tests_plugin as plugin
 import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import nn
+
+import adalora_kernels.peft
 
 HERE = Path(__file__).resolve().parent
 ROOT = f"peft-{version('peft')}"
@@ -31,6 +40,12 @@ PLAIN = {
 }
 # Of these, those that we fail on purpose (`DIFFERENT` in the plugin).
 DIFFERENT = {"test_seq_classifier.py": 3}
+# The classes that run instead of PEFT's.
+OURS = {
+    "adalora_kernels.peft.layers.FusedSVDLinear",
+    "adalora_kernels.peft.model.AllocatedAdaLoraModel",
+    "adalora_kernels.peft.allocator.PeftRankAllocator",
+}
 
 
 def outcome(folder, *options):
@@ -43,7 +58,7 @@ def outcome(folder, *options):
     (folder / "tests" / "__init__.py").touch()
     (folder / "tmp").mkdir()
     environment = {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_ADDOPTS": "",
         "HF_HOME": str(folder / "hf"),
@@ -67,6 +82,52 @@ def outcome(folder, *options):
     return json.loads((folder / "report.json").read_text())
 
 
+def item(name="test_it", function=lambda: None, **parameters):
+    """A test as pytest collects it."""
+    found = SimpleNamespace(name=name, originalname=name, function=function)
+    if parameters:
+        found.callspec = SimpleNamespace(params=parameters)
+    return found
+
+
+def test_what_is_picked():
+    config = AdaLoraConfig(total_step=9)
+    for picked in (item(config=config), item(config=AdaLoraConfig), item("test_adalora_merges")):
+        assert plugin.is_about_adalora(picked)
+    assert plugin.is_about_adalora(item(function=lambda: AdaLoraConfig(total_step=9)))
+    left_out = next(iter(plugin.LEFT_OUT))
+    for other in (item(), item("test_adalora", config=LoraConfig), item(left_out, config=config)):
+        assert not plugin.is_about_adalora(other)
+
+
+def test_a_test_that_needs_the_hub_is_told_from_one_that_fails():
+    error = huggingface_hub.errors.LocalEntryNotFoundError("offline")
+    outer = OSError("no such model")
+    outer.__cause__ = error
+    assert plugin.misses_the_hub(error) and plugin.misses_the_hub(outer)
+    assert not plugin.misses_the_hub(OSError("no such model"))
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "pefts"])
+def test_forwards_are_counted_by_class(ours, monkeypatch):
+    monkeypatch.setattr(plugin, "forwards", Counter())
+    config = AdaLoraConfig(total_step=9, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    if ours:
+        adalora_kernels.peft.apply(model)
+    handle = nn.modules.module.register_module_forward_hook(plugin.count_forward)
+    try:
+        model(torch.ones(1, 4))
+        model.base_model(torch.ones(1, 4))
+    finally:
+        handle.remove()
+    classes = {"layer.SVDLinear", "model.AdaLoraModel", "layer.RankAllocator"}
+    expected = OURS if ours else {f"peft.tuners.adalora.{name}" for name in classes}
+    assert set(plugin.forwards) == expected
+    assert max(plugin.forwards.values()) == 2
+
+
+@pytest.mark.full
 @pytest.mark.skipif(
     not ARCHIVE.is_file(),
     reason=f"{ARCHIVE.relative_to(HERE.parent)} is missing: `make install` downloads it",
@@ -78,7 +139,5 @@ def test_pefts_own_tests_pass_with_our_classes(tmp_path):
     }
     assert report["failed_on_purpose"] == DIFFERENT
     # Nothing of PEFT's ran but the convolutions, which stay as they are.
-    ours = {name for name in report["forwards"] if name.startswith("adalora_kernels.peft.")}
-    assert len(ours) == 3, "layer, tuner and allocator"
-    assert set(report["forwards"]) - ours == {"peft.tuners.adalora.layer.SVDConv2d"}
-    assert report["forwards"]["adalora_kernels.peft._SVDLinear"] > 5000
+    assert set(report["forwards"]) == OURS | {"peft.tuners.adalora.layer.SVDConv2d"}
+    assert report["forwards"]["adalora_kernels.peft.layers.FusedSVDLinear"] > 5000

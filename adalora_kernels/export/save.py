@@ -1,0 +1,189 @@
+"""Writes an adapter as AdaLoRA or as plain LoRA."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..allocator import RankAllocator
+from ..peft.saving import FACTORS, rank_pattern_for_file
+from .adapter import (
+    PREFIX,
+    OpenedAdapter,
+    lora_E_factor,
+    open_adapter,
+    parameters_in_use,
+    scaling_and_ranknum,
+)
+from .files import replacing, write_adapter
+from .state import STATE_NAME, save_state
+
+# What a plain LoRA adapter has in common with the AdaLoRA adapter that it was.
+_CARRIED = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "bias",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    full_rank: bool = False,
+    adapter_name: str | None = None,
+    allocator: RankAllocator | None = None,
+) -> None:
+    """Write an AdaLoRA adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    Plain PEFT reads both kinds. The one for release is pruned, and the same function: a triplet is
+    left out only if it is pruned *and* adds nothing now (its lora_E is 0). The rank_pattern
+    says which of the init_r triplets there are. Without an allocator, pruned is what has
+    lora_E = 0, unless all of it is. Files are written beside and then renamed, so a file is never
+    half written.
+
+    Args:
+        model: a PEFT model (ours or plain, or with injected layers), or one of `SVDLinear` layers,
+            which is written for the same model of `nn.Linear` layers: with the biases beside an
+            adapter if they are trainable, and without whatever else was trained. DDP's and
+            torch.compile's wrappers may be around it; sharded parameters (FSDP, ZeRO-3) have to
+            be gathered first.
+        path: a folder; it is created.
+        full_rank: a checkpoint to train on from: all triplets, and with an allocator its state in
+            adalora_state.safetensors.
+        adapter_name: which of PEFT's adapters; by default the only one, or the trainable one.
+        allocator: by default the one that `peft.apply` gave the model, if any.
+
+    Raises:
+        TypeError: `model` is not a module, or a layer is neither PEFT's nor ours.
+        ValueError: no such adapter in the model; an allocator of another model; SVDLinear layers
+            with different r or lora_alpha.
+    """
+    opened = open_adapter(model, adapter_name, allocator)
+    if opened.key is None:
+        names = [layer.name for layer in opened.layers]
+        opened.config["target_modules"] = _exact_targets(names, opened.root)
+    tensors, _ = opened.other_tensors()
+    chosen = {layer.name: layer.chosen(checkpoint=full_rank) for layer in opened.layers}
+    for layer in opened.layers:
+        lora_A, lora_E, lora_B = parameters_in_use(layer)
+        factor = lora_E_factor(layer, *opened.scaling_and_ranknum)
+        if factor != 1.0:
+            lora_E = (lora_E.double() * factor).to(lora_E.dtype)
+        for (name, dim), part in zip(FACTORS, (lora_A, lora_E, lora_B), strict=True):
+            selected = layer.select(part, dim, chosen[layer.name])
+            tensors[f"{PREFIX}{layer.name}.{name}"] = selected
+    pattern = rank_pattern_for_file(chosen, _rows_of_init_r(opened))
+    opened.config["rank_pattern"] = pattern
+    with replacing(Path(path)) as folder:
+        write_adapter(folder, opened.config, tensors)
+        if full_rank and opened.allocator is not None:
+            save_state(opened.allocator, folder / STATE_NAME)
+        else:
+            Path(path, STATE_NAME).unlink(missing_ok=True)
+
+
+def _rows_of_init_r(opened: OpenedAdapter) -> dict[str, list[bool]]:
+    """Which of the init_r triplets each layer's run has begun with; empty where it is all of them.
+
+    Those of a pruned adapter that was loaded count as the first: it is in these rows that
+    `load_adapter` puts them back.
+    """
+    init_r = opened.config["init_r"]
+    lengths = {layer.name: len(layer.alive) for layer in opened.layers}
+    if all(length == init_r for length in lengths.values()):
+        return {}
+    return {name: [row < length for row in range(init_r)] for name, length in lengths.items()}
+
+
+def export_lora(
+    model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str | None = None
+) -> None:
+    """Write an AdaLoRA adapter as a plain LoRA adapter in PEFT's format.
+
+    It is exact, that is the same function up to rounding: lora_A' = lora_A and
+    lora_B' = lora_B · diag(lora_E) · scaling of the triplets whose lora_E is not 0, multiplied in
+    float64 and rounded once to the adapter's dtype. Each module has its own rank, and lora_alpha
+    equal to it, so that LoRA's scaling is 1. Modules without a triplet are no longer targets.
+    Biases and modules_to_save are in it unchanged.
+
+    Args:
+        model, path, adapter_name: as in `save_adapter`.
+
+    Raises:
+        TypeError, ValueError: as `save_adapter`.
+        ValueError: no triplet is left in any module.
+    """
+    opened = open_adapter(model, adapter_name, None)
+    tensors, ranks = {}, {}
+    for layer in opened.layers:
+        lora_A, lora_E, lora_B = parameters_in_use(layer)
+        nonzero = lora_E.squeeze(1) != 0
+        rank = int(nonzero.sum())
+        if rank == 0:
+            continue
+        scaling, ranknum = scaling_and_ranknum(layer)
+        weights = lora_E[nonzero].double() * (scaling / (ranknum + 1e-5))
+        a = lora_A[nonzero]
+        b = (lora_B[:, nonzero].double() * weights.T).to(lora_B.dtype)
+        base = getattr(layer.module, "base_layer", None)
+        if isinstance(base, nn.Conv2d):
+            a = a.reshape(rank, -1, *base.kernel_size)
+            b = b.reshape(-1, rank, 1, 1)
+        ranks[layer.name] = rank
+        tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = b
+    if not ranks:
+        raise ValueError("no triplet is left in any module: there is no LoRA adapter to write")
+    tensors |= _other_tensors_of_lora(opened, ranks)
+    with replacing(Path(path)) as folder:
+        write_adapter(folder, _lora_config(opened, ranks), tensors)
+
+
+def _other_tensors_of_lora(opened: OpenedAdapter, ranks: dict[str, int]) -> dict[str, Tensor]:
+    """Biases and modules_to_save, by their names beside a LoRA with these targets."""
+    untargeted = tuple(
+        f"{PREFIX}{layer.name}.base_layer." for layer in opened.layers if layer.name not in ranks
+    )
+    return {
+        # A bias beside a module that is no target any more: its layer has no wrapper.
+        key.replace(".base_layer.", ".") if key.startswith(untargeted) else key: tensor
+        for key, tensor in opened.other_tensors()[0].items()
+    }
+
+
+def _lora_config(opened: OpenedAdapter, ranks: dict[str, int]) -> dict[str, Any]:
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules=_exact_targets(list(ranks), opened.root),
+        inference_mode=True,
+        **{name: opened.config[name] for name in _CARRIED if name in opened.config},
+    )
+    return dict(config.to_dict())
+
+
+def _exact_targets(names: list[str], root: nn.Module) -> list[str] | str:
+    """PEFT's target_modules for exactly these layers.
+
+    A list; or a regex, where PEFT's matching by the end of a name would take other layers too.
+    """
+    wanted = set(names)
+    for module_name, _ in root.named_modules():
+        if module_name not in wanted and any(module_name.endswith(f".{n}") for n in wanted):
+            return "|".join(map(re.escape, sorted(wanted)))
+    return sorted(wanted)

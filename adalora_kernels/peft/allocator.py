@@ -1,0 +1,108 @@
+"""The allocator of a PEFT model: ours, with the numbers that stand in its AdaLoraConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from peft import AdaLoraConfig
+from peft.tuners.adalora import AdaLoraModel
+from torch import nn
+
+from ..allocator import BudgetSchedule, RankAllocator
+from .config import follow
+from .reminder import expect_steps
+
+# What an AdaLoraConfig and a BudgetSchedule have in common.
+_SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
+
+
+class PeftRankAllocator(RankAllocator):
+    """Ours, with the schedule and the weight of the regulariser that stand in an AdaLoraConfig.
+
+    Scripts set total_step and the like on the config when they know them.
+
+    Attributes:
+        saves_all: whether PEFT's save writes all triplets: a checkpoint to go on from.
+    """
+
+    def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
+        self._config = config
+        self._schedule: BudgetSchedule
+        # The config's numbers from which `_schedule` was made.
+        self._schedule_source: tuple[int | None, ...]
+        self.saves_all = False
+        super().__init__(
+            root,
+            target_r=config.target_r,
+            total_step=config.total_step,
+            tinit=config.tinit,
+            tfinal=config.tfinal,
+            deltaT=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            adapter_name=adapter_name,
+            orth_reg_weight=config.orth_reg_weight,
+        )
+
+    @property
+    def adapter_name(self) -> str | None:
+        """PEFT's name of the adapter that is allocated."""
+        return self.adapters[0].key
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The `BudgetSchedule` of the config."""
+        current = self._numbers_in_config()
+        if current != self._schedule_source:
+            options: dict[str, Any] = dict(zip(_SCHEDULE, current[1:], strict=True))
+            if current[0] != self._schedule_source[0]:
+                options["target_budget"] = self._config.target_r * len(self.adapters)
+            self._schedule = dataclasses.replace(self._schedule, **options)
+            self._schedule_source = current
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: BudgetSchedule) -> None:
+        for name in _SCHEDULE:
+            setattr(self._config, name, getattr(schedule, name))
+        self._schedule, self._schedule_source = schedule, self._numbers_in_config()
+
+    def _numbers_in_config(self) -> tuple[int | None, ...]:
+        return tuple(getattr(self._config, name) for name in ("target_r", *_SCHEDULE))
+
+    @property
+    def orth_reg_weight(self) -> float:
+        """The config's."""
+        return self._config.orth_reg_weight
+
+    @orth_reg_weight.setter
+    def orth_reg_weight(self, weight: float) -> None:
+        self._config.orth_reg_weight = weight
+
+    @property
+    def begun(self) -> bool:
+        """Whether there may be something that is pruned."""
+        return self.global_step > 0 or self.frozen
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`)."""
+        if not self.attached:
+            self.step(global_step)
+
+    def bind(self, root: Any, tuner: AdaLoraModel | None) -> None:
+        """Let config and tuner know this allocator, and the model `root` keep it alive."""
+        if tuner is not None:
+            tuner.rankallocator = self
+            tuner.trainable_adapter_name = self.adapter_name
+        root.update_and_allocate = self.update_and_allocate
+        self._bind_config()
+
+    def _bind_config(self) -> None:
+        follow(self._config, self)
+        if self.global_step == 0:
+            expect_steps(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind_config()

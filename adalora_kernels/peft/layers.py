@@ -1,0 +1,128 @@
+"""PEFT's AdaLoRA layers with our forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.adalora import SVDLinear, SVDQuantLinear
+from peft.tuners.adalora.layer import AdaLoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import functional
+
+
+class FusedLayer:
+    """The forward of a PEFT layer over `functional.svd_linear` and `svd_delta`."""
+
+    # ranknum + 1e-5 as floats: read from the device once, not in every forward.
+    _ranknums: dict[str, float]
+
+    def _scaling_of(self: Any, adapter_name: str) -> float:
+        if adapter_name not in self._ranknums:
+            self._ranknums[adapter_name] = float(self.ranknum[adapter_name].detach()) + 1e-5
+        return self.scaling[adapter_name] / self._ranknums[adapter_name]
+
+    def _arguments_of(self: Any, adapter_name: str) -> dict[str, Any]:
+        """What `svd_linear` and `svd_delta` have to know about one adapter."""
+        dropout = self.lora_dropout[adapter_name]
+        active = isinstance(dropout, nn.Dropout) and dropout.training
+        return {
+            "lora_A": self.lora_A[adapter_name],
+            "lora_E": self.lora_E[adapter_name],
+            "lora_B": self.lora_B[adapter_name],
+            "mask": getattr(self, f"_mask_{adapter_name}", None),
+            "scaling": self._scaling_of(adapter_name),
+            "dropout_p": dropout.p if active else 0.0,
+        }
+
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; it makes a new ranknum, whose value the caller may still change."""
+        self._ranknums.pop(adapter_name, None)
+        super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+    def set_mask(self: Any, mask: Tensor | None, key: str | None) -> None:
+        """The allocator's frozen pattern (r,) bool for the adapter `key`."""
+        self.register_buffer(f"_mask_{key}", mask, persistent=False)
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, with the base layer and the adapter in one op where that is possible."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        base = self.base_layer
+        first, *further = (self._arguments_of(name) for name in names)
+        if not args and not kwargs and _is_plain(base):
+            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+            result = functional.svd_linear(x, weight, bias=base.bias, **first)
+        else:
+            result = functional.svd_delta(base(x, *args, **kwargs), x, **first)
+        for arguments in further:
+            result = functional.svd_delta(result, x, **arguments)
+        return result
+
+
+class FusedSVDLinear(FusedLayer, SVDLinear):
+    """PEFT's SVDLinear with our forward."""
+
+
+class FusedSVDQuantLinear(FusedLayer, SVDQuantLinear):
+    """PEFT's layer over GPTQ's, with our forward."""
+
+
+_FUSED_CLASSES: dict[type, type] = {SVDLinear: FusedSVDLinear, SVDQuantLinear: FusedSVDQuantLinear}
+
+if is_bnb_available():
+    from peft.tuners.adalora import SVDLinear8bitLt
+
+    class FusedSVDLinear8bitLt(FusedLayer, SVDLinear8bitLt):
+        """PEFT's layer over bitsandbytes' 8-bit ones, with our forward."""
+
+    _FUSED_CLASSES[SVDLinear8bitLt] = FusedSVDLinear8bitLt
+
+if is_bnb_4bit_available():
+    from peft.tuners.adalora import SVDLinear4bit
+
+    class FusedSVDLinear4bit(FusedLayer, SVDLinear4bit):
+        """PEFT's layer over bitsandbytes' 4-bit ones, with our forward."""
+
+    _FUSED_CLASSES[SVDLinear4bit] = FusedSVDLinear4bit
+
+
+def adalora_layers(root: nn.Module) -> dict[str, AdaLoraLayer]:
+    """PEFT's AdaLoRA layers in `root` by name, whether ours or as PEFT has made them."""
+    return {name: m for name, m in root.named_modules() if isinstance(m, AdaLoraLayer)}
+
+
+def swap_forward(layer: Any) -> None:
+    """Make a layer of PEFT's one of ours, in place; without effect if there is no such class."""
+    fused = _FUSED_CLASSES.get(type(layer))
+    if fused is None:
+        return
+    layer.__class__ = fused
+    layer._ranknums = {}
+    for adapter_name, ranknum in layer.ranknum.items():
+        if not ranknum.is_meta:
+            layer._scaling_of(adapter_name)
+
+
+def freeze_ranknums(root: nn.Module) -> None:
+    """Keep the optimizer away from ranknum, which is a constant.
+
+    PEFT makes it trainable when it casts an adapter to another dtype or moves it.
+    """
+    for layer in adalora_layers(root).values():
+        for ranknum in layer.ranknum.values():
+            ranknum.requires_grad_(False)
+
+
+def _is_plain(base: Any) -> bool:
+    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward."""
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and "forward" not in base.__dict__
+        and not (base._forward_hooks or base._forward_pre_hooks)
+        and not (base._backward_hooks or base._backward_pre_hooks)
+        and base.weight.is_floating_point()
+    )
