@@ -13,6 +13,8 @@ from .adapters import Adapter, find_adapters
 from .checks import as_grad_scale, check_weight
 from .orthogonality import orth_reg_grad_
 
+# Logs of a training have the values of `RankAllocator.summary` under these names.
+LOG_PREFIX = "adalora/"
 _STATE_FORMAT = 1
 
 

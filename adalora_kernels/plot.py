@@ -9,10 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .allocator import RankAllocator
+from .allocator import LOG_PREFIX, RankAllocator
 
 _SUFFIX = re.compile(r"\.?lora_E(\.[^.]+)?$")
-LOGGED = "adalora/"  # how AdaLoraCallback's keys begin
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<matrix>.+)$")
 
 
@@ -113,12 +112,12 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
         ImportError: matplotlib is missing (extra "plot").
     """
     records = list(history)
-    if any(LOGGED + "budget" in record for record in records):
+    if any(LOG_PREFIX + "budget" in record for record in records):
         # A Trainer's; it also holds evaluations and a summary of the run.
         records = [
-            {key.removeprefix(LOGGED): value for key, value in record.items()}
+            {key.removeprefix(LOG_PREFIX): value for key, value in record.items()}
             for record in records
-            if LOGGED + "budget" in record
+            if LOG_PREFIX + "budget" in record
         ]
     if not records:
         raise ValueError("history is empty")
