@@ -136,7 +136,10 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         allocator.attach(optimizer)
         self._begin(allocator)
         self._run = uuid.uuid4().hex
-        state.stateful_callbacks[_ENTRY] = {"run": self._run, "output_dir": os.fspath(args.output_dir)}
+        state.stateful_callbacks[_ENTRY] = {
+            "run": self._run,
+            "output_dir": os.fspath(args.output_dir),
+        }
         self._warn_of_reporters(args, state)
 
     def on_optimizer_step(
