@@ -24,7 +24,8 @@ from . import peft
 from .allocator import LOG_PREFIX, RankAllocator
 from .export import STATE_NAME, load_state, save_state
 
-# Our entry among the callbacks' states in a checkpoint's trainer_state.json.
+# Our entry among the callbacks' states in a checkpoint's trainer_state.json. The callback is no
+# ExportableState: the Trainer may replace one by a new one, which would have no allocator.
 _ENTRY = "adalora_kernels"
 
 
@@ -44,8 +45,8 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     A PEFT model on which nobody has called `peft.apply` is taken over when the Trainer is made.
 
-    The Trainer does not tell its callbacks which folder it resumes from. They look where the
-    checkpoint was written, in `args.output_dir` and at `args.resume_from_checkpoint`, and take a
+    The Trainer does not tell its callbacks which folder it resumes from. This one looks where the
+    checkpoint was written, in `args.output_dir` and at `args.resume_from_checkpoint`, and takes a
     state only if it is the one that was saved with this very checkpoint. A checkpoint that has been
     moved elsewhere needs `resume_from`.
 
