@@ -22,7 +22,9 @@ from trainer_runs import (
     STEPS,
     Recorder,
     adapter_config,
+    assert_at_target,
     assert_equal_state,
+    assert_saves_its_function,
     base_model,
     collated,
     in_plain_peft,
@@ -211,7 +213,7 @@ def test_bf16_autocast(tmp_path):
         trainer.train()
         assert trainer.accelerator.native_amp == bf16
         assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-        assert total_rank(model) == sum(allocator_of(model).ranks().values()) == BUDGET["llama"]
+        assert_at_target(model)
         assert allocator_of(model).summary()["skipped_steps"] == 0
         runs[bf16] = losses_of(trainer)
     assert runs[True] != runs[False]
@@ -270,8 +272,7 @@ def test_fp16_step_that_overflows(overflow_at, optim, tmp_path):
     assert [r["adalora/skipped_steps"] for r in records] == list(watch.skipped.values())
     schedule = allocator_of(model).schedule
     assert [r["adalora/budget"] for r in records] == [schedule.budget(s) for s in range(1, 13)]
-    assert allocator_of(model).frozen
-    assert total_rank(model) == sum(allocator_of(model).ranks().values()) == BUDGET["llama"]
+    assert_at_target(model)
 
 
 @pytest.mark.parametrize("overflow_in", [pytest.param("lora_A", marks=full), "modules_to_save"])
@@ -289,7 +290,7 @@ def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
         trainer.train()
         assert_equal_state(watch.averages[5], watch.averages[4])
         assert watch.skipped[5] == watch.skipped[12] == 1
-        assert total_rank(model) == BUDGET["llama"]
+        assert_at_target(model)
         runs.append((watch.averages[6], allocator_of(model).ranks()))
     for fused, unfused in zip(runs[0][0], runs[1][0], strict=True):
         torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-8)
@@ -301,24 +302,18 @@ def test_epochs_under_enable(accumulation, enabled, tmp_path):
     # 5 batches an epoch: at accumulation 2 the third step of each has one batch only.
     model = make(total_step=None)
     assert isinstance(allocator_of(model), RankAllocator)
-    trainer = trainer_of(
-        model,
-        tmp_path,
-        accumulation=accumulation,
-        data=rows(5 * BATCH),
-        max_steps=-1,
-        num_train_epochs=3,
-    )
+    epochs = {"max_steps": -1, "num_train_epochs": 3}
+    data = rows(5 * BATCH)
+    trainer = trainer_of(model, tmp_path, accumulation=accumulation, data=data, **epochs)
     trainer.train()
     steps = 15 if accumulation == 1 else 9
     allocator = allocator_of(model)
     assert trainer.state.global_step == allocator.global_step == steps
     assert allocator.schedule.total_step == steps
-    assert allocator.frozen and total_rank(model) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    assert adapter_config(tmp_path / "final")["total_step"] == steps
+    assert_at_target(model)
     adalora_kernels.peft.disable()
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_saves_its_function(trainer, tmp_path / "final")
+    assert adapter_config(tmp_path / "final")["total_step"] == steps
 
 
 def test_total_step_of_the_callback_and_of_the_config(tmp_path):
@@ -330,7 +325,7 @@ def test_total_step_of_the_callback_and_of_the_config(tmp_path):
     for case, (model, callback, total_step) in cases.items():
         trainer_of(model, tmp_path, callbacks=[callback]).train()
         assert allocator_of(model).schedule.total_step == total_step, case
-        assert allocator_of(model).frozen and total_rank(model) == BUDGET["llama"], case
+        assert_at_target(model)
 
 
 def test_total_step_of_a_config_that_is_longer_than_the_training(tmp_path):
@@ -338,9 +333,8 @@ def test_total_step_of_a_config_that_is_longer_than_the_training(tmp_path):
     trainer = trainer_of(model, tmp_path)
     with pytest.warns(UserWarning, match="total_step is 100"):
         trainer.train()
-    allocator = allocator_of(model)
-    assert allocator.schedule.total_step == STEPS
-    assert allocator.frozen and total_rank(model) == BUDGET["llama"]
+    assert allocator_of(model).schedule.total_step == STEPS
+    assert_at_target(model)
 
 
 @pytest.mark.parametrize("deltaT", [pytest.param(1, marks=full), 5])
@@ -354,8 +348,7 @@ def test_training_that_ends_before_the_final_phase(deltaT, tmp_path):
     assert BUDGET["llama"] < budget < 32 and sum(allocator.ranks().values()) == budget
     # What has been pruned at step 10 has come back since then, and is part of the function.
     assert (total_rank(model) == budget) == (deltaT == 1)
-    trainer.save_model(tmp_path / "final")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_saves_its_function(trainer, tmp_path / "final")
 
 
 @pytest.fixture
@@ -402,9 +395,8 @@ def test_logs(logging_steps, reporter, tmp_path):
 
 def test_reporters_that_miss_the_logs_are_warned_of(reporter, tmp_path):
     model, behind = make(orth_reg_weight=0.1), Recorder()
-    trainer = trainer_of(
-        model, tmp_path, callbacks=[AdaLoraCallback(), behind], report_to="recorder"
-    )
+    callbacks = [AdaLoraCallback(), behind]
+    trainer = trainer_of(model, tmp_path, callbacks=callbacks, report_to="recorder")
     with pytest.warns(UserWarning, match=r"recorder will not show .*before_reporters\(trainer\)"):
         trainer.train()
     assert not any("adalora/budget" in record for record in reporter[0].logs)
@@ -436,7 +428,8 @@ def test_training_twice(other_trainer, tmp_path):
     trainer.train()
     # The pattern was final already; what is left goes on learning.
     assert allocator_of(model).global_step == trainer.state.global_step == STEPS
-    assert allocator_of(model).ranks() == ranks and total_rank(model) == BUDGET["llama"]
+    assert allocator_of(model).ranks() == ranks
+    assert_at_target(model)
     after = snapshot(model)
     assert not all(torch.equal(before[name], after[name]) for name in before)
     records = [r for r in trainer.state.log_history if "loss" in r]
@@ -456,9 +449,8 @@ def test_training_again_after_an_interrupt(other_trainer, tmp_path):
     if other_trainer:
         trainer = trainer_of(model, tmp_path)
     trainer.train()
-    assert sum(allocator_of(model).ranks().values()) == total_rank(model) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_at_target(model)
+    assert_saves_its_function(trainer, tmp_path / "final")
 
 
 @pytest.mark.parametrize("callback", [False, True], ids=["without", "with"])
@@ -607,7 +599,6 @@ def test_accelerate_loop_that_overflows(overflow_at, fused):
     options = {"order": "after", "scaler": scaler, "fused": fused, "overflow_at": overflow_at}
     allocator = train_accelerated(model, data, **options)
     assert scaler.get_scale() == 2.0**9
-    assert allocator.frozen
     assert allocator.summary()["skipped_steps"] == int(overflow_at < FINAL_STEP)
-    assert sum(allocator.ranks().values()) == total_rank(model) == BUDGET["llama"]
+    assert_at_target(model)
     assert all(bool(p.isfinite().all()) for p in model.parameters())

@@ -239,6 +239,17 @@ def in_plain_peft(folder, name="llama", dtype=torch.float32):
     return logits_of(model, name)
 
 
+def assert_at_target(model):
+    assert allocator_of(model).frozen
+    assert total_rank(model) == sum(allocator_of(model).ranks().values()) == BUDGET["llama"]
+
+
+def assert_saves_its_function(trainer, folder):
+    """Saves the model, and compares the adapter in plain PEFT with it."""
+    trainer.save_model(folder)
+    torch.testing.assert_close(in_plain_peft(folder), logits_of(trainer.model))
+
+
 class Plain(nn.Module):
     """A torch model of our layers, with the interface that the Trainer wants."""
 
