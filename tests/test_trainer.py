@@ -155,7 +155,7 @@ def test_trains_to_the_budget_and_saves_it(name, accumulation, tmp_path):
     trainer.train()
     budget = BUDGET[name]
     allocator = allocator_of(model)
-    assert allocator.frozen and allocator.global_step == steps
+    assert allocator.frozen and allocator.global_step == steps and not allocator.attached
     assert sum(allocator.ranks().values()) == budget == total_rank(model)
     trainer.save_model(tmp_path / "final")
     pattern = adapter_config(tmp_path / "final")["rank_pattern"]

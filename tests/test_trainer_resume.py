@@ -209,9 +209,8 @@ def test_a_checkpoint_that_was_half_overwritten_is_refused(moved):
         resumed(out, True)
 
 
-def test_a_checkpoint_without_a_mark_has_to_be_named(moved):
-    # Such were written before checkpoints were marked with their run.
-    expected, checkpoint, out = moved
+def unmark(checkpoint):
+    """Makes it one that was written before checkpoints were marked with their run."""
     trainer_state = json.loads((checkpoint / "trainer_state.json").read_text())
     del trainer_state["stateful_callbacks"]["adalora_kernels"]
     (checkpoint / "trainer_state.json").write_text(json.dumps(trainer_state))
@@ -221,6 +220,12 @@ def test_a_checkpoint_without_a_mark_has_to_be_named(moved):
     del state["values"]["run"]
     metadata["adalora_state"] = json.dumps(state)
     save_file(load_file(checkpoint / STATE_FILE), checkpoint / STATE_FILE, metadata=metadata)
+
+
+def test_a_checkpoint_without_a_mark_has_to_be_named(moved):
+    expected, checkpoint, out = moved
+    unmark(checkpoint)
+    unmark(out / "checkpoint-5")
     with pytest.raises(RuntimeError, match=r"resume_from="):
         resumed(out, checkpoint)
     assert_same_run(resumed(out, checkpoint, resume_from=checkpoint), expected)
