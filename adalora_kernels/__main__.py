@@ -1,6 +1,7 @@
-"""`python -m adalora_kernels`: the environment, what each op runs, and a numerical self-check.
+"""`python -m adalora_kernels` prints the environment, what each op runs, and a self-check.
 
-With --tune, on a GPU: measure the paths of the layer op for given layers and remember the fastest.
+With --tune, on a GPU, it measures the paths of the layer op for given layers instead, and remembers
+the fastest.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import importlib.metadata
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib")
 _FACTORS = ("lora_A", "lora_E", "lora_B")
+_MODEL_SHAPES = [(6, 48), (6, 1), (40, 6)] * 3  # the factors of three layers
 
 
 def _version(package: str) -> str:
@@ -48,54 +50,54 @@ def _relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double().cpu() - exact.cpu()).norm() / exact.norm().cpu())
 
 
-def _gradients(
-    op: Callable[..., Tensor], inputs: dict[str, Tensor], grad_y: Tensor
+class Check(NamedTuple):
+    """The errors of one result of an op, relative to float64 on the CPU."""
+
+    what: str
+    error: float
+    plain: float  # that of plain PyTorch, in the dtype and on the device of the op
+
+    @classmethod
+    def of(cls, what: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Check:
+        return cls(what, _relative_error(actual, exact), _relative_error(plain, exact))
+
+
+def _random(shapes: Sequence[tuple[int, ...]], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _run_layer(
+    impl: functional.Impl, inputs: dict[str, Tensor], grad_y: Tensor
 ) -> dict[str, Tensor]:
+    """Run `svd_linear` forward and backward; returns y and the gradients by name."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    y = op(**leaves)
+    op: Callable[..., Tensor] = functional.svd_linear
+    y = op(**leaves, scaling=1.5, impl=impl)
     wanted = [leaves[name] for name in ("x", *_FACTORS)]
     grads = torch.autograd.grad(y, wanted, grad_y.to(y.dtype))
     return {"y": y.detach(), **dict(zip(("dx", "dA", "dE", "dB"), grads, strict=True))}
 
 
-def _check_linear(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
-    """(what, error of the op, error of plain autograd), against float64 on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "x": (33, 48),
-        "weight": (40, 48),
-        "lora_A": (6, 48),
-        "lora_E": (6, 1),
-        "lora_B": (40, 6),
-    }
-    exact = {
-        name: torch.randn(shape, generator=generator).to(dtype).double()
-        for name, shape in shapes.items()
-    }
-    grad_y = torch.randn(33, 40, generator=generator).to(dtype).double()
-    inputs = {name: t.to(device, dtype) for name, t in exact.items()}
-
-    def op(impl: functional.Impl) -> Callable[..., Tensor]:
-        return lambda **tensors: functional.svd_linear(**tensors, scaling=1.5, impl=impl)
-
-    oracle = _gradients(op("reference"), exact, grad_y)
-    plain = _gradients(op("reference"), inputs, grad_y.to(device))
-    for name, actual in _gradients(op("auto"), inputs, grad_y.to(device)).items():
-        yield (
-            f"svd_linear {name}",
-            _relative_error(actual, oracle[name]),
-            _relative_error(plain[name], oracle[name]),
-        )
+def _check_linear(device: str, dtype: torch.dtype) -> list[Check]:
+    names = ("x", "weight", *_FACTORS, "grad_y")
+    shapes = [(33, 48), (40, 48), (6, 48), (6, 1), (40, 6), (33, 40)]
+    values = [t.to(dtype).double() for t in _random(shapes, seed=0)]
+    inputs = dict(zip(names, values, strict=True))
+    grad_y = inputs.pop("grad_y")
+    moved = {name: t.to(device, dtype) for name, t in inputs.items()}
+    exact = _run_layer("reference", inputs, grad_y)
+    plain = _run_layer("reference", moved, grad_y.to(device))
+    actual = _run_layer("auto", moved, grad_y.to(device))
+    return [
+        Check.of(f"svd_linear {name}", actual[name], plain[name], exact[name]) for name in exact
+    ]
 
 
-def _check_model_ops(device: str) -> Iterator[tuple[str, float, float]]:
-    """The same for the ops over whole models, in float32."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(6, 48), (6, 1), (40, 6)] * 3
-    params = [torch.randn(shape, generator=generator) for shape in shapes]
-    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+def _check_importance(device: str) -> Check:
+    params, grads = _random(_MODEL_SHAPES, seed=1), _random(_MODEL_SHAPES, seed=2)
 
-    def update(op: Callable[..., None], dtype: torch.dtype, where: str) -> Tensor:
+    def scores_of(update_: Callable[..., None], dtype: torch.dtype, where: str) -> Tensor:
         def moved(tensors: list[Tensor]) -> list[Tensor]:
             return [t.to(where, dtype) for t in tensors]
 
@@ -103,39 +105,45 @@ def _check_model_ops(device: str) -> Iterator[tuple[str, float, float]]:
         scores = torch.zeros(18, dtype=dtype, device=where)
         skipped = torch.zeros(1, dtype=torch.int64, device=where)
         for _ in range(3):
-            op(moved(params), moved(grads), *averages, scores, skipped, 0.85, 0.85)
+            update_(moved(params), moved(grads), *averages, scores, skipped, 0.85, 0.85)
         return scores
 
-    def penalty_grads(orth_reg: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        leaves = [p.to(device, dtype).requires_grad_() for p in params]
-        matrices = leaves[0::3] + leaves[2::3]
-        value = orth_reg(list(zip(leaves[0::3], leaves[2::3], strict=True)), 1.0)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(value, matrices)])
-
-    exact = update(reference.importance_update_, torch.float64, "cpu")
-    plain = update(reference.importance_update_, torch.float32, device)
-    actual = update(torch.ops.adalora.importance_update_, torch.float32, device)
-    yield (
+    return Check.of(
         "importance_update_ scores",
-        _relative_error(actual, exact),
-        _relative_error(plain, exact),
+        scores_of(torch.ops.adalora.importance_update_, torch.float32, device),
+        scores_of(reference.importance_update_, torch.float32, device),
+        scores_of(reference.importance_update_, torch.float64, "cpu"),
     )
-    exact = penalty_grads(reference.orth_reg, torch.float64)
-    plain = penalty_grads(reference.orth_reg, torch.float32)
-    actual = penalty_grads(functional.orth_reg, torch.float32)
-    yield "orth_reg gradients", _relative_error(actual, exact), _relative_error(plain, exact)
+
+
+def _check_orth_reg(device: str) -> Check:
+    params = _random(_MODEL_SHAPES, seed=1)
+
+    def gradients_of(orth_reg: Callable[..., Tensor], dtype: torch.dtype, where: str) -> Tensor:
+        leaves = [p.to(where, dtype).requires_grad_() for p in params]
+        lora_A, lora_B = leaves[0::3], leaves[2::3]
+        penalty = orth_reg(list(zip(lora_A, lora_B, strict=True)), 1.0)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(penalty, lora_A + lora_B)])
+
+    return Check.of(
+        "orth_reg gradients",
+        gradients_of(functional.orth_reg, torch.float32, device),
+        gradients_of(reference.orth_reg, torch.float32, device),
+        gradients_of(reference.orth_reg, torch.float64, "cpu"),
+    )
 
 
 def self_check(device: str) -> bool:
-    """Print every op's error against float64 beside plain PyTorch's; True if none is too large.
+    """Print the error of every op beside that of plain PyTorch; returns whether all are small.
 
-    The bound is twice the error of plain PyTorch in the same dtype, plus one rounding step.
+    A result is good if its error against float64 is at most twice that of plain PyTorch in the same
+    dtype, plus one rounding step.
     """
     passed = True
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rows = list(_check_linear(device, dtype))
+        rows = _check_linear(device, dtype)
         if dtype == torch.float32:
-            rows += _check_model_ops(device)
+            rows += [_check_importance(device), _check_orth_reg(device)]
         for what, error, plain in rows:
             good = error <= 2.0 * plain + torch.finfo(dtype).eps
             passed &= good
@@ -147,7 +155,7 @@ def self_check(device: str) -> bool:
 
 
 def report() -> int:
-    """Print the report; 0 if the self-check passed on every device, else 1."""
+    """Print the report; returns 0 if the self-check passed on every device, else 1."""
     print(f"adalora_kernels {__version__}, Python {platform.python_version()}")
     print("  " + ", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
     path, built_for, why_not = ops.library
@@ -163,6 +171,7 @@ def report() -> int:
 
 
 def _shape(text: str) -> tuple[int, int]:
+    """Parse "4096x14336"."""
     in_features, out_features = map(int, text.split("x"))
     return in_features, out_features
 
@@ -170,7 +179,7 @@ def _shape(text: str) -> tuple[int, int]:
 def tune(
     layers: Sequence[Layer], device: torch.device, *seconds: Callable[[Sequence[Call]], float]
 ) -> None:
-    """Measure, print, and write the user's table."""
+    """Measure the layers on a GPU, print the fastest plans, and write them to the user's table."""
     from .kernels import tune
     from .kernels.svd_linear import plans
 
@@ -181,23 +190,22 @@ def tune(
     print(f"written to {plans.cache_path()}")
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """The command; returns its exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m adalora_kernels", description=__doc__)
-    parser.add_argument("--tune", action="store_true", help="measure and remember, instead")
+    add = parser.add_argument
+    add("--tune", action="store_true", help="measure and remember, instead")
     shapes = [(4096, 4096), (4096, 14336), (14336, 4096)]
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=_shape,
-        default=shapes,
-        help="layers, in x out",
-    )
+    add("--shapes", nargs="+", type=_shape, default=shapes, help="layers, in x out")
     rows = [1, 16, 64, 2048, 8192, 16384]
-    parser.add_argument("--rows", nargs="+", type=int, default=rows, help="tokens per batch")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    options = parser.parse_args(arguments)
+    add("--rows", nargs="+", type=int, default=rows, help="tokens per batch")
+    add("--ranks", nargs="+", type=int, default=[16])
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    return parser
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Run the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
     if not options.tune:
         return report()
     if not torch.cuda.is_available():

@@ -15,14 +15,14 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 @dataclass(frozen=True)
 class Adapter:
-    """One AdaLoRA adapter: where its three parameters live.
+    """Knows where the three parameters of one AdaLoRA adapter live.
 
-    The parameters are looked up at every access, so that a module may replace them.
+    They are looked up at every access, so that a module may replace them.
 
     Attributes:
         name: the name of its lora_E among the model's parameters, without wrapper prefixes.
-        module: the layer that owns it.
-        key: None where lora_A is a Parameter of the layer (ours, loralib), else the adapter name
+        module: the layer that owns the parameters.
+        key: None where lora_A is a Parameter of the layer (ours, loralib); else the adapter name
             under which the layer's ParameterDicts hold it (PEFT).
     """
 
@@ -32,9 +32,10 @@ class Adapter:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """(lora_A, lora_E, lora_B)."""
+        """The triple (lora_A, lora_E, lora_B)."""
         module: Any = self.module
-        # In every step, for every matrix: the module's own tables take a tenth of getattr's time.
+        # This runs in every step for every matrix: the module's own tables take a tenth of the
+        # time of getattr.
         try:
             if self.key is None:
                 table = module._parameters
@@ -52,23 +53,23 @@ class Adapter:
 
     @property
     def lora_A(self) -> nn.Parameter:
-        """Right singular vectors, (r, in)."""
+        """The right singular vectors, (r, in)."""
         return self.parameters[0]
 
     @property
     def lora_E(self) -> nn.Parameter:
-        """Singular values, (r, 1)."""
+        """The singular values, (r, 1)."""
         return self.parameters[1]
 
     @property
     def lora_B(self) -> nn.Parameter:
-        """Left singular vectors, (out, r)."""
+        """The left singular vectors, (out, r)."""
         return self.parameters[2]
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Hand the final pattern (r,) bool to the layer, if it is one that can use it.
+        """Hand the final pattern (r,) bool to the layer, if it can use one.
 
-        Layers that are not ours read only lora_E, which the allocator keeps at 0 where masked.
+        Layers that are not ours only read lora_E, which the allocator keeps at 0 where masked.
         """
         set_mask = getattr(self.module, "set_mask", None)
         if set_mask is not None:
@@ -84,12 +85,15 @@ class Adapter:
 
 
 def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:
-    """Every AdaLoRA adapter in `model`, in the order of its modules.
+    """Find every AdaLoRA adapter in `model`, in the order of its modules.
 
     Args:
         model: any module tree. A layer has an adapter if it has lora_A, lora_E and lora_B, either
             as parameters (ours, loralib) or as ParameterDicts by adapter name (PEFT).
         adapter_name: which of PEFT's named adapters; by default those whose lora_A is trainable.
+
+    Returns:
+        The adapters. A module that stands in several places is listed once.
 
     Raises:
         TypeError: `model` is not an nn.Module.
@@ -104,7 +108,7 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
 
 
 def _modules_with_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those of `model.named_modules()` that have a lora_A, faster."""
+    """Yield those of `model.named_modules()` that have a lora_A, in less time."""
     seen = set()
     stack: list[tuple[str, nn.Module | None]] = [("", model)]
     while stack:
@@ -122,6 +126,7 @@ def _modules_with_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unwrapped(name: str) -> str:
+    """Drop what wrappers have put into a module's name."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 

@@ -1,4 +1,7 @@
-"""The names and signatures of the authors' loralib: `import adalora_kernels.loralib as loralib`."""
+"""Has the names and signatures of the authors' loralib.
+
+A script changes one line: `import adalora_kernels.loralib as loralib`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ __all__ = [
 
 
 class RankAllocator:
-    """loralib's allocator over ours.
+    """loralib's allocator, carried out by `adalora_kernels.RankAllocator`.
 
     It differs where loralib is wrong (README, "Semantics"): exactly the budget is kept, equal
     scores don't prune everything, gradients with inf or NaN are skipped, the last budgeting step
@@ -29,14 +32,14 @@ class RankAllocator:
 
     Args:
         model: the model whose adapters are allocated.
-        lora_r: the initial rank; the adapters' own ranks are what counts.
-        target_rank: average rank per matrix at the end.
+        lora_r: the initial rank; it is only remembered, the adapters' own ranks are what counts.
+        target_rank: the average rank per matrix at the end.
         init_warmup, final_warmup, mask_interval: the paper's t_i, t_f and ΔT, in steps.
-        beta1, beta2: decay of the averages of sensitivity and uncertainty, in (0, 1).
-        total_step: steps of the training; may follow by `set_total_step`.
-        target_total_rank: rank at the end over all matrices, in place of the average.
+        beta1, beta2: the decay of the averages of sensitivity and uncertainty, in (0, 1).
+        total_step: the steps of the training; `set_total_step` may set it later.
+        target_total_rank: the rank at the end over all matrices, in place of the average.
         tb_writter: a TensorBoard SummaryWriter, or anything with its `add_scalar`.
-        tb_writter_loginterval: steps between two logs. Only logging reads the device.
+        tb_writter_loginterval: the steps between two logs. Only logging reads the device.
 
     Raises:
         TypeError, ValueError: as `adalora_kernels.RankAllocator`.
@@ -84,7 +87,7 @@ class RankAllocator:
         self.total_step = total_step
 
     def get_rank_pattern(self) -> dict[str, int]:
-        """The rank of each matrix, by the name of its lora_E. Reads the device."""
+        """Return the rank of each matrix by the name of its lora_E. This reads the device."""
         return self.allocator.ranks()
 
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
@@ -95,12 +98,12 @@ class RankAllocator:
             global_step: the number of this optimizer step.
 
         Returns:
-            The budget, and the highest score that was pruned (a scalar on the device; None where
-            nothing was to be pruned at this step).
+            The budget, and the highest score that was pruned: a scalar on the device, or None if
+            this step was not to prune.
 
         Raises:
-            ValueError: another model than the constructor's.
-            RuntimeError: no total_step yet, or as `adalora_kernels.RankAllocator.step`.
+            ValueError: model is another one than the constructor's.
+            RuntimeError: there is no total_step yet, or as `adalora_kernels.RankAllocator.step`.
         """
         if model is not self.model:
             raise ValueError("model must be the one that this allocator was made for")
@@ -132,7 +135,14 @@ class RankAllocator:
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1) -> Tensor:
-    """regu_weight · mean ‖G - I‖_F over the model's lora_A and lora_B, differentiable.
+    """Return regu_weight · mean ‖G - I‖_F over the model's lora_A and lora_B, differentiable.
+
+    Args:
+        model: the model with the adapters; G is A·Aᵀ for lora_A and Bᵀ·B for lora_B.
+        regu_weight: the coefficient, ≥ 0.
+
+    Returns:
+        A scalar on the adapters' device, float32 (float64 for float64 adapters).
 
     Raises:
         TypeError, ValueError: as `adalora_kernels.orth_reg`.

@@ -1,4 +1,4 @@
-"""Pictures of a run: where the ranks went, and how budget and loss went down."""
+"""Draws where the ranks of a run went, and how its budget and loss went down."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from .allocator import RankAllocator
+from .allocator import LOG_PREFIX, RankAllocator
+
+RankSource: TypeAlias = RankAllocator | Mapping[str, int] | str | PathLike[str]
 
 _SUFFIX = re.compile(r"\.?lora_E(\.[^.]+)?$")
-LOGGED = "adalora/"  # how AdaLoraCallback's keys begin
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<matrix>.+)$")
 
 
@@ -24,7 +25,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _cells(ranks: Mapping[str, int]) -> dict[tuple[int, str], int]:
-    """Ranks by (layer, kind of matrix); a name without a layer number is in layer 0."""
+    """Sort the ranks by (layer, kind of matrix); a name without a number goes to layer 0."""
     modules = {_SUFFIX.sub("", name): rank for name, rank in ranks.items()}
     matches = {module: _LAYER.match(module) for module in modules}
     # An encoder and a decoder have the same layers: then the kind is named with its stack.
@@ -41,6 +42,7 @@ def _cells(ranks: Mapping[str, int]) -> dict[tuple[int, str], int]:
 
 
 def _saved_ranks(directory: str | PathLike[str]) -> dict[str, int]:
+    """Read the rank of every matrix from an adapter that PEFT or `export` has saved."""
     file = Path(directory) / "adapter_config.json"
     if not file.is_file():
         raise ValueError(f"allocator_or_adapter: {directory} has no adapter_config.json")
@@ -50,22 +52,7 @@ def _saved_ranks(directory: str | PathLike[str]) -> dict[str, int]:
     return {name: sum(map(bool, alive)) for name, alive in pattern.items()}
 
 
-def rank_heatmap(
-    allocator_or_adapter: RankAllocator | Mapping[str, int] | str | PathLike[str],
-    path: str | PathLike[str],
-) -> None:
-    """Draw the rank of every matrix, layer by kind of matrix (paper, figure 3), to a PNG.
-
-    Args:
-        allocator_or_adapter: a `RankAllocator`, what its `ranks()` returns, or the directory of
-            an adapter saved in PEFT's format.
-        path: the file to write.
-
-    Raises:
-        TypeError: none of the three.
-        ValueError: no ranks in it.
-        ImportError: matplotlib is missing (extra "plot").
-    """
+def _ranks_of(allocator_or_adapter: RankSource) -> Mapping[str, int]:
     if isinstance(allocator_or_adapter, RankAllocator):
         ranks: Mapping[str, int] = allocator_or_adapter.ranks()
     elif isinstance(allocator_or_adapter, Mapping):
@@ -79,7 +66,23 @@ def rank_heatmap(
         )
     if not ranks:
         raise ValueError("allocator_or_adapter has no matrix in it")
-    cells = _cells(ranks)
+    return ranks
+
+
+def rank_heatmap(allocator_or_adapter: RankSource, path: str | PathLike[str]) -> None:
+    """Draw the rank of every matrix, layer by kind of matrix (paper, figure 3), to a PNG.
+
+    Args:
+        allocator_or_adapter: a `RankAllocator` (whose device is read), what its `ranks()` returns,
+            or the directory of an adapter saved in PEFT's format.
+        path: the file to write.
+
+    Raises:
+        TypeError: allocator_or_adapter is none of the three.
+        ValueError: there are no ranks in it.
+        ImportError: matplotlib is missing (extra "plot").
+    """
+    cells = _cells(_ranks_of(allocator_or_adapter))
     layers = sorted({layer for layer, _ in cells})
     matrices = list(dict.fromkeys(matrix for _, matrix in cells))
     grid = [[cells.get((layer, m), float("nan")) for layer in layers] for m in matrices]
@@ -100,25 +103,15 @@ def rank_heatmap(
     figure.savefig(path, dpi=150, format="png")
 
 
-def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Draw loss, budget and total rank over the steps of a run, to a PNG.
-
-    Args:
-        history: records with the keys step, loss, budget and total_rank. A value may be None. Or
-            the `state.log_history` of a Trainer with an `AdaLoraCallback`.
-        path: the file to write.
-
-    Raises:
-        ValueError: no record, or a record without one of the keys.
-        ImportError: matplotlib is missing (extra "plot").
-    """
+def _records(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Check the records; those of a Trainer lose the prefix of their keys."""
     records = list(history)
-    if any(LOGGED + "budget" in record for record in records):
-        # A Trainer's; it also holds evaluations and a summary of the run.
+    if any(LOG_PREFIX + "budget" in record for record in records):
+        # A Trainer's history also holds evaluations and a summary of the run.
         records = [
-            {key.removeprefix(LOGGED): value for key, value in record.items()}
+            {key.removeprefix(LOG_PREFIX): value for key, value in record.items()}
             for record in records
-            if LOGGED + "budget" in record
+            if LOG_PREFIX + "budget" in record
         ]
     if not records:
         raise ValueError("history is empty")
@@ -126,6 +119,22 @@ def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]
         missing = {"step", "loss", "budget", "total_rank"} - record.keys()
         if missing:
             raise ValueError(f"history[{i}] lacks {sorted(missing)}")
+    return records
+
+
+def budget_curve(history: Iterable[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Draw loss, budget and total rank over the steps of a run, to a PNG.
+
+    Args:
+        history: records with the keys step, loss, budget and total_rank, of which a value may be
+            None; or the `state.log_history` of a Trainer with an `AdaLoraCallback`.
+        path: the file to write.
+
+    Raises:
+        ValueError: there is no record, or one without one of the keys.
+        ImportError: matplotlib is missing (extra "plot").
+    """
+    records = _records(history)
 
     def series(key: str) -> tuple[Sequence[int], Sequence[float]]:
         points = [(r["step"], r[key]) for r in records if r[key] is not None]

