@@ -40,10 +40,9 @@ class Batches:
     """The token ids and labels of one split, in batches padded to their own longest text."""
 
     def __init__(self, snippets: Sequence[tuple[str, int]], tokenizer: Any, device: torch.device):
-        texts, labels = zip(*snippets, strict=True)
-        options = {"truncation": True, "max_length": 64, "padding": True, "return_tensors": "pt"}
-        encoded = tokenizer(list(texts), **options).to(device)
-        self.ids, self.mask = encoded["input_ids"], encoded["attention_mask"]
+        texts, labels = map(list, zip(*snippets, strict=True))
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        self.ids, self.mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.labels, self.lengths = torch.tensor(labels, device=device), self.mask.sum(1).tolist()
 
     def gather(self, rows: list[int]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ What a script of your own needs is in `adapted_model`, `training_step` and `fine
 
 import argparse
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -35,15 +36,14 @@ LEARNING_RATE = {"LoRA": 2e-3, PLAIN: 1e-2, "AdaLoRA": 1e-2}
 def adapted_model(method: str, seed: int, **schedule: int) -> tuple[PeftModel, torch.optim.AdamW]:
     """Load the encoder, add a two-class head and an adapter, and make the optimizer of both."""
     torch.manual_seed(seed)
-    auto = transformers.AutoModelForSequenceClassification
-    base = auto.from_pretrained(MODEL_DIR, num_labels=2).to(DEVICE)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels=2)
     common = {"task_type": "SEQ_CLS", "target_modules": KINDS, "lora_alpha": 16}
     if method == "LoRA":
         config = LoraConfig(r=TARGET_R, **common)
     else:
         common |= {"init_r": INIT_R, "target_r": TARGET_R, "orth_reg_weight": 0.1}
         config = AdaLoraConfig(**schedule, **common)
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base.to(DEVICE), config).train()
     if method == "AdaLoRA":
         adalora_kernels.peft.apply(model)  # This line is all that we add to PEFT's AdaLoRA.
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -117,6 +117,7 @@ def main() -> None:
         if not run.items() <= before.items():
             sys.exit(f"error: nothing to resume: {checkpoint} is missing, or of other options")
         run = before
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Background jobs start without it.
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     parts = {k: Batches(v[:few], tokenizer, DEVICE) for k, v in load_splits(args.data).items()}
@@ -127,13 +128,13 @@ def main() -> None:
         "seconds": lambda: time_steps(adapted_model, training_step, run, parts["train"]),
     }
     try:
-        for name in stages:
-            if name not in run:
-                run[name] = stages[name]()
-                checkpoint.write_text(json.dumps(run, indent=1))
+        for name in [stage for stage in stages if stage not in run]:
+            checkpoint.write_text(json.dumps(run))
+            run[name] = stages[name]()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with --resume", file=sys.stderr)
         sys.exit(130)
+    checkpoint.write_text(json.dumps(run, indent=1))
     checkpoint.rename(args.out / "results.json")
     print(f"\n{table(run)}\n\nwrote results.json, ranks.png, curves.png and adapter to {args.out}")
 

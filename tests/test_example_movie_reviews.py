@@ -74,16 +74,12 @@ def test_malformed_data_is_refused(tmp_path):
 
 
 def test_batches_hold_every_row_once_per_epoch():
-    class Encoding(dict):
-        def to(self, device):
-            return self
-
     def tokenizer(texts, **options):
         assert options == dict(truncation=True, max_length=64, padding=True, return_tensors="pt")
         # The row's number tells rows apart; the length varies.
         rows = [torch.tensor([int(t) + 1] + [1] * (int(t) % 7)) for t in texts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, True)
-        return Encoding(input_ids=ids, attention_mask=(ids != 0).long())
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
     batches = data.Batches([(str(i), i % 2) for i in range(40)], tokenizer, torch.device("cpu"))
     order = batches.shuffled(seed=3, size=4)
@@ -130,7 +126,7 @@ def finished(tmp_path_factory):
     if not ARCHIVE.is_file() or importlib.util.find_spec(MODEL_PACKAGE) is None:
         pytest.skip("the demo's model or data is missing: `make demo` fetches them")
     demo, out = module("movie_reviews"), tmp_path_factory.mktemp("demo")
-    calls, outputs, lines = [], {}, []
+    calls, outputs, lines, handler = [], {}, [], signal.getsignal(signal.SIGINT)
     step, predict = demo.training_step, demo.predict
 
     def counted_step(*args):
@@ -152,6 +148,7 @@ def finished(tmp_path_factory):
         checkpoint = json.loads((out / "checkpoint.json").read_text())
         before = len(calls)
         resumed = run(demo, out, "--resume")
+    signal.signal(signal.SIGINT, handler)
     return SimpleNamespace(
         demo=demo,
         out=out,
