@@ -73,15 +73,20 @@ def test_malformed_data_is_refused(tmp_path):
         data.load_splits(tmp_path / "missing.tar.gz")
 
 
-def test_batches_hold_every_row_once_per_epoch():
+def numbered_batches():
+    """Return 40 texts whose first token tells them apart, of different lengths."""
+
     def tokenizer(texts, **options):
         assert options == dict(truncation=True, max_length=64, padding=True, return_tensors="pt")
-        # The row's number tells rows apart; the length varies.
         rows = [torch.tensor([int(t) + 1] + [1] * (int(t) % 7)) for t in texts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, True)
         return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
-    batches = data.Batches([(str(i), i % 2) for i in range(40)], tokenizer, torch.device("cpu"))
+    return data.Batches([(str(i), i % 2) for i in range(40)], tokenizer, torch.device("cpu"))
+
+
+def test_batches_hold_every_row_once_per_epoch():
+    batches = numbered_batches()
     order = batches.shuffled(seed=3, size=4)
     epochs = [[next(order) for _ in range(10)] for _ in range(2)]
     for epoch in epochs:
@@ -95,6 +100,12 @@ def test_batches_hold_every_row_once_per_epoch():
     assert epochs[0] != epochs[1]
     assert next(batches.shuffled(seed=3, size=4)) == epochs[0][0]
     assert next(batches.shuffled(seed=4, size=4)) != epochs[0][0]
+
+
+def test_predictions_are_in_the_order_of_the_rows():
+    report, batches = module("report"), numbered_batches()
+    outputs = report.predict(lambda ids, mask: ids[:, 0] * mask[:, 0], batches, "test")
+    assert outputs.tolist() == list(range(1, 41))
 
 
 def run(demo, out, *more):
@@ -222,6 +233,8 @@ def test_adapter_loads_in_plain_peft(finished):
     logits = demo.predict(lambda ids, mask: model(ids, mask).logits, rows, "plain PEFT")
     bound = 1e-5 * max(1.0, logits.abs().max().item())
     assert (logits - finished.logits.cpu()).abs().max() <= bound
+    right = (logits.argmax(-1) == rows.labels).double().mean()
+    assert finished.results["AdaLoRA"]["test_accuracy"] == right
 
 
 @pytest.mark.full
