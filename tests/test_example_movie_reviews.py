@@ -58,7 +58,7 @@ def test_every_rated_snippet_is_read_and_belongs_to_one_split():
 
 
 def test_neutral_and_repeated_texts_are_dropped():
-    text = "1\t2.5\tA gem.\n2\t0\tA film.\n3\t-0.1\t a mess \n4\t-3\tA gem!\n"
+    text = "1\t2.5\tA gem.\n2\t0\tA film.\n3\t-0.1\t a mess \n4\t-3\ta GEM!\n"
     assert data.parse_ratings(text) == [("A gem.", 1), ("a mess", 0)]
 
 
