@@ -54,7 +54,13 @@ def test_every_rated_snippet_is_read_and_belongs_to_one_split():
     assert len({text.lower() for text, _ in snippets if text}) == 10566
     for part in splits.values():
         assert 0.45 < sum(label for _, label in part) / len(part) < 0.55
-    assert splits == data.load_splits(ARCHIVE)
+    # The splits are those on which the learning rates were chosen.
+    firsts = [splits[name][0][0].split()[:4] for name in ("train", "dev", "test")]
+    assert [" ".join(words) for words in firsts] == [
+        "Anyone who can count",
+        "See it now, before",
+        "Except for Paymer as",
+    ]
 
 
 def test_neutral_and_repeated_texts_are_dropped():
