@@ -1,137 +1,68 @@
-"""Movie-review snippets, rated by people, read straight out of the vaderSentiment source archive.
+"""The data of the demo: movie-review snippets that people have rated, read from an archive."""
 
-Nothing is unpacked to disk: the inner archive is opened in memory.
-"""
-
-from __future__ import annotations
-
-import io
+import itertools
 import re
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-RATINGS = "movieReviewSnippets_GroundTruth.txt"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 TEST_SIZE, DEV_SIZE = 2114, 1528
-# The splits belong to the data, not to a run: --seed must not move texts between them.
-SPLIT_SEED = 0
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """One text and its class: 1 if people rated it positive on average, 0 if negative."""
-
-    text: str
-    label: int
-
-
-def _member(archive: tarfile.TarFile, suffix: str) -> bytes:
-    for member in archive:
-        if member.isfile() and member.name.endswith("/" + suffix):
-            handle = archive.extractfile(member)
-            if handle is not None:
-                return handle.read()
-    raise ValueError(
-        f"no {suffix!r} in the archive; is it the vaderSentiment 3.3.2 source archive?"
-    )
-
-
-def parse_ratings(text: str) -> list[Snippet]:
-    """Lines of `id <tab> mean rating <tab> text`; neutral means and repeated texts are dropped."""
-    snippets: dict[str, Snippet] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        fields = line.split("\t")
-        if len(fields) != 3:
-            raise ValueError(f"{RATINGS}, line {number}: {len(fields)} fields instead of 3")
-        rating, snippet = float(fields[1]), fields[2].strip()
+def parse_ratings(text: str) -> list[tuple[str, int]]:
+    """Read `id <tab> mean rating <tab> text` as (text, 1 if the mean is positive else 0), for means
+    that are not 0. Repeated texts are dropped."""
+    snippets: dict[str, tuple[str, int]] = {}
+    for _, rating, snippet in (line.split("\t") for line in text.splitlines()):
         # The same words twice could end up in the training and the test split.
-        key = re.sub(r"\W+", " ", snippet.lower()).strip()
-        if rating != 0 and key not in snippets:
-            snippets[key] = Snippet(snippet, int(rating > 0))
+        words = re.sub(r"\W+", " ", snippet.lower()).strip()
+        if float(rating) != 0:
+            snippets.setdefault(words, (snippet.strip(), int(float(rating) > 0)))
     return list(snippets.values())
 
 
-def load_snippets(path: Path) -> list[Snippet]:
-    """All usable snippets of the vaderSentiment source archive at `path`.
-
-    Raises FileNotFoundError if it is not there and ValueError if it is something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing. `make demo` fetches it; by hand: pip download --no-deps "
-            "--no-build-isolation --no-binary :all: vaderSentiment==3.3.2"
-        )
-    try:
-        with tarfile.open(path) as outer:
-            inner_bytes = _member(outer, INNER_ARCHIVE)
-        with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-            return parse_ratings(_member(inner, RATINGS).decode("utf-8"))
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable tar archive: {error}") from error
-
-
-def split(snippets: Sequence[Snippet]) -> dict[str, list[Snippet]]:
-    """A fixed random split: "test", "dev" and, for training, the rest as "train"."""
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    shuffled = [snippets[i] for i in torch.randperm(len(snippets), generator=generator).tolist()]
-    held_out = TEST_SIZE + DEV_SIZE
-    return {
-        "train": shuffled[held_out:],
-        "dev": shuffled[TEST_SIZE:held_out],
-        "test": shuffled[:TEST_SIZE],
-    }
+def load_splits(archive: Path) -> dict[str, list[tuple[str, int]]]:
+    """Read the source archive of vaderSentiment, and split it at random, but alike in every run."""
+    with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
+        snippets = parse_ratings(inner.extractfile(RATINGS).read().decode("utf-8"))
+    order = torch.randperm(len(snippets), generator=torch.Generator().manual_seed(0)).tolist()
+    texts, held_out = [snippets[i] for i in order], TEST_SIZE + DEV_SIZE
+    return {"train": texts[held_out:], "dev": texts[TEST_SIZE:held_out], "test": texts[:TEST_SIZE]}
 
 
 class Batches:
-    """Token ids and labels of one split, in batches padded to their own longest text."""
+    """The token ids and labels of one split, in batches padded to their own longest text."""
 
-    def __init__(self, snippets: Sequence[Snippet], tokenizer: Any, device: torch.device):
-        self.ids: list[list[int]] = tokenizer(
-            [s.text for s in snippets], truncation=True, max_length=64
-        )["input_ids"]
-        self.labels = torch.tensor([s.label for s in snippets])
-        self.pad_id: int = tokenizer.pad_token_id
-        self.device = device
-        # At every step the order of the same epoch is asked for.
-        self._epoch = lru_cache(maxsize=1)(self._epoch_order)
+    def __init__(self, snippets: Sequence[tuple[str, int]], tokenizer: Any, device: torch.device):
+        texts, labels = map(list, zip(*snippets, strict=True))
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        self.ids, self.mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        self.labels, self.lengths = torch.tensor(labels, device=device), self.mask.sum(1).tolist()
 
-    def gather(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The model's inputs for these rows: ids, attention mask and labels."""
-        ids = [torch.tensor(self.ids[i]) for i in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, True, self.pad_id)
-        batch = {
-            "input_ids": padded,
-            "attention_mask": (padded != self.pad_id).long(),
-            "labels": self.labels[list(rows)],
-        }
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+    def gather(self, rows: list[int]) -> dict[str, Tensor]:
+        """Return the model's inputs for these rows: ids, attention mask and labels."""
+        longest = max(self.lengths[i] for i in rows)
+        ids, mask = self.ids[rows, :longest], self.mask[rows, :longest]
+        return {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
 
-    def in_order(self, size: int) -> list[list[int]]:
-        """Every row once, short texts first, so that little is padded."""
-        rows = sorted(range(len(self.ids)), key=lambda i: len(self.ids[i]))
+    def by_length(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """Return these rows in batches, short texts first, so that little is padded."""
+        rows = sorted(rows, key=self.lengths.__getitem__)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def at_step(self, step: int, seed: int, size: int = 32) -> dict[str, Tensor]:
-        """The batch of a training step, counted from 1: a function of (seed, step) alone."""
-        per_epoch = len(self.ids) // size
-        epoch, index = divmod(step - 1, per_epoch)
-        return self.gather(self._epoch(seed, epoch, size)[index])
-
-    def _epoch_order(self, seed: int, epoch: int, size: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        rows = torch.randperm(len(self.ids), generator=generator).tolist()
-        # Sorting by length within a window of 16 batches keeps batches random and padding small.
-        window = 16 * size
-        batches = []
-        for start in range(0, len(rows), window):
-            part = sorted(rows[start : start + window], key=lambda i: len(self.ids[i]))
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
-        batches = [batch for batch in batches if len(batch) == size]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    def shuffled(self, seed: int, size: int) -> Iterator[list[int]]:
+        """Yield the rows of one training batch after another, epoch after epoch."""
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(1000 * seed + epoch)
+            rows = torch.randperm(len(self.lengths), generator=generator).tolist()
+            # Sorting within windows of 16 batches keeps batches random and padding small.
+            windows = (rows[i : i + 16 * size] for i in range(0, len(rows), 16 * size))
+            batches = [b for w in windows for b in self.by_length(w, size) if len(b) == size]
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[i]
