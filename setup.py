@@ -11,15 +11,12 @@ TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") and MAX_JOBS mean what they always do
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,24 @@ CSRC = Path(__file__).parent / "csrc"
 TARGET = "0x020b000000000000"
 # Each serves the later minor versions of its generation, the PTX what comes after.
 ARCHITECTURES = "8.0 9.0 10.0+PTX"
+NINJA = """\
+cxx = {cxx}
+cxxflags = {cxxflags}
+nvcc = {nvcc}
+nvccflags = {nvccflags}
+link = {link}
+ldflags = {ldflags}
+rule cxx
+  command = $cxx $cxxflags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $link -shared $in -o $out.new $ldflags && mv $out.new $out
+"""
 
 
 class CannotBuild(BaseError):
@@ -48,19 +63,29 @@ def find_compiler() -> str:
     raise CannotBuild("there is no C++ compiler (g++, clang++ or what CXX names)")
 
 
+def find_ninja() -> str:
+    """The path of ninja, which may be in an environment that is not activated."""
+    beside = Path(sys.executable).with_name("ninja")
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if not found:
+        raise CannotBuild("ninja is not installed")
+    return found
+
+
 def find_torch() -> Path:
-    """The folder of torch, which is not imported: that would take longer than most of the rest."""
+    """The folder of torch."""
     if not sys.platform.startswith("linux"):
         raise CannotBuild(f"the library is for Linux, this is {sys.platform}")
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    try:
+        import torch
+    except ImportError as error:
         raise CannotBuild(
-            "torch is not installed; install it first, and this package with --no-build-isolation"
-        )
-    version = importlib.metadata.version("torch")
-    if tuple(map(int, version.split(".")[:2])) < (2, 11):
-        raise CannotBuild(f"torch 2.11 or later is needed, this is {version}")
-    return Path(spec.origin).parent
+            f"torch cannot be imported ({error}); install it first, and this package with "
+            "--no-build-isolation"
+        ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise CannotBuild(f"torch 2.11 or later is needed, this is {torch.__version__}")
+    return Path(torch.__file__).parent
 
 
 def find_nvcc() -> str:
@@ -104,54 +129,66 @@ def gencode(names: list[str]) -> list[str]:
     return flags
 
 
-def run(command: list[str]) -> None:
-    print(shlex.join(command), flush=True)
-    try:
-        done = subprocess.run(command)
-    except OSError as error:
-        raise CannotBuild(f"the compiler failed ({error})") from error
-    if done.returncode != 0:
-        raise CannotBuild(f"the compiler failed (exit status {done.returncode})")
+def quoted(words: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
+
+
+def write_build(folder: Path, library: Path, with_cuda: bool) -> None:
+    """A build.ninja in `folder` that makes `library`."""
+    torch, cxx, nvcc = find_torch(), find_compiler(), None
+    built = "CPU"
+    includes = ["-isystem", str(torch / "include")]
+    defines = [f"-DTORCH_TARGET_VERSION={TARGET}"]
+    sources = [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    link, nvccflags = cxx, []
+    if with_cuda:
+        nvcc = find_nvcc()
+        names = architectures(nvcc)
+        built += f" and CUDA ({' '.join(names)})"
+        sources += sorted((CSRC / "cuda").glob("*.cu"))
+        for folder_of_cuda in cuda_includes(nvcc):
+            includes += ["-isystem", folder_of_cuda]
+        defines += ["-DADALORA_WITH_CUDA"]
+        host = ["-ccbin", shlex.split(cxx)[0]] if os.environ.get("CXX") else []
+        # The static runtime of nvcc's default: it needs no CUDA where it is only loaded.
+        link = quoted([nvcc, *host])
+        nvccflags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *host]
+        nvccflags += [*gencode(names), "-isystem", str(torch / "include"), *defines]
+    cxxflags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    cxxflags += [*includes, *defines, f'-DADALORA_BUILT_FOR="{built}"']
+    # libtorch brings libtorch_cuda with it where there is one, so both kinds of torch will do.
+    ldflags = [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch"]
+    rules = NINJA.format(
+        cxx=cxx,
+        cxxflags=f"{quoted(cxxflags)} {os.environ.get('CXXFLAGS', '')}",
+        nvcc=nvcc,
+        nvccflags=quoted(nvccflags),
+        link=link,
+        ldflags=f"{quoted(ldflags)} {os.environ.get('LDFLAGS', '')}",
+    )
+    objects = []
+    for source in sources:
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        rules += f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}\n"
+    rules += f"build {library}: link {' '.join(objects)}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(rules)
 
 
 def build_library(folder: Path, library: Path, with_cuda: bool) -> None:
     """Compile and link; raises CannotBuild."""
-    torch, cxx = find_torch(), shlex.split(find_compiler())
-    flags = ["-std=c++20", "-O3", "-isystem", str(torch / "include")]
-    flags += [f"-DTORCH_TARGET_VERSION={TARGET}"]
-    built_for, includes, link = "CPU", [], cxx
-    compilers: dict[str, list[str]] = {}
-    if with_cuda:
-        nvcc, flags = find_nvcc(), [*flags, "-DADALORA_WITH_CUDA"]
-        names = architectures(nvcc)
-        built_for += f" and CUDA ({' '.join(names)})"
-        includes = [word for path in cuda_includes(nvcc) for word in ("-isystem", path)]
-        host = ["-ccbin", cxx[0]] if os.environ.get("CXX") else []
-        compilers[".cu"] = [nvcc, *flags, "-Xcompiler=-fPIC,-fvisibility=hidden", *host]
-        compilers[".cu"] += gencode(names)
-        # The static runtime of nvcc's default: it needs no CUDA where it is only loaded.
-        link = [nvcc, *host]
-    compilers[".cpp"] = [*cxx, *flags, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    compilers[".cpp"] += [*includes, f'-DADALORA_BUILT_FOR="{built_for}"']
-    compilers[".cpp"] += shlex.split(os.environ.get("CXXFLAGS", ""))
-    folder.mkdir(parents=True, exist_ok=True)
+    ninja = find_ninja()
+    write_build(folder, library, with_cuda)
     library.parent.mkdir(parents=True, exist_ok=True)
-    objects, commands = [], []
-    for source in sorted(path for path in CSRC.glob("**/*") if path.suffix in compilers):
-        objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
-        commands.append([*compilers[source.suffix], "-c", str(source), "-o", objects[-1]])
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(run, commands))
-    # libtorch brings libtorch_cuda with it where there is one, so both kinds of torch will do.
-    link += ["-shared", *objects, f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch"]
-    # A process that has loaded the old library keeps it.
-    new = library.with_suffix(".new")
-    run([*link, *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(new)])
-    new.replace(library)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    try:
+        subprocess.run([ninja, *jobs], cwd=folder, check=True)
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"the compiler failed (exit status {error.returncode})") from error
 
 
 class BuildLibrary(build_ext):
-    """Calls the compilers; setuptools only says where the library goes."""
+    """Compiles with ninja; setuptools only says where the library goes."""
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()

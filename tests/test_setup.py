@@ -15,6 +15,7 @@ echo "$(basename "$0") $*" >> "$CALLS"
 [ "$1" = --list-gpu-code ] && echo sm_80 sm_90 && exit 0
 while [ $# -gt 0 ]; do
   [ "$1" = -o ] && echo > "$2"
+  [ "$1" = -MF ] && echo > "$2"
   shift
 done
 """
