@@ -36,12 +36,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns (tensors, metadata).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file, or not all of it.
-    """
+    """Returns (tensors, metadata); raises FileNotFoundError, or ValueError for a damaged file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
@@ -53,12 +48,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Returns what the config of an AdaLoRA adapter says, as far as it is sound.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, of another kind of adapter, or malformed.
-    """
+    """Returns the config of an AdaLoRA adapter; raises FileNotFoundError, or ValueError if what
+    we read of it is malformed."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:

@@ -103,23 +103,23 @@ def _check_names(
     triplets = {
         f"{PREFIX}{layer.name}.{factor}" for layer in opened.layers for factor, _ in FACTORS
     }
-    others, known = opened.other_tensors(embeddings=False)
+    other_tensors, known = opened.other_tensors(embeddings=False)
     if opened.key is not None and tensors.keys() - triplets - known:
         # PEFT writes the embeddings of a resized vocabulary too.
         has_embeddings = hasattr(opened.model, "get_input_embeddings")
         more, more_known = opened.other_tensors(embeddings=has_embeddings)
-        others |= {key: tensor for key, tensor in more.items() if key in tensors}
+        other_tensors |= {key: tensor for key, tensor in more.items() if key in tensors}
         known |= more_known
     if unexpected := sorted(tensors.keys() - triplets - known):
         raise ValueError(f"{folder} has tensors that the model has not: {_some(unexpected)}")
-    if missing := sorted((triplets | others.keys()) - tensors.keys()):
+    if missing := sorted((triplets | other_tensors.keys()) - tensors.keys()):
         raise ValueError(f"{folder} lacks tensors that the model has: {_some(missing)}")
-    for key, tensor in others.items():
+    for key, tensor in other_tensors.items():
         if tensors[key].shape != tensor.shape:
             raise ValueError(
                 f"{key} has shape {tuple(tensors[key].shape)}, the model's {tuple(tensor.shape)}"
             )
-    return others
+    return other_tensors
 
 
 def _some(names: list[str]) -> str:
@@ -168,12 +168,8 @@ def _rows_to_write(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (rows, lora_A, lora_E, lora_B): the file's triplets, and the rows that take them.
 
-    Args:
-        layer: the layer.
-        tensors: what is in the file.
-        numbers: which of the init_r triplets the file has of this layer, (k,) int64.
-        masks: as `_masks_in_state`.
-        scaling_and_ranknum: the two numbers for which the file's lora_E is.
+    `numbers` (k,) int64 says which of the init_r triplets the file has of this layer, and
+    `scaling_and_ranknum` for which two numbers its lora_E is; `masks` come from `_masks_in_state`.
     """
     k = len(numbers)
     loaded = []
@@ -200,9 +196,5 @@ def _rows_to_write(
         raise ValueError(f"{layer.name} has {k} triplets in the file, {rows} in the model")
     # In a model whose adapter was itself loaded pruned the rows have no numbers of their own.
     fits = k == 0 or int(numbers[-1]) < rows
-    return (
-        (numbers if fits else torch.arange(k)),
-        a,
-        e / lora_E_factor(layer, *scaling_and_ranknum),
-        b,
-    )
+    taken = numbers if fits else torch.arange(k)
+    return taken, a, e / lora_E_factor(layer, *scaling_and_ranknum), b
