@@ -62,7 +62,7 @@ DROPOUT = {"": 0.0, "dropout": 0.25}
 SHAPES = {
     "aligned": {"lead": (40,), "in_features": 64, "out_features": 48, "r": 8},
     "many_tiles": {"lead": (130,), "in_features": 160, "out_features": 288, "r": 12},
-    "split_k": {"lead": (3, 30), "in_features": 528, "out_features": 80, "r": 4},
+    "split_k": {"lead": (3, 30), "in_features": 1040, "out_features": 80, "r": 4},
     "unaligned": {"lead": (70,), "in_features": 77, "out_features": 101, "r": 5},
     "k_of_8": {"lead": (33,), "in_features": 24, "out_features": 40, "r": 3},
 }
