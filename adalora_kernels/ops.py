@@ -52,24 +52,25 @@ _SCHEMAS = {
 }
 
 
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
 def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let `implementation` run with autocast off: its dtypes are decided before it is called."""
+    """The function with autocast off: its dtypes are decided before it is called."""
 
     @functools.wraps(implementation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         first: Any = args[0]
         tensor = first if isinstance(first, Tensor) else first[0]
         device_type = tensor.device.type
-        if not torch.is_autocast_enabled(device_type):
+        available = torch.amp.is_autocast_available(device_type)
+        if not (available and torch.is_autocast_enabled(device_type)):
             return implementation(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args, **kwargs)
 
     return run
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @functools.cache

@@ -301,26 +301,25 @@ def test_autocast_is_that_of_linear(op, dtype, impl):
     factors = [c[name].requires_grad_() for name in ("lora_A", "lora_E", "lora_B")]
     c["x"].requires_grad_()
 
-    def run():
+    def run(tensors):
         if op == "svd_linear":
-            return svd_linear(**c, scaling=1.5, impl=impl)
-        base = F.linear(c["x"], c["weight"], c["bias"])
-        return svd_delta(base, c["x"], *factors, scaling=1.5, impl=impl)
+            return svd_linear(**tensors, scaling=1.5, impl=impl)
+        base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
+        return svd_delta(base, tensors["x"], *factors, scaling=1.5, impl=impl)
 
     with torch.autocast("cpu", dtype=dtype):
-        base, plain, y = F.linear(c["x"], c["weight"]), eager(**c), run()
+        base, plain, y = F.linear(c["x"], c["weight"]), eager(**c), run(c)
     assert y.dtype == base.dtype == dtype
     exact = oracle(**{k: t if t is None else t.detach().double() for k, t in c.items()})
     assert_as_good_as_eager(y, plain, exact)
     # Only the cast of x and weight and the result have the short dtype; the adapter has its own.
     cast = {k: t.detach().to(dtype) if k in ("x", "weight", "bias") else t for k, t in c.items()}
-    if op == "svd_linear":
-        torch.testing.assert_close(y, svd_linear(**cast, scaling=1.5, impl=impl), rtol=0, atol=0)
+    torch.testing.assert_close(y, run(cast), rtol=0, atol=0)
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in (c["x"], *factors))
     # Also where backward() is called inside the autocast region.
     with torch.autocast("cpu", dtype=dtype):
-        again = torch.autograd.grad(run().sum(), c["lora_A"])[0]
+        again = torch.autograd.grad(run(c).sum(), c["lora_A"])[0]
     if impl == "auto":
         assert torch.equal(again, c["lora_A"].grad)
 
