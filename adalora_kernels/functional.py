@@ -5,7 +5,6 @@ Shapes throughout: x (..., in), weight (out, in), lora_A (r, in), lora_E (r, 1),
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -90,10 +89,9 @@ def svd_linear(
     scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
-        with _without_autocast(x, dtype):
-            y, _ = reference.svd_linear(
-                x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
-            )
+        y, _ = ops.outside_autocast(reference.svd_linear)(
+            x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
+        )
     else:
         y, _ = torch.ops.adalora.svd_linear(
             x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed, impl
@@ -150,10 +148,9 @@ def svd_delta(
     scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
-        with _without_autocast(x, dtype):
-            y, _ = reference.svd_delta(
-                base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
-            )
+        y, _ = ops.outside_autocast(reference.svd_delta)(
+            base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
+        )
     else:
         y, _ = torch.ops.adalora.svd_delta(
             base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed, impl
@@ -224,11 +221,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-def _without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """Return a context in which the autocast that gave `dtype` is off; the ops have their own."""
-    return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

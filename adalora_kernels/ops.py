@@ -46,12 +46,8 @@ _SCHEMAS = {
 }
 
 
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
 def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let `implementation` run with autocast off: its dtypes are decided before it is called."""
+    """The function with autocast off: its dtypes are decided before it is called."""
 
     @functools.wraps(implementation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -65,6 +61,10 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
             return implementation(*args, **kwargs)
 
     return run
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @functools.cache
