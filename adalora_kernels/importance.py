@@ -64,11 +64,12 @@ def importance_update_(
         for stack in stacks:
             # A weight of 0 leaves an average as it was, but only against a finite end.
             stack.nan_to_num_()
-        ends = [entries[i] for i in learning]
-        new_ipt = _lerp_([exp_avg_ipt[i] for i in learning], ends, weight_ipt)
-        torch._foreach_sub_(ends, new_ipt)
-        torch._foreach_abs_(ends)
-        _lerp_([exp_avg_unc[i] for i in learning], ends, weight_unc)
+        if learning:
+            ends = [entries[i] for i in learning]
+            new_ipt = _lerp_([exp_avg_ipt[i] for i in learning], ends, weight_ipt)
+            torch._foreach_sub_(ends, new_ipt)
+            torch._foreach_abs_(ends)
+            _lerp_([exp_avg_unc[i] for i in learning], ends, weight_unc)
         torch._foreach_copy_(list(entries.values()), [exp_avg_ipt[i] for i in order])
         torch._foreach_mul_(list(entries.values()), [exp_avg_unc[i] for i in order])
         _add_means_(parts, stacks, groups)
