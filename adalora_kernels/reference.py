@@ -76,8 +76,8 @@ def drop_below(p: float) -> int:
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """Reshape (..., n) to (rows, n); `reshape(-1, n)` cannot do it for zero rows."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    """Reshape (..., n) to (rows, n); it is a view where the strides allow one."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def effective_E(E: Tensor, mask: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
