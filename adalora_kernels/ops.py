@@ -1,9 +1,9 @@
 """The `adalora::` operators: schemas, fakes, implementations per device, and their autograd.
 
 Python owns the schemas, so every op exists on every device; what a device runs is looked up by
-the torch dispatcher. The plain-PyTorch implementation of `reference` is registered for all of
-them. The layer ops launch Triton kernels from there (in this file); the compiled library, where
-there is one, brings implementations of the ops over whole models for CPU and CUDA tensors.
+the torch dispatcher. For the layer ops it is always a function of this file, which launches Triton
+kernels or calls `reference`. For `importance_update_`, the op over a whole model, it is the
+compiled library where that has code for the device, else `importance`.
 
 The layer ops have one more argument than their reference, `impl`: "auto", or what the caller named
 and the backward must use too: "triton", or one of its paths (see `kernels.svd_linear`). What is
