@@ -1,6 +1,6 @@
-"""Loads the compiled library of csrc/, which implements ops for CPU and CUDA tensors.
+"""Loads the compiled library of csrc/, the importance update for CPU and CUDA tensors.
 
-Without it everything works through `reference`; nothing here raises.
+Without it `importance` does the same in PyTorch; nothing here raises.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Library(NamedTuple):
 
 
 def load() -> Library:
-    """Load it; its implementations then belong to the ops of the same names."""
+    """Load it; the dispatcher then prefers its code to ours."""
     named = os.environ.get(VARIABLE)
     if named is not None:
         if not named:

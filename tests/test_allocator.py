@@ -206,6 +206,9 @@ def test_a_non_finite_step_is_skipped_and_counted(bad):
     after = allocator.scores()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert allocator.summary()["skipped_steps"] == 1
+    resumed = setup()[2]
+    resumed.load_state_dict(allocator.state_dict())
+    assert resumed.summary()["skipped_steps"] == 1
     optimizer.zero_grad()
     train(model, optimizer, allocator, range(9, STEPS + 1))
     assert alive(model) == 9 and allocator.summary()["skipped_steps"] == 1

@@ -334,10 +334,8 @@ class RankAllocator:
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
         """PEFT's rank_pattern: which initial triplets of each matrix live. Reads the device."""
-        patterns = [
-            part.tolist() for part in self._state.mask.cpu().split_with_sizes(self._state.ranks)
-        ]
-        return {a.name: pattern for a, pattern in zip(self.adapters, patterns, strict=True)}
+        masks = self._state.mask.cpu().split_with_sizes(self._state.ranks)
+        return {a.name: mask.tolist() for a, mask in zip(self.adapters, masks, strict=True)}
 
     def scores(self) -> dict[str, Tensor]:
         """The importance (r,) of each matrix's triplets (eq. 7), by the name of its lora_E."""
