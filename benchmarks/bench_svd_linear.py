@@ -6,7 +6,7 @@ python -m benchmarks.bench_svd_linear   # one call of each path at 8192x4096x409
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -122,6 +122,9 @@ def _pairs(layer: Layer) -> list[tuple[str, str]]:
 def measure(case: Case, context: Context) -> Outcome:
     """Check, count and time all providers of a case."""
     outcome, device, layer = Outcome(case), context.device, case.of
+    if layer.on_gpu and not context.for_gpu:
+        _plan(outcome)
+        return outcome
     per_set = layer.dtype.itemsize * layer.K * (layer.M + layer.N)
     # On a CPU a second set would change nothing but the time that it takes.
     timed = sets_beyond_cache(per_set, device) if context.on_gpu else 1
@@ -175,23 +178,19 @@ def planned(layer: Layer, path: str, gpu: plans.Device) -> list[Launch]:
     return found
 
 
-def guarded(context: Context) -> Iterator[dict[str, Any]]:
-    """Count what is the same in every run: calls on a CPU, and the plans for a GPU."""
-    new = partial(Layer, 768, 768, 256, CPU_R, dtype=torch.float32, on_gpu=False)
-    for case in _in_directions([new(dropout=dropout) for dropout in CPU_GOALS]):
-        outcome, inputs = Outcome(case), layers.make_inputs(case.of, context.device)
-        for name, provider in layers.providers_of(case.of, context.device).items():
-            call = partial(provider.call, case.of.direction, inputs)
-            _count(outcome, name, call, context.device)
-        yield from outcome.rows
-    rows = (GOAL_M, FEW_ROWS[-1])
-    for case in _in_directions([Layer(K, N, M, GOAL_R) for K, N in GOAL_SHAPES for M in rows]):
-        outcome = Outcome(case)
-        for path in (AUTO, *case.of.paths):
-            there = planned(case.of, path, _H200)
-            outcome.add(path, "planned launches", len(there))
-            outcome.add(path, "planned bytes", sum(launch.moved for launch in there))
-        yield from outcome.rows
+def guarded() -> list[Case]:
+    """The cases whose counts the guard compares: calls on a CPU, and the plans for a GPU."""
+    new = partial(Layer, 768, 768, 256, CPU_R, dtype=torch.float32, on_gpu=False, counted=True)
+    plans_for = [Layer(K, N, M, GOAL_R) for K, N in GOAL_SHAPES for M in (GOAL_M, FEW_ROWS[-1])]
+    return _in_directions([*(new(dropout=dropout) for dropout in CPU_GOALS), *plans_for])
+
+
+def _plan(outcome: Outcome) -> None:
+    """Count what each path would launch on an H200, and the bytes that its kernels move."""
+    for path in (AUTO, *outcome.case.of.paths):
+        there = planned(outcome.case.of, path, _H200)
+        outcome.add(path, "planned launches", len(there))
+        outcome.add(path, "planned bytes", sum(launch.moved for launch in there))
 
 
 bench_svd_linear = time_alone

@@ -4,7 +4,7 @@ A bench is a module with
 
     def cases(context: Context) -> Sequence[Case]         what there is to measure, goals first
     def measure(case: Case, context: Context) -> Outcome  checks the providers, times them in turn
-    def guarded(context: Context) -> Iterator[Row]        what is the same in every run (guard.py)
+    def guarded() -> list[Case]                           whose counts guard.py compares
     bench_… = time_alone                                  pytest-benchmark times one by itself
 """
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 import pytest
@@ -39,13 +39,7 @@ _PLAIN = ("reference.py", "torch._foreach, no gate")
 
 @dataclass(frozen=True)
 class Context:
-    """Where the benches run, and how.
-
-    Attributes:
-        device: the device of all tensors.
-        smoke: take the cases that are meant for a GPU, but tiny, on a CPU, only to try the code.
-        timed: whether providers are timed; otherwise they are only checked and counted.
-    """
+    """Where the benches run; whether on the cases for a GPU, but tiny; timed, or only counted."""
 
     device: torch.device
     smoke: bool = False
@@ -63,16 +57,11 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What a bench measures at a time.
+    """What a bench measures at a time: the work, on what, and who provides it.
 
-    Attributes:
-        work: what is done.
-        settings: on what: shapes, dtypes, the model.
-        providers: who does it.
-        goals: by provider and measure, as "<= 1.12", of design.md, section 6.
-        of: what the bench itself needs to know.
-        curve: the setting that varies over the cases that this is one of.
-        expected_seconds: the case is not begun where so much time is not left.
+    The goals are by provider and measure, as "<= 1.12", of design.md, section 6. `of` is what the
+    bench itself needs to know, `curve` the setting that varies over some cases. A case is not begun
+    where its expected seconds are not left.
     """
 
     work: str
@@ -159,8 +148,7 @@ def poisoned_memory() -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """The seconds of one call, a row per round and a column per provider, and by which clock."""
 
     seconds: pd.DataFrame
@@ -216,12 +204,9 @@ class Outcome:
     def compare(
         self, samples: Samples, to: str, measure: str, among: Collection[str] | None = None
     ) -> None:
-        """Add each provider's ratio to another one's time, taken within the rounds.
+        """Add the ratios, within the rounds, of all or some providers to the time of one.
 
-        Args:
-            to: the provider to compare with; without its samples nothing is added.
-            measure: "time / X", or "X's time / time", which is its inverse.
-            among: the providers to compare; all of them by default.
+        The measure is "time / X", or "X's time / time", which is its inverse.
         """
         if to not in samples.seconds:
             return
@@ -251,8 +236,7 @@ def _until_done(call: Call, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class _Work:
+class _Work(NamedTuple):
     """All calls of a provider as one unit of work."""
 
     run: Call
@@ -276,12 +260,10 @@ def interleaved(
     rounds: tuple[int, int] = (7, 100),
     by_host: bool = False,
 ) -> Samples:
-    """Time providers in turn.
+    """Time providers in turn; the calls of one, over its sets of inputs, are one unit.
 
-    Args:
-        calls: of each provider one call for every set of inputs; together they are one unit.
-        seconds: to spend on the rounds, as far as their least and greatest number allow.
-        by_host: on a GPU, time eager calls until the device is done, and no graphs.
+    It spends so many seconds, as far as the least and the greatest number of rounds allow. On a GPU
+    with `by_host`, eager calls are timed until the device is done, and no graphs.
     """
     in_graphs = device.type == "cuda" and not by_host
     prepare = _graphs_of(device) if in_graphs else partial(_eager, device)

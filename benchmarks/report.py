@@ -14,6 +14,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _PAGE, _README = HERE / "RESULTS.md", HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # From the one to be looked at first.
 VERDICTS = ("MISSED", "MISSED, within the spread", "met, within the spread", "met")
-_PEFT = ("PEFT", "AdaLoRA in PEFT")
+_PEFT, _KEY = ("PEFT", "AdaLoRA in PEFT"), ["work", "measure", "goal"]
 _INTRO = """\
 Written by `python -m benchmarks.report` from the files in [results]({results}); what was expected,
 and why it came out like this, is in [NOTES.md]({notes}). All providers of a case run in one
@@ -40,11 +41,7 @@ by least squares over the upper half of the points.
 
 
 def read(folder: Path) -> dict[str, Run]:
-    """Read all files of results in a folder, by name.
-
-    Raises:
-        ValueError: there are none, or one is no such file.
-    """
+    """Read all files of results in a folder, by name; a ValueError says which is none."""
     found = {path.stem: Run.read(path) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise ValueError(f"{folder} has no files of results")
@@ -111,23 +108,17 @@ def _pivot(frame: pd.DataFrame, index: list[str], columns: str) -> str:
 
 
 def figures(frame: pd.DataFrame) -> Iterator[str]:
-    """Tabulate every kind of work: a row per case and provider, a column per measure."""
+    """Tabulate every kind of work, and each curve with how the time grows along it."""
     for work, part in frame[frame.curve.isna()].groupby("work", sort=False):
         yield f"<details><summary>{work}: all figures</summary>\n"
-        yield _pivot(part, ["case", "who"], "measure")
-        yield "</details>\n"
-
-
-def curves(frame: pd.DataFrame) -> Iterator[str]:
-    """Tabulate each curve: the ratios and counts at its points, and how the time grows."""
-    on_curves = frame[frame.curve.notna()].groupby(["work", "curve", "case"], sort=False)
-    for (work, key, case), part in on_curves:
+        yield _pivot(part, ["case", "who"], "measure") + "\n</details>\n"
+    on_curves = frame[frame.curve.notna()].astype({"point": object})
+    for (work, key, case), part in on_curves.groupby(["work", "curve", "case"], sort=False):
         grows = {name: f"{key}^{power:.2f}" for name, power in slopes(part).items()}
         fits = part[part.seconds.notna()].drop_duplicates("provider")
         fits = fits.assign(cell=fits.provider.map(grows), point="grows as").dropna(subset="cell")
-        both = pd.concat([part.astype({"point": object}), fits.astype({"point": object})])
-        yield f"#### {work}, over {key}: {case}\n"
-        yield _pivot(both, ["measure", "who"], "point")
+        yield f"### {work}, over {key}: {case}\n"
+        yield _pivot(pd.concat([part, fits]), ["measure", "who"], "point")
 
 
 def slopes(curve: pd.DataFrame) -> dict[str, float]:
@@ -155,8 +146,7 @@ def _device(run: Run) -> str:
     return f"CPU ({run.environment.get('processor', 'unknown')})" if device == "cpu" else device
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 110, break_on_hyphens=False) + "\n"
+_wrapped = partial(textwrap.fill, width=110, break_on_hyphens=False)
 
 
 def results_page(runs: dict[str, Run], folder: Path, out: Path) -> str:
@@ -169,10 +159,10 @@ def results_page(runs: dict[str, Run], folder: Path, out: Path) -> str:
         said |= run.environment.get("packages", {})
         words = "; ".join(f"{key} {value}" for key, value in said.items())
         parts.append(f"## {name}: {_device(run)}\n")
-        parts.append(_wrapped(f"Figures in [{name}.json]({links[0]}/{name}.json); {words}."))
+        parts.append(_wrapped(f"Figures: [{name}.json]({links[0]}/{name}.json); {words}.") + "\n")
         parts += ["### Goals\n", _markdown(goals(frame))]
-        parts += [f"![{n} of {name}](charts/{name}_{n}.png)\n" for n in charts.names(run.frame)]
-        parts += ["### All figures\n", *figures(frame), "### Curves\n", *curves(frame)]
+        parts += [f"![{n} of {name}](charts/{name}_{n}.png)\n" for n in charts.panels(run.frame)]
+        parts += ["### All figures\n", *figures(frame)]
         parts += ["### Wrong or not reached\n", *(f"- {text}" for text in left_out(run)), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -187,8 +177,7 @@ def readme_block(runs: dict[str, Run], folder: Path, out: Path, readme: Path) ->
     )
     rows, counts = [], []
     for name, run in runs.items():
-        frame = prepared(run)
-        for (work, measure, goal), part in frame.groupby(["work", "measure", "goal"], sort=False):
+        for (work, measure, goal), part in prepared(run).groupby(_KEY, sort=False):
             is_met = part.verdict.str.startswith("met")
             met = f"{is_met.sum()} of {len(part)}"
             if part.p25.isna().all():
@@ -197,22 +186,18 @@ def readme_block(runs: dict[str, Run], folder: Path, out: Path, readme: Path) ->
             best = part.sort_values("value", ascending=goal.startswith("≤"))
             row = [f"{work}, {measure}", name, goal]
             for end in (best.iloc[-1], best.iloc[0]):
-                row += [f"{end.cell}, {end.who}, {end.on}", end.PEFT]
+                row.append(f"{end.cell}, {end.who}, {end.on}; PEFT {end.PEFT}")
             rows.append([*row, met if is_met.all() else f"**{met}**"])
-    head = ["ratio", "on", "goal", "here, worst", "PEFT", "here, best", "PEFT", "goals met"]
+    head = ["ratio", "on", "goal", "here, worst", "here, best", "goals met"]
     text = f"Counts: {'; '.join(counts)}." if counts else ""
     if all(run.environment.get("device") == "cpu" for run in runs.values()):
         text += " On a GPU: nothing yet."
     table = _markdown(pd.DataFrame(rows, columns=head))
-    return "\n".join([BEGIN, _wrapped(intro), table, _wrapped(text.strip()) + END])
+    return "\n".join([BEGIN, _wrapped(intro), "", table, _wrapped(text.strip()), END])
 
 
 def with_block(readme: str, block: str) -> str:
-    """Put another block into the README.
-
-    Raises:
-        ValueError: it has no markers.
-    """
+    """Put another block into the README; a ValueError says that it has no markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

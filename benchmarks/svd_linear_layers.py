@@ -105,13 +105,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one call reads, the same for every provider.
+    """What one call reads: x, the gradient of y, the frozen layer, and the adapters by dtype.
 
-    Attributes:
-        x, g: the input, and the gradient of the output.
-        linear: the frozen layer, whose weight and bias all layers share.
-        factors: lora_A, lora_E and lora_B by dtype, of equal values; all layers share them, too.
-        layers: the layers of the providers that have one.
+    All `layers`, of the providers that have one, share the weight, the bias and the adapters.
     """
 
     x: Tensor
@@ -130,48 +126,39 @@ def make_inputs(layer: Layer, device: torch.device) -> Inputs:
     values = [0.1 * new(*s) for s in ((layer.r, layer.K), (layer.r, 1), (layer.N, layer.r))]
     dtypes = {layer.adapters, layer.dtype}
     factors = {dtype: [nn.Parameter(v.to(dtype, copy=True)) for v in values] for dtype in dtypes}
-    peft = partial(_peft_layer, layer, linear)
-    makers: dict[str, Callable[[], nn.Module]] = {
-        PEFT: lambda: peft(factors[layer.adapters]),
-        layer.in_dtype(PEFT): lambda: peft(factors[layer.dtype]),
-        APPLIED: lambda: peft(factors[layer.adapters], applied=True),
-        LAYER: lambda: _svd_linear(layer, linear, factors[layer.dtype]),
-    }
-    layers = {name: make() for name, make in makers.items() if name in layer.providers}
+    narrow, names = layer.in_dtype(PEFT), (PEFT, layer.in_dtype(PEFT), APPLIED, LAYER)
+    layers = {}
+    for name in (name for name in names if name in layer.providers):
+        dtype = layer.dtype if name in (narrow, LAYER) else layer.adapters
+        layers[name] = _adapted(name, layer, linear, factors[dtype])
     x = new(layer.M, layer.K).requires_grad_()
     return Inputs(x, new(layer.M, layer.N), linear, factors, layers)
 
 
-def _peft_layer(layer: Layer, linear: nn.Linear, factors: Any, applied: bool = False) -> nn.Module:
+def _adapted(name: str, layer: Layer, linear: nn.Linear, factors: Any) -> Any:
+    """Make the layer of a provider, over shared factors."""
+    if name == LAYER:
+        ours = adalora_kernels.SVDLinear.from_linear(linear, layer.r, ALPHA, layer.dropout)
+        ours.lora_A, ours.lora_E, ours.lora_B = factors
+        return ours
     options = {"init_r": layer.r, "lora_alpha": ALPHA, "lora_dropout": layer.dropout}
     model = with_adapters(nn.Sequential(linear), ["0"], **options)
     if factors[0].dtype == layer.dtype:
         # PEFT's default is float32; this is what `autocast_adapter_dtype=False` gives.
         model.to(layer.dtype)
-    made: nn.Module = model.base_model.model[0]
+    made = model.base_model.model[0]
     if type(made) is not PeftSVDLinear:
         raise TypeError(f"the provider is a {type(made).__name__}, not PEFT's SVDLinear")
-    for name, parameter in zip(("lora_A", "lora_E", "lora_B"), factors, strict=True):
-        getattr(made, name)["default"] = parameter
-    if applied:
+    for factor, parameter in zip(("lora_A", "lora_E", "lora_B"), factors, strict=True):
+        getattr(made, factor)["default"] = parameter
+    if name == APPLIED:
         adalora_kernels.peft.apply(model)
-    return made
-
-
-def _svd_linear(layer: Layer, linear: nn.Linear, factors: Any) -> nn.Module:
-    made = adalora_kernels.SVDLinear.from_linear(linear, layer.r, ALPHA, layer.dropout)
-    made.lora_A, made.lora_E, made.lora_B = factors
     return made
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute y.
-
-    Attributes:
-        forward: computes y from the inputs.
-        adapters: the dtype of its factors; None for the frozen layer.
-    """
+    """One way to compute y, over factors in the dtype `adapters`; None for the frozen layer."""
 
     forward: Callable[[Inputs], Tensor]
     adapters: torch.dtype | None = None

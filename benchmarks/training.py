@@ -89,8 +89,8 @@ SMALL_DEBERTA = _deberta("DeBERTa-v3-base, 2 layers", 2, 2048)
 class Trainee:
     """A model in training, with what its documentation tells a training loop to do.
 
-    `loss` has the regulariser if the model adds it there, `plain_loss` has not. `allocator` is ours,
-    attached to the optimizer; `allocate` is called after the optimizer's step.
+    `loss` has the regulariser if the model adds it there, `plain_loss` has not. `allocator` is
+    ours, attached to the optimizer; `allocate` is called after the optimizer's step.
     """
 
     def __init__(

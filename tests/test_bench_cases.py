@@ -55,11 +55,11 @@ def test_a_wrong_layer_is_not_timed(monkeypatch, name, dropout, fault):
 
 
 def nan_averages(model):
-    right = whole._authors_step(model, whole.parameters_of(model))
-    return dataclasses.replace(right, results=lambda: [t * torch.nan for t in right.results()])
+    right = whole.authors_step(model, whole.parameters_of(model))
+    return right._replace(results=lambda: [t * torch.nan for t in right.results()])
 
 
-idle = partial(whole._our_step, call=lambda step: None)
+idle = partial(whole.our_step, call=lambda step: None)
 MODEL_FAULTS = [
     ("masking step", "STEPS", whole.LORALIB, nan_averages),
     ("masking step", "STEPS", whole.APPLIED, idle),
@@ -70,7 +70,7 @@ MODEL_FAULTS = [
 
 @pytest.mark.parametrize(("work", "table", "name", "plant"), MODEL_FAULTS)
 def test_wrong_work_on_a_model_is_not_timed(monkeypatch, work, table, name, plant):
-    plant = plant or (lambda model: whole._regulariser(model, lambda: model.base_model().loss))
+    plant = plant or (lambda model: whole.regulariser(model, lambda: model.base_model().loss))
     monkeypatch.setattr(whole, table, {**getattr(whole, table), name: plant})
     case = next(case for case in bench_whole_model.cases(SMOKE) if case.work == work)
     check_only_wrong(bench_whole_model, case, name)

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adalora_kernels
 from adalora_kernels import ops
 from benchmarks import bench_whole_model, guard, whole_models
+from benchmarks.harness import Context
 
+SMOKE = Context(torch.device("cpu"), smoke=True)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,13 +44,12 @@ def test_the_baseline_is_of_the_pinned_versions_and_of_every_bench():
 
 def test_one_op_more_is_caught(monkeypatch):
     bench, name = bench_whole_model, whole_models.GRAD_OF_ADAPTERS
-    monkeypatch.setattr(bench, "PROVIDERS", {bench.ORTHOGONALITY: (name,)})
-    monkeypatch.setattr(bench, "GUARDED", (bench.ORTHOGONALITY,))
-    monkeypatch.setattr(bench, "DEBERTA_BASE", bench.models.SMOKE[0])
+    case = next(c for c in bench.cases(SMOKE) if c.work == bench.ORTHOGONALITY)
+    monkeypatch.setattr(bench, "guarded", lambda: [case])
     before = guard.counted(["whole_model"])
     assert list(guard.differences(before, guard.counted(["whole_model"]))) == []
     once = adalora_kernels.orth_reg_grad_
-    monkeypatch.setattr(adalora_kernels, "orth_reg_grad_", lambda *a: (once(*a), once(*a))[1])
+    monkeypatch.setattr(adalora_kernels, "orth_reg_grad_", lambda *a: (torch.ones(1), once(*a))[1])
     found = list(guard.differences(before, guard.counted(["whole_model"])))
     assert any(f"{name}: dispatched ops: " in line for line in found)
     gone = [row for row in before if row["provider"] != name]

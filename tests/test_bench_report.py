@@ -81,7 +81,7 @@ def test_goals_are_listed_those_missed_first(pages):
 
 
 def test_how_cost_grows_is_what_was_put_in(pages):
-    page = pages()[1].partition("#### work, over M: K 4")[2]
+    page = pages()[1].partition("### work, over M: K 4")[2]
     rows = {
         line.split("`")[1]: line.split("|")[-2].strip()
         for line in page.splitlines()
