@@ -90,7 +90,8 @@ NAMES = ("F.linear", "ours", "ours, wrong", "PEFT, wrong")
 
 
 def cases(context):
-    return [Case("toy", {"n": n}, NAMES, {}, n) for n in ("one", "broken")]
+    late = Case("toy", {"n": "late"}, NAMES, {}, None, expected_seconds=1e9)
+    return [*(Case("toy", {"n": n}, NAMES, {}, n) for n in ("one", "broken")), late]
 
 
 def check(name, provider):
@@ -113,28 +114,19 @@ bench_toy = time_alone
 """
 
 
-@pytest.fixture
-def toy(tmp_path):
-    """Runs a bench of a case and one that fails; returns what was printed and what it wrote."""
-    (tmp_path / "bench_toy.py").write_text(TOY)
-
-    def run(*options):
-        out = tmp_path / "toy.json"
-        command = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini"]
-        command += ["-p", "benchmarks.conftest", tmp_path / "bench_toy.py", "--out", out, *options]
-        # In a worker of pytest-xdist pytest-benchmark turns itself off.
-        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-        options = {"capture_output": True, "text": True, "timeout": 120}
-        done = subprocess.run(command, cwd=ROOT, env=env, **options)
-        return done.stdout, json.loads(out.read_text())
-
-    return run
-
-
-def test_a_bench_reports_who_is_right_and_rejects_the_others(toy, tmp_path):
-    printed, written = toy("--benchmark-json", tmp_path / "benchmark.json")
+def test_a_bench_reports_who_is_right_and_rejects_the_others(tmp_path):
+    bench, out, own = (tmp_path / name for name in ("bench_toy.py", "toy.json", "benchmark.json"))
+    bench.write_text(TOY)
+    command = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", bench]
+    command += ["-p", "benchmarks.conftest", "--out", out, "--benchmark-json", own]
+    # In a worker of pytest-xdist pytest-benchmark turns itself off.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*command, "--seconds", "1e6"], **options)
+    written = json.loads(out.read_text())
     # Ours that is wrong fails the run, and so does a case that nobody survives; PEFT's does not.
-    assert "3 failed, 2 passed, 3 skipped" in printed, printed
+    assert "3 failed, 2 passed, 7 skipped" in done.stdout, done.stdout
+    assert "1 cases not reached" in done.stdout and written["not_reached"] == ["toy: n late"]
     assert [row["provider"] for row in written["rows"]] == ["F.linear", "ours"]
     wrong = [(e["case"], e["why"].partition(":")[0]) for e in written["wrong"]]
     broken = [("toy: n broken", "MemoryError")] * 4
@@ -142,15 +134,9 @@ def test_a_bench_reports_who_is_right_and_rejects_the_others(toy, tmp_path):
     asked = {"commit", "device", "processor", "python", "packages", "compiled library"}
     assert asked <= written["environment"].keys()
     # pytest-benchmark has timed them itself, in groups.
-    own = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
+    own = json.loads(own.read_text())["benchmarks"]
     assert [each["group"] for each in own] == ["toy: n one"] * 2
     assert own[1]["stats"]["median"] > 0 and own[1]["extra_info"].keys() == {"time / F.linear"}
-
-
-def test_what_there_is_no_time_for_is_named(toy):
-    printed, written = toy("--seconds", "0")
-    assert "2 cases not reached" in printed
-    assert written["not_reached"] == ["toy: n one", "toy: n broken"] and not written["rows"]
 
 
 def test_memory_is_counted_to_the_byte():
