@@ -68,11 +68,8 @@ sys.exit('cuda' not in ops.library.device_types)" >>"$log" 2>&1
 }
 
 environment() {
-  required environment 30 bash -c "
-    command -v nvidia-smi >/dev/null &&
-      nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    command -v nvcc >/dev/null && nvcc --version | tail -n 2
-    $python -m adalora_kernels"
+  local gpu="nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
+  required environment 30 bash -c "$gpu; nvcc --version | tail -n 2; $python -m adalora_kernels"
 }
 
 # Whether a binary from elsewhere can be loaded by this torch, and computes the right thing.
