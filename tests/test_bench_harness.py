@@ -159,3 +159,14 @@ def test_ops_are_counted_inside_ours_too():
     assert ops.calls["adalora::svd_linear"] == 1 and ops.calls.total() < 4
     assert ops.inner.total() > 2 and ops.host_syncs == 0
     assert counting.count_ops(lambda: x.sum().item()).host_syncs == 1
+
+
+def test_ours_is_checked_with_memory_poisoned():
+    torch.use_deterministic_algorithms(False)
+    seen, outcome = {}, harness.Outcome(harness.Case("work", {}, (), {}, None))
+
+    def check(name, provider):
+        seen[name] = torch.are_deterministic_algorithms_enabled()
+
+    outcome.keep_right({"ours": None, "PEFT": None}, check)
+    assert seen == {"ours": True, "PEFT": False} and outcome.wrong == {}
