@@ -1,53 +1,43 @@
-"""Runs the benches: `cases` and `measure` of each, a test for every rival of every case.
+"""Runs the benches: a test for every provider of every case.
 
 A bench is a module with
 
     def cases(context: Context) -> Sequence[Case]         what there is to measure, goals first
-    def measure(case: Case, context: Context) -> Outcome  check all rivals, time them in turn
-    def bench_…(…)                                        hands over what one rival gave
-
-and perhaps `prepare(cases, context)`, for what all cases need before the first is timed. A case may
-have `expected_seconds`, and is not begun where so much is not left.
+    def measure(case: Case, context: Context) -> Outcome  checks the providers, times them in turn
+    def guarded() -> list[Case]                           whose counts guard.py compares
+    bench_… = time_alone                                  pytest-benchmark times one by itself
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.contest import Case, Context, Outcome, Refusal, lines, replay
-from benchmarks.results import FOLDER, HERE, Run, environment, first_line, groups
+from benchmarks.harness import Case, Context, Outcome
+from benchmarks.results import FOLDER, HERE, Run, environment
 
 _CONTEXT = pytest.StashKey[Context]()
 _RUN = pytest.StashKey[Run]()
 _DEADLINE = pytest.StashKey[float]()
+_SHOWN = ["work", "case", "curve", "point", "provider", "measure", "value", "p25", "p75", "verdict"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adalora_kernels")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    group.addoption(
-        "--smoke",
-        action="store_true",
-        help="the cases for a GPU, tiny, on a CPU (with TRITON_INTERPRET=1): only to try the code",
-    )
-    group.addoption(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the results there, as far as the run got; otherwise a whole run of the suite "
-        "that passes writes results/DEVICE.json",
-    )
-    group.addoption(
-        "--seconds", type=float, help="begin no case after that; those left are named in the file"
-    )
+    smoke = "the cases for a GPU, tiny, on a CPU (with TRITON_INTERPRET=1): only to try the code"
+    group.addoption("--smoke", action="store_true", help=smoke)
+    out = "write the results there; otherwise a whole run that passes writes results/DEVICE.json"
+    group.addoption("--out", type=Path, metavar="FILE", help=out)
+    seconds = "begin no case after that; those left are named in the file"
+    group.addoption("--seconds", type=float, default=float("inf"), help=seconds)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,109 +50,88 @@ def pytest_configure(config: pytest.Config) -> None:
         # With more, small ops stall at OpenMP's barrier whenever the machine is not idle.
         torch.set_num_threads(1)
     config.stash[_RUN] = Run(environment(device))
-    seconds = config.getoption("--seconds")
-    config.stash[_DEADLINE] = time.monotonic() + (float("inf") if seconds is None else seconds)
+    config.stash[_DEADLINE] = time.monotonic() + config.getoption("--seconds")
     # pytest-benchmark makes its storage directory even if it stores nothing: let it be ours.
     config.option.benchmark_storage = FOLDER.as_uri()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = metafunc.module.cases(metafunc.config.stash[_CONTEXT])
-    pairs = [(case, rival) for case in cases for rival in case.rivals]
-    ids = [f"{case}, {rival}" for case, rival in pairs]
-    metafunc.parametrize(("case", "rival"), pairs, ids=ids)
+    pairs = [(case, provider) for case in cases for provider in case.providers]
+    ids = [f"{case}, {provider}" for case, provider in pairs]
+    metafunc.parametrize(("case", "provider"), pairs, ids=ids)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    context = config.stash[_CONTEXT]
     for item in items:
-        case = item.callspec.params["case"]  # type: ignore[attr-defined]
-        module = item.module.__name__.rpartition("bench_")[2]  # type: ignore[attr-defined]
-        marker = pytest.mark.benchmark(group=f"{module}: {case}", timer=replay.interleaved_rounds)
-        item.add_marker(marker)
+        case = item.callspec.params["case"]
+        once = case.curve is not None or context.smoke
+        options = {"min_rounds": 1, "max_time": 0.0} if once else {"min_rounds": 3, "max_time": 0.1}
+        if not context.on_gpu:
+            options["timer"] = time.process_time
+        item.add_marker(pytest.mark.benchmark(group=str(case), **options))
 
 
 @pytest.fixture(scope="session")
-def run(pytestconfig: pytest.Config) -> Run:
-    """Where a bench puts what came out."""
-    return pytestconfig.stash[_RUN]
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return pytestconfig.stash[_CONTEXT].device
 
 
-@dataclass
-class Measured:
-    """The case of a bench that was measured last; pytest runs its rivals one after the other."""
-
-    module: ModuleType
-    case: Case | None = None
-    outcome: Outcome | None = None
-
-
-@pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest) -> Measured:
-    """Of a bench, which gets to prepare itself first."""
-    context = request.config.stash[_CONTEXT]
-    if hasattr(request.module, "prepare") and context.for_gpu:
-        request.module.prepare(request.module.cases(context), context)
-    return Measured(request.module)
+@pytest.fixture(scope="module", autouse=True)
+def _released() -> Iterator[None]:
+    yield
+    _outcome_of.cache_clear()
 
 
 @pytest.fixture
-def outcome(case: Case, pytestconfig: pytest.Config, run: Run, measured: Measured) -> Outcome:
-    """Of the case: measured when the first of its rivals asks, the same for the others."""
-    if measured.case is not case:
-        context = pytestconfig.stash[_CONTEXT]
-        measured.case, measured.outcome = case, None
-        expected = getattr(case, "expected_seconds", 0.0)
-        if time.monotonic() + expected > pytestconfig.stash[_DEADLINE]:
-            run.not_reached.append(str(case))
-        else:
-            if context.timed and not context.smoke:
-                run.environment["ceilings"] = context.ceilings.as_json()
-            measured.outcome = _measure(measured.module, case, context, run)
-        path = pytestconfig.getoption("--out")
-        if path is not None:
-            run.write(path)
-    if measured.outcome is None:
-        pytest.skip("not reached: no time left")
-    return measured.outcome
+def outcome(request: pytest.FixtureRequest, case: Case) -> Outcome:
+    """What the case gave: it is measured for the first of its providers, at once for all."""
+    found: Outcome | None = _outcome_of(request.config, request.module, case)
+    return found or pytest.skip("not reached: no time left")
 
 
-def _measure(module: ModuleType, case: Case, context: Context, run: Run) -> Outcome:
-    torch.manual_seed(0)
-    try:
-        outcome: Outcome = module.measure(case, context)
-    # Out of memory, say. The rest is measured all the same, if it can be.
-    except Exception as error:
-        outcome = Outcome(refused={name: Refusal(first_line(error), True) for name in case.rivals})
-    for rival, refusal in outcome.refused.items():
-        run.refused.append({"case": str(case), "rival": rival, "why": refusal.why})
+@lru_cache(maxsize=1)
+def _outcome_of(config: pytest.Config, module: Any, case: Case) -> Outcome | None:
+    run, context, outcome = config.stash[_RUN], config.stash[_CONTEXT], Outcome(case)
     gc.collect()
-    if context.device.type == "cuda":
+    if context.on_gpu:
         torch.cuda.empty_cache()
-    return outcome
+    reached = time.monotonic() + case.expected_seconds <= config.stash[_DEADLINE]
+    if reached:
+        torch.manual_seed(0)
+        try:
+            outcome = module.measure(case, context)
+        # Out of memory, say. The rest is measured all the same, if it can be.
+        except Exception as error:
+            for provider in case.providers:
+                outcome.fail(provider, error)
+        run.rows += outcome.rows
+        for provider, why in outcome.wrong.items():
+            run.wrong.append({"case": str(case), "provider": provider, "why": why})
+    else:
+        run.not_reached.append(str(case))
+    if config.getoption("--out") is not None:
+        run.write(config.getoption("--out"))
+    return outcome if reached else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    run, path = config.stash[_RUN], config.getoption("--out")
+    run, path, write = config.stash[_RUN], config.getoption("--out"), terminalreporter.write_line
     if config.option.benchmark_disable:
         return
-    for group in groups(run.rows):
-        first = group[0]
-        settings = (f"{k} {v}" for k, v in first.settings.items() if not isinstance(v, dict))
-        terminalreporter.write_line(f"\n{first.case}: {', '.join(settings)}")
-        for line in lines(group):
-            terminalreporter.write_line(line)
-    for entry in run.refused:
-        terminalreporter.write_line("REFUSED {rival}, {case}: {why}".format(**entry))
+    if run.rows:
+        shown = run.frame[_SHOWN].to_string(index=False, na_rep="")
+        write(f"\nRatios of interleaved rounds, and counts:\n{shown}")
+    for entry in run.wrong:
+        write("WRONG {provider}, {case}: {why}".format(**entry))
     if run.not_reached:
-        terminalreporter.write_line(f"{len(run.not_reached)} cases not reached")
-    if path is None:
-        whole = [Path(arg).resolve() for arg in config.args] == [HERE]
-        context = config.stash[_CONTEXT]
-        if exitstatus or not whole or context.smoke or terminalreporter.stats.get("deselected"):
-            terminalreporter.write_line(
-                "not the whole suite, or not all of it passed: no file written"
-            )
-            return
-        path = FOLDER / f"{context.device.type}.json"
+        write(f"{len(run.not_reached)} cases not reached")
+    whole = [Path(arg).resolve() for arg in config.args] == [HERE]
+    unfinished = exitstatus or not whole or terminalreporter.stats.get("deselected")
+    if path is None and (unfinished or config.getoption("--smoke")):
+        write("not the whole suite, or not all of it passed: no file written")
+        return
+    path = path or FOLDER / f"{config.getoption('--device')}.json"
     run.write(path)
-    terminalreporter.write_line(f"written to {path}")
+    write(f"written to {path}")

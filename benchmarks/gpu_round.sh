@@ -4,12 +4,10 @@
 #   bash benchmarks/gpu_round.sh           # every stage
 #   bash benchmarks/gpu_round.sh STAGE...  # some, each then with more of the time
 #
-# Writes log.txt, summary.txt, profile.csv, launch_table.json and the results of the benches,
-# results/{allocation,train_step,svd_linear}.json, to $OUT (build/gpu_round by default), and prints
-# the summary and the report's goals last. The results belong into benchmarks/results/, named by
-# their GPU (h200_svd_linear.json), where `python -m benchmarks.report` makes tables and charts of
-# them. A stage that fails ends nothing but makes the exit status 1; only the stages marked optional
-# may fail. The stages are listed at the end of this file.
+# Writes log.txt, summary.txt, profile.csv, launch_table.json and results/*.json of the benches to
+# $OUT (build/gpu_round by default), and prints the summary and the report's goals last. The results
+# belong into benchmarks/results/, named by their GPU (h200_svd_linear.json). A stage that fails ends
+# nothing but makes the exit status 1; only the stages marked optional may fail.
 #
 # A library that was built elsewhere, perhaps against another torch, can be brought along: as
 # build/carried/_C.abi3.so it is only tried, or used where none can be built here; as
@@ -22,17 +20,17 @@ out=${OUT:-build/gpu_round}
 seconds_in_all=${ROUND_SECONDS:-520}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out" || exit
-log=$out/log.txt summary=$out/summary.txt
+log=$out/log.txt summary=$out/summary.txt carried=$PWD/build/carried/_C.abi3.so
 : >"$log"
 : >"$summary"
 failed=0
 
-# Of the time, this much is kept for the benchmarks at the end, if they are still to come.
-kept=0 report_seconds=15
-declare -A bench_seconds=([allocation]=70 [train_step]=80 [svd_linear]=70)
+# Of the time, this much is reserved for the benchmarks at the end, if they are still to come.
+reserved=0
+declare -A least=([allocation]=70 [train_step]=80 [svd_linear]=70 [report]=15)
 
 left() {
-  local seconds=$((seconds_in_all - SECONDS - kept))
+  local seconds=$((seconds_in_all - SECONDS - reserved))
   echo $((seconds > 1 ? seconds : 1))
 }
 
@@ -70,18 +68,14 @@ sys.exit('cuda' not in ops.library.device_types)" >>"$log" 2>&1
 }
 
 environment() {
-  required environment 30 bash -c "
-    command -v nvidia-smi >/dev/null &&
-      nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    command -v nvcc >/dev/null && nvcc --version | tail -n 2
-    $python -m adalora_kernels"
+  local gpu="nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
+  required environment 30 bash -c "$gpu; nvcc --version | tail -n 2; $python -m adalora_kernels"
 }
 
 # Whether a binary from elsewhere can be loaded by this torch, and computes the right thing.
 carried() {
-  local library=$PWD/build/carried/_C.abi3.so
-  [[ -e $library ]] || return 0
-  optional carried 30 env ADALORA_KERNELS_LIBRARY="$library" "$python" -m adalora_kernels
+  [[ -e $carried ]] || return 0
+  optional carried 30 env ADALORA_KERNELS_LIBRARY="$carried" "$python" -m adalora_kernels
 }
 
 build() {
@@ -89,29 +83,26 @@ build() {
   required build 120 env ADALORA_KERNELS_BUILD=cuda MAX_JOBS="${MAX_JOBS:-12}" \
     TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" "$python" setup.py build_ext --inplace
   has_cuda_library && return
-  local library=$PWD/build/carried/_C.abi3.so
-  [[ -e $library ]] && export ADALORA_KERNELS_LIBRARY=$library
+  [[ -e $carried ]] && export ADALORA_KERNELS_LIBRARY=$carried
 }
 
+# Nearly all of the time goes into compiling kernels.
+in_parallel() { "$python" -c "import xdist" 2>/dev/null && echo "-n 12"; }
+
 gpu_tests() {
-  local parallel=()
-  # Nearly all of the time goes into compiling kernels.
-  "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
+  # shellcheck disable=SC2046
   required "gpu tests" 130 "$python" -m pytest -m gpu -rfE --durations=10 \
-    --continue-on-collection-errors "${parallel[@]}"
+    --continue-on-collection-errors $(in_parallel)
 }
 
 # sanitizer TOOL FILE EXPRESSION KERNEL...: tests under compute-sanitizer; only our kernels, by
 # parts of their names, are instrumented. Without torch's cache every tensor is an allocation of its
 # own.
 sanitizer() {
-  local tool=$1 file=$2 expression=$3 file_name kernel kernels=()
+  local tool=$1 file=$2 expression=$3 name=${2##*/test_} kernel kernels=()
   shift 3
-  for kernel in "$@"; do
-    kernels+=(--kernel-name "kns=$kernel")
-  done
-  file_name=${file##*/test_}
-  required "$tool ${file_name%.py}" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  for kernel in "$@"; do kernels+=(--kernel-name "kns=$kernel"); done
+  required "$tool ${name%.py}" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 10 "${kernels[@]}" \
     "$python" -m pytest -m gpu "$file" -k "$expression"
 }
@@ -127,12 +118,10 @@ sanitize() {
 # A forward and backward of F.linear and of each path at 8192x4096x4096, r = 16.
 profile() {
   local metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
-  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
-  metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
-  metrics+=,lts__t_sector_hit_rate.pct,launch__registers_per_thread
+  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct
+  metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
   optional profile 30 ncu --clock-control none --profile-from-start off --csv --page raw \
-    --metrics "$metrics" --log-file "$out/profile.csv" \
-    "$python" -m benchmarks.profile_svd_linear
+    --metrics "$metrics" --log-file "$out/profile.csv" "$python" -m benchmarks.bench_svd_linear
 }
 
 # Measures the plans of the goal shapes; what it writes is for adalora_kernels/kernels.
@@ -141,26 +130,25 @@ tune() {
     "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
 }
 
-# bench NAME MOST FILE...: benches for the time that is kept for them, or up to MOST seconds if there
+# bench NAME MOST FILE: a bench for the time that is reserved for it, or up to MOST seconds if there
 # is more. The last case may begin just before the end of its budget, hence the difference.
 bench() {
-  local name=$1 most=$2 seconds
-  shift 2
-  ((kept -= bench_seconds[$name]))
+  local seconds
+  ((reserved -= least[$1]))
   seconds=$(left)
-  ((seconds > most)) && seconds=$most
-  required "$name" "$seconds" "$python" -m pytest "${@/#/benchmarks/bench_}" --device cuda \
-    --out "$out/results/$name.json" --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
+  ((seconds > $2)) && seconds=$2
+  required "$1" "$seconds" "$python" -m pytest "benchmarks/bench_$3.py" --device cuda \
+    --out "$out/results/$1.json" --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
 }
 
-allocation() { bench allocation 80 importance.py allocation.py orth_reg.py; }
-train_step() { bench train_step 300 train_step.py; }
-svd_linear() { bench svd_linear 300 svd_linear.py; }
+allocation() { bench allocation 80 whole_model; }
+train_step() { bench train_step 300 train_step; }
+svd_linear() { bench svd_linear 300 svd_linear; }
 
 # Of what there is, so that the goals end the output.
 report() {
-  ((kept -= report_seconds))
-  required report "$report_seconds" "$python" -m benchmarks.report --results "$out/results" \
+  ((reserved -= least[report]))
+  required report "${least[report]}" "$python" -m benchmarks.report --results "$out/results" \
     --out build/gpu_report/RESULTS.md
 }
 
@@ -168,8 +156,7 @@ stages="environment carried build gpu_tests memcheck racecheck profile tune allo
   svd_linear report"
 (($#)) && stages=$*
 for name in $stages; do
-  ((kept += ${bench_seconds[$name]:-0}))
-  [[ $name == report ]] && ((kept += report_seconds))
+  ((reserved += ${least[$name]:-0}))
 done
 for name in $stages; do
   case $name in

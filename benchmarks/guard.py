@@ -14,89 +14,74 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
+import pandas as pd
 import torch
 
 from adalora_kernels import ops
-from benchmarks.contest import Context
-from benchmarks.results import HERE, Row, Run, Spread, environment
+from benchmarks.harness import Context
+from benchmarks.results import HERE, Row, Run, environment
 
 BASELINE = HERE / "baseline.json"
-BENCHES = ("svd_linear", "importance", "allocation", "orth_reg", "train_step")
+BENCHES = ("svd_linear", "whole_model", "train_step")
 # A ratio that is worse by less than that is not worth a word, however narrow its quartiles.
 LEAST = 0.1
-
-# By what is done, who does it, and what was counted.
-Counts: TypeAlias = dict[str, dict[str, dict[str, float]]]
+_KEY = ["work", "case", "point", "provider", "measure"]
 
 
-def counted(benches: Sequence[str] = BENCHES) -> Counts:
-    """What the benches say can be counted exactly, on a CPU, with one thread."""
+def counted(benches: Sequence[str] = BENCHES) -> list[Row]:
+    """Count what can be counted exactly, on a CPU, with one thread."""
     torch.set_num_threads(1)
-    context = Context(torch.device("cpu"), timed=False)
-    counts: Counts = {}
+    context, rows = Context(torch.device("cpu"), timed=False), []
     for bench in benches:
         torch.manual_seed(0)
         module = importlib.import_module(f"benchmarks.bench_{bench}")
-        for row in module.guarded(context):
-            rivals = counts.setdefault(_group(row), {})
-            rivals.setdefault(row.rival, {})[row.measure] = row.number
-    return counts
+        rows += [row for case in module.guarded() for row in module.measure(case, context).rows]
+    shown = ("work", "case", "provider", "measure", "value")
+    return [{key: row[key] for key in shown} for row in rows]
 
 
-def _group(row: Row) -> str:
-    settings = (f"{k} {v}" for k, v in row.settings.items() if not isinstance(v, Mapping))
-    return f"{row.case}: {', '.join(settings)}"
+def _table(rows: Iterable[Row]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows).reindex(columns=[*_KEY, "value", "p25", "p75"])
+    point = ["" if pd.isna(each) else str(each) for each in frame.point]
+    return frame.assign(point=point).set_index(_KEY)
 
 
-def differences(before: Counts, after: Counts) -> Iterator[str]:
-    """A line for every count that is not the same."""
-    for group in sorted(before.keys() | after.keys()):
-        rivals, others = before.get(group, {}), after.get(group, {})
-        for rival in sorted(rivals.keys() | others.keys()):
-            old, new = rivals.get(rival, {}), others.get(rival, {})
-            for measure in sorted(old.keys() | new.keys()):
-                if old.get(measure) != new.get(measure):
-                    was, is_ = _number(old.get(measure)), _number(new.get(measure))
-                    yield f"{group}: {rival}: {measure}: {was}, now {is_}"
-
-
-def _number(count: float | None) -> str:
-    return "not there" if count is None else str(count)
+def differences(before: Iterable[Row], after: Iterable[Row]) -> Iterator[str]:
+    """Yield a line for every count that is not the same."""
+    both = _table(before).join(_table(after), how="outer", suffixes=("", "_now"))
+    for key, was, now in zip(both.index, both.value, both.value_now, strict=True):
+        if was != now:
+            old, new = ("not there" if pd.isna(v) else f"{v:g}" for v in (was, now))
+            yield f"{': '.join(filter(None, key))}: {old}, now {new}"
 
 
 def slower(before: Run, after: Run) -> Iterator[str]:
-    """A line for every ratio that is worse beyond its spread, and by a tenth at least."""
-    old = {(_group(row), row.rival, row.measure): row.value for row in before.rows}
-    for row in after.rows:
-        was, is_ = old.get((_group(row), row.rival, row.measure)), row.value
-        timed = isinstance(was, Spread) and isinstance(is_, Spread)
-        if not timed or row.measure.startswith("GB/s"):  # That is no ratio.
-            continue
-        if row.measure.startswith("time / "):
-            worse = is_.p25 > was.p75 and is_.median > (1 + LEAST) * was.median
-        else:  # Of a speed, or a time over ours.
-            worse = is_.p75 < was.p25 and is_.median < was.median / (1 + LEAST)
-        if worse:
-            yield (
-                f"{_group(row)}: {row.rival}: {row.measure}: "
-                f"{was.median:.3f} ({was.p25:.3f}-{was.p75:.3f}), "
-                f"now {is_.median:.3f} ({is_.p25:.3f}-{is_.p75:.3f})"
-            )
+    """Yield a line for every ratio that is worse beyond its spread, and by a tenth at least."""
+    both = _table(before.rows).join(_table(after.rows), how="inner", suffixes=("", "_now"))
+    both = both[both.p25.notna() & both.p25_now.notna()]
+    costs = both.index.get_level_values("measure").str.startswith("time / ")
+    dearer = (both.p25_now > both.p75) & (both.value_now > (1 + LEAST) * both.value)
+    # Of a speed, or another one's time over ours.
+    less = (both.p75_now < both.p25) & (both.value_now < both.value / (1 + LEAST))
+    for key, row in both[(costs & dearer) | (~costs & less)].iterrows():
+        yield (
+            f"{': '.join(filter(None, key))}: {row.value:.3f} ({row.p25:.3f}-{row.p75:.3f}), "
+            f"now {row.value_now:.3f} ({row.p25_now:.3f}-{row.p75_now:.3f})"
+        )
 
 
 def versions() -> dict[str, str]:
-    """Of what the counts depend on, apart from our own code."""
+    """What the counts depend on, apart from our own code."""
     packages: dict[str, str] = environment(torch.device("cpu"))["packages"]
     found = {name: packages[name] for name in ("torch", "peft", "transformers")}
     return {**found, "compiled library": "yes" if "cpu" in ops.library.device_types else "no"}
 
 
 def check_counts(path: Path) -> int:
-    """Print how the counts differ from a baseline; the exit status."""
+    """Print how the counts differ from a baseline, and return the exit status."""
     baseline = json.loads(path.read_text())
     if baseline["versions"] != versions():
         print(f"{path.name} is of {baseline['versions']}, which are now {versions()}")
@@ -120,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(found) or "nothing became slower")
         return int(bool(found))
     if args.update:
-        contents = {"versions": versions(), "counts": counted()}
-        BASELINE.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+        counts = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in counted())
+        head = json.dumps(versions(), ensure_ascii=False)
+        BASELINE.write_text(f'{{\n "versions": {head},\n "counts": [\n{counts}\n ]\n}}\n')
         print(f"written to {BASELINE}")
         return 0
     return check_counts(BASELINE)

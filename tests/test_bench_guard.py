@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adalora_kernels
 from adalora_kernels import ops
-from benchmarks import bench_orth_reg, guard
+from benchmarks import bench_whole_model, guard, whole_models
+from benchmarks.harness import Context
 
+SMOKE = Context(torch.device("cpu"), smoke=True)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.skipif(
-    "cpu" not in ops.library.device_types, reason="needs the compiled library, for a CPU at least"
-)
+@pytest.mark.full
+@pytest.mark.skipif("cpu" not in ops.library.device_types, reason="needs the compiled library")
 def test_counts_are_those_of_the_baseline():
     # In a process of its own: here memory is poisoned, which takes ops.
     command = [sys.executable, "-m", "benchmarks.guard"]
@@ -31,65 +33,34 @@ def test_the_baseline_is_of_the_pinned_versions_and_of_every_bench():
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     for name in ("torch", "peft", "transformers"):
         assert f"{name}=={baseline['versions'][name].partition('+')[0]}" in pins
-    assert {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} == {
-        f"bench_{bench}" for bench in guard.BENCHES
-    }
-    cases = {group.partition(":")[0] for group in baseline["counts"]}
-    assert cases == {
-        "svd_linear forward",
-        "svd_linear forward + backward",
-        "importance only",
-        "masking step",
-        "orthogonality",
-        "training step",
-    }
-    measures = {
-        measure
-        for rivals in baseline["counts"].values()
-        for counts in rivals.values()
-        for measure in counts
-    }
+    benches = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert benches == {f"bench_{bench}" for bench in guard.BENCHES}
+    works = {"one layer, forward", "one layer, forward + backward", "training step"}
+    works |= {"importance only", "masking step", "orthogonality"}
+    assert {row["work"] for row in baseline["counts"]} == works
     asked = {"dispatched ops", "ops inside those", "host syncs", "peak extra MB"}
-    assert asked | {"planned launches", "planned bytes"} <= measures
+    assert asked <= {row["measure"] for row in baseline["counts"]}
 
 
 def test_one_op_more_is_caught(monkeypatch):
-    name = "orth_reg_grad_(adapters)"
-    monkeypatch.setattr(bench_orth_reg, "MAKE", {name: bench_orth_reg.MAKE[name]})
-    before = guard.counted(["orth_reg"])
-    assert list(guard.differences(before, guard.counted(["orth_reg"]))) == []
-
+    bench, name = bench_whole_model, whole_models.GRAD_OF_ADAPTERS
+    case = next(c for c in bench.cases(SMOKE) if c.work == bench.ORTHOGONALITY)
+    monkeypatch.setattr(bench, "guarded", lambda: [case])
+    before = guard.counted(["whole_model"])
+    assert list(guard.differences(before, guard.counted(["whole_model"]))) == []
     once = adalora_kernels.orth_reg_grad_
-
-    def twice(*args, **options):
-        once(*args, **options)
-        return once(*args, **options)
-
-    monkeypatch.setattr(adalora_kernels, "orth_reg_grad_", twice)
-    (found, *_) = guard.differences(before, guard.counted(["orth_reg"]))
-    assert f"{name}: dispatched ops: 5, now 10" in found
+    monkeypatch.setattr(adalora_kernels, "orth_reg_grad_", lambda *a: (torch.ones(1), once(*a))[1])
+    found = list(guard.differences(before, guard.counted(["whole_model"])))
+    assert any(f"{name}: dispatched ops: " in line for line in found)
+    gone = [row for row in before if row["provider"] != name]
+    assert all(line.endswith(", now not there") for line in guard.differences(before, gone))
 
 
-def test_what_is_new_or_gone_is_a_difference():
-    before = {"a": {"x": {"ops": 3, "bytes": 8}}, "b": {"x": {"ops": 1}}}
-    after = {"a": {"x": {"ops": 4}, "y": {"ops": 2}}}
-    assert list(guard.differences(before, after)) == [
-        "a: x: bytes: 8, now not there",
-        "a: x: ops: 3, now 4",
-        "a: y: ops: not there, now 2",
-        "b: x: ops: 1, now not there",
-    ]
-    assert list(guard.differences(before, before)) == []
-
-
-def test_other_versions_are_not_compared(tmp_path, capsys):
+def test_other_versions_are_not_compared_nor_a_single_file(tmp_path, capsys):
     path = tmp_path / "baseline.json"
-    path.write_text(json.dumps({"versions": {"torch": "1.0"}, "counts": {}}))
+    path.write_text(json.dumps({"versions": {"torch": "1.0"}, "counts": []}))
     assert guard.check_counts(path) == 2
     assert "{'torch': '1.0'}, which are now {'torch': '" in capsys.readouterr().out
-
-
-def test_two_files_or_none(capsys):
     with pytest.raises(SystemExit):
         guard.main(["one.json"])
     assert "give two results files, or none" in capsys.readouterr().err

@@ -1,0 +1,362 @@
+"""The harness: it checks the providers of a case, then times them in interleaved rounds.
+
+In a round every provider takes its turn, and another one is first in the next. Whatever else the
+machine is doing then hits all of them alike, and a ratio is taken within a round.
+
+On a GPU there are two clocks. What the device does is timed in CUDA graphs of calls over rotated
+inputs; what a training loop waits for, by the host's clock until the device is done. On a CPU there
+is one, the time of this process on the CPU, in all its threads: what an idle machine would take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+Call: TypeAlias = Callable[[], object]
+# What a sample takes at least: below it a clock's grain, or the gap before a graph, would count.
+_LEAST_GRAPH_SECONDS, _LEAST_CPU_SECONDS = 300e-6, 5e-3
+# Before a capture: lazy loading, handles and workspaces, and whatever is compiled at its first use.
+_WARM_UP_CALLS = 8
+_GRAPH, _EAGER = "CUDA graph", "CUDA events, eager"
+_HOST, _CPU = "wall clock, eager, device synchronized", "CPU time of the process"
+_FLOORS = ("F.linear", "memory traffic alone", "copy of as many bytes", "no adapter")
+_PLAIN = ("reference.py", "torch._foreach, no gate")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the benches run; whether on the cases for a GPU, but tiny; timed, or only counted."""
+
+    device: torch.device
+    smoke: bool = False
+    timed: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def for_gpu(self) -> bool:
+        """Whether the cases, and the providers, are those for a GPU."""
+        return self.smoke or self.on_gpu
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What a bench measures at a time: the work, on what, and who provides it.
+
+    The goals are by provider and measure, as "<= 1.12", of design.md, section 6. `of` is what the
+    bench itself needs to know, `curve` the setting that varies over some cases. A case is not begun
+    where its expected seconds are not left.
+    """
+
+    work: str
+    settings: Mapping[str, Any]
+    providers: Sequence[str]
+    goals: Mapping[tuple[str, str], str]
+    of: Any
+    curve: str | None = None
+    expected_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        curve = f", curve over {self.curve}" if self.curve else ""
+        return f"{self.work}: {describe(self.settings)}{curve}"
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Say the settings in words, but for those that are mappings."""
+    words = []
+    for key, value in settings.items():
+        if value is False or (key == "dropout" and not value):
+            words.append(f"no {key}")
+        elif key in ("model", "dtype"):
+            words.append(str(value))
+        elif not isinstance(value, Mapping):
+            words.append(key if value is True else f"{key} {value}")
+    return ", ".join(words)
+
+
+def kind_of(provider: str) -> str:
+    """Tell whose a provider is: a "floor", "theirs", "plain" (PyTorch) or "ours"."""
+    if provider.startswith(("PEFT", "loralib")) or provider.endswith(" in PEFT"):
+        return "theirs"
+    return "floor" if provider in _FLOORS else "plain" if provider in _PLAIN else "ours"
+
+
+def check(name: str, actual: Tensor, exact: Tensor, eager: Tensor | None = None) -> None:
+    """Reject a wrong result, which must not be timed, with an ArithmeticError.
+
+    Ours, given the result of plain eager PyTorch, may have twice its error plus one rounding step
+    (design.md, section 7). Without it the result has to be the same but for rounding, which is what
+    makes a comparison with another provider fair.
+    """
+    actual_, exact_ = actual.detach().double(), exact.detach().double()
+    error = float((actual_ - exact_).norm())
+    if eager is None:
+        eps = torch.finfo(actual.dtype).eps if actual.is_floating_point() else 0.0
+        allowed = max(1e-5, 4 * eps) * float(exact_.norm())
+    else:
+        rounding = torch.finfo(eager.dtype).eps * float(exact_.norm())
+        allowed = 2 * float((eager.detach().double() - exact_).norm()) + rounding
+    # Not `error > allowed`: NaN is wrong too.
+    if not error <= allowed:
+        raise ArithmeticError(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
+
+
+class Rule:
+    """Holds the results of one provider after the other to exact ones, PEFT's first.
+
+    Ours may have at most twice PEFT's error, the others must be the same but for rounding.
+    """
+
+    def __init__(self, exact: Sequence[Tensor]) -> None:
+        self.exact = exact
+        self._peft: Sequence[Tensor | None] = [None] * len(exact)
+
+    def __call__(self, name: str, results: Sequence[Tensor]) -> None:
+        """Raise an ArithmeticError for the first result that is wrong."""
+        for i, (result, exact) in enumerate(zip(results, self.exact, strict=False)):
+            peft = self._peft[i] if kind_of(name) == "ours" and exact.is_floating_point() else None
+            check(f"result {i}", result, exact, peft)
+        self._peft = results if name == "PEFT" else self._peft
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Have `torch.empty` give NaN, so that what nobody wrote shows."""
+    with warnings.catch_warnings():
+        # About ops without a deterministic implementation, which is not what this is for.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+class Samples(NamedTuple):
+    """The seconds of one call, a row per round and a column per provider, and by which clock."""
+
+    seconds: pd.DataFrame
+    clocks: Mapping[str, str]
+
+
+@dataclass
+class Outcome:
+    """What a case gave: its figures, whose results were wrong and why, and what was timed."""
+
+    case: Case
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+
+    def add(self, provider: str, measure: str, value: float, **rest: Any) -> None:
+        """Add a figure, with its goal if it has one."""
+        case, settings = self.case, dict(self.case.settings)
+        row: dict[str, Any] = {"work": case.work, "case": "", "settings": dict(settings)}
+        row |= {"provider": provider, "kind": kind_of(provider), "measure": measure, "value": value}
+        if case.curve:
+            row |= {"curve": case.curve, "point": settings.pop(case.curve)}
+        goal = case.goals.get((provider, measure))
+        self.rows.append(
+            {**row, "case": describe(settings), **rest, **({"goal": goal} if goal else {})}
+        )
+
+    def fail(self, provider: str, error: Exception) -> None:
+        """Note why a provider has no figures."""
+        self.wrong[provider] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+    def keep_right(self, providers: dict[str, Any], check_one: Any, unpoisoned: Any = ()) -> None:
+        """Drop the providers that are wrong. Ours are checked with memory poisoned."""
+        for name, provider in list(providers.items()):
+            ours = kind_of(name) in ("ours", "plain") and name not in unpoisoned
+            try:
+                with poisoned_memory() if ours else contextlib.nullcontext():
+                    check_one(name, provider)
+            # Anything can go wrong in a kernel or a compiler, and it must not end the run.
+            except Exception as error:
+                self.fail(name, error)
+                del providers[name]
+
+    def time(self, context: Context, calls: Mapping[str, Sequence[Call]], **options: Any) -> Any:
+        """Time the providers (see `interleaved`); None where nothing is timed."""
+        if not context.timed or not calls:
+            return None
+        self.calls = {name: sets[0] for name, sets in calls.items()}
+        if context.smoke:
+            options |= {"seconds": 0.0, "rounds": (2, 2)}
+        return interleaved(calls, context.device, **options)
+
+    def compare(
+        self, samples: Samples, to: str, measure: str, among: Collection[str] | None = None
+    ) -> None:
+        """Add the ratios, within the rounds, of all or some providers to the time of one.
+
+        The measure is "time / X", or "X's time / time", which is its inverse.
+        """
+        if to not in samples.seconds:
+            return
+        ratios = samples.seconds.div(samples.seconds[to], axis=0)
+        ratios = ratios if measure.startswith("time / ") else 1 / ratios
+        for name in samples.seconds if among is None else among:
+            p25, median, p75 = map(float, ratios[name].quantile([0.25, 0.5, 0.75]))
+            seconds = float(samples.seconds[name].median())
+            timing = {"seconds": seconds, "clock": samples.clocks[name], "rounds": len(ratios)}
+            self.add(name, measure, median, p25=p25, p75=p75, **timing)
+
+
+def time_alone(outcome: Outcome, provider: str, benchmark: Any, device: torch.device) -> None:
+    """Let pytest-benchmark time a provider by itself; fail or skip if its result was wrong."""
+    if provider in outcome.wrong:
+        end = pytest.skip if kind_of(provider) in ("theirs", "floor") else pytest.fail
+        end(f"WRONG: {outcome.wrong[provider]}")
+    own = [row for row in outcome.rows if row["provider"] == provider]
+    benchmark.extra_info.update({row["measure"]: row["value"] for row in own})
+    if provider in outcome.calls:
+        benchmark(_until_done, outcome.calls[provider], device)
+
+
+def _until_done(call: Call, device: torch.device) -> None:
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Work(NamedTuple):
+    """All calls of a provider as one unit of work."""
+
+    run: Call
+    calls: int
+    clock: str
+
+
+def sets_beyond_cache(bytes_per_set: int, device: torch.device) -> int:
+    """How many sets of inputs are together larger than three times the L2, at least two."""
+    if device.type != "cuda":
+        return 2
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, 1 + 3 * l2 // bytes_per_set)
+
+
+def interleaved(
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (7, 100),
+    by_host: bool = False,
+) -> Samples:
+    """Time providers in turn; the calls of one, over its sets of inputs, are one unit.
+
+    It spends so many seconds, as far as the least and the greatest number of rounds allow. On a GPU
+    with `by_host`, eager calls are timed until the device is done, and no graphs.
+    """
+    in_graphs = device.type == "cuda" and not by_host
+    prepare = _graphs_of(device) if in_graphs else partial(_eager, device)
+    one_round = _device_round if in_graphs else partial(_host_round, device)
+    work = {name: prepare(sets) for name, sets in calls.items()}
+    # The garbage would be collected in whose turn it happens to fall into.
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        timed = [one_round(work, 0)]
+        wanted = int(seconds / (time.perf_counter() - start))
+        timed += [one_round(work, i) for i in range(1, min(max(wanted, rounds[0]), rounds[1]))]
+    finally:
+        gc.enable()
+    return Samples(pd.DataFrame(timed)[list(calls)], {n: one.clock for n, one in work.items()})
+
+
+def _in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """Let another provider begin each time: nobody always finds the caches of the same one."""
+    first = turn % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def _timed(device: torch.device, run: Call) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    _until_done(lambda: None, device)
+    start = clock()
+    _until_done(run, device)
+    return clock() - start
+
+
+def _host_round(device: torch.device, work: Mapping[str, _Work], turn: int) -> dict[str, float]:
+    order = _in_turn(list(work), turn)
+    return {name: _timed(device, work[name].run) / work[name].calls for name in order}
+
+
+def _device_round(work: Mapping[str, _Work], turn: int) -> dict[str, float]:
+    # After an eager provider the GPU may have to wait for the host: those are the last.
+    graphs = [name for name, one in work.items() if one.clock == _GRAPH]
+    order = _in_turn(graphs, turn) + [name for name in work if name not in graphs]
+    # Not timed: while it runs, the rest is queued, so that the GPU never waits for the host.
+    work[order[0]].run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+    events[0].record()
+    for name, event in zip(order, events[1:], strict=True):
+        work[name].run()
+        event.record()
+    events[-1].synchronize()
+    ends = dict(zip(order, itertools.pairwise(events), strict=True))
+    return {n: a.elapsed_time(b) * 1e-3 / work[n].calls for n, (a, b) in ends.items()}
+
+
+def _call_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _eager(device: torch.device, calls: Sequence[Call]) -> _Work:
+    """Repeat the calls on a CPU until a sample is long enough."""
+    run = partial(_call_all, calls)
+    run()
+    if device.type == "cuda":
+        return _Work(run, len(calls), _HOST)
+    repeats = math.ceil(_LEAST_CPU_SECONDS / max(_timed(device, run), 1e-6))
+    return _Work(partial(_call_all, [*calls] * repeats), len(calls) * repeats, _CPU)
+
+
+def _graphs_of(device: torch.device) -> Callable[[Sequence[Call]], _Work]:
+    """Capture one provider after the other; their graphs never run at once and share one pool."""
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            _call_all(calls)
+        return graph
+
+    def prepare(calls: Sequence[Call]) -> _Work:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            _call_all(calls[:_WARM_UP_CALLS])
+            try:
+                graph = capture(calls)
+                graph.replay()
+                # A short one is captured again, with the sets repeated.
+                repeats = math.ceil(_LEAST_GRAPH_SECONDS / _timed(device, graph.replay))
+                calls = [*calls] * repeats
+                graph = capture(calls) if repeats > 1 else graph
+            except RuntimeError as error:
+                torch.cuda.synchronize(device)
+                why = str(error.__context__ or error).splitlines()[0]
+                return _Work(partial(_call_all, calls), len(calls), f"{_EAGER}: {why}")
+        return _Work(graph.replay, len(calls), _GRAPH)
+
+    return prepare
