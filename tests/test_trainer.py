@@ -282,6 +282,9 @@ def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
     runs = []
     for optim in ("adamw_torch_fused", "adamw_torch"):
         model, watch = make(modules_to_save=["lm_head"]), Watch()
+        # In half precision a last bit of a weight can change a product by a thousandth.
+        inner = model.get_base_model()
+        inner.forward = torch.autocast("cpu", enabled=False)(inner.forward)
         trainer = trainer_of(
             model, tmp_path, cls=HandTrainer, callbacks=[AdaLoraCallback(), watch], fp16=True,
             optim=optim,
@@ -293,7 +296,7 @@ def test_fused_and_unfused_optimizers_skip_alike(overflow_in, tmp_path):
         assert_at_target(model)
         runs.append((watch.averages[6], allocator_of(model).ranks()))
     for fused, unfused in zip(runs[0][0], runs[1][0], strict=True):
-        torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(fused, unfused, rtol=1e-5, atol=1e-8)
     assert runs[0][1] == runs[1][1]
 
 
