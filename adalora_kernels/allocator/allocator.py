@@ -114,10 +114,6 @@ class RankAllocator:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for adapter in self.adapters for p in adapter.parameters]
 
-    def _masks(self) -> list[Tensor]:
-        """Which triplets of each adapter live, (r,) bool each."""
-        return list(self._state.mask.split_with_sizes(self._state.ranks))
-
     def set_total_step(self, total_step: int) -> None:
         """Set the number of training steps in the schedule.
 
@@ -311,7 +307,9 @@ class RankAllocator:
         self.frozen = True
         self._state.drop_averages()
         if not self.shrunk:
-            for adapter, mask in zip(self.adapters, self._masks(), strict=True):
+            for adapter, mask in zip(
+                self.adapters, self._state.split(self._state.mask), strict=True
+            ):
                 adapter.set_mask(mask)
 
     def ranks(self) -> dict[str, int]:
@@ -321,12 +319,12 @@ class RankAllocator:
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
         """PEFT's rank_pattern: which initial triplets of each matrix live. Reads the device."""
-        masks = self._state.mask.cpu().split_with_sizes(self._state.ranks)
+        masks = self._state.split(self._state.mask.cpu())
         return {a.name: mask.tolist() for a, mask in zip(self.adapters, masks, strict=True)}
 
     def scores(self) -> dict[str, Tensor]:
         """The importance (r,) of each matrix's triplets (eq. 7), by the name of its lora_E."""
-        parts = self._state.scores.clone().split_with_sizes(self._state.ranks)
+        parts = self._state.split(self._state.scores.clone())
         return {adapter.name: part for adapter, part in zip(self.adapters, parts, strict=True)}
 
     def highest_pruned_score(self) -> Tensor:
@@ -416,5 +414,5 @@ class RankAllocator:
                 f"total_step - tfinal = {self.schedule.final_step}, not at {self.global_step}"
             )
         if not self.shrunk:
-            shrink_(self.adapters, self._masks(), optimizer)
+            shrink_(self.adapters, self._state.split(self._state.mask), optimizer)
             self.shrunk = True

@@ -65,6 +65,10 @@ class AllocatorState:
         self.budget = torch.full((1,), n, dtype=torch.int64, device=device)
         self.prunes = torch.zeros(1, dtype=torch.bool, device=device)
 
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The parts (r,) of each adapter of a tensor (n,) over all triplets."""
+        return flat.split_with_sizes(self.ranks)
+
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
         self.exp_avg_ipt, self.exp_avg_unc = (
@@ -126,7 +130,7 @@ class AllocatorState:
             torch.where(self.prunes, best, self.mask, out=self.mask)
             dead = ~self.mask & self.prunes
         flat = torch.cat(list(lora_E)).masked_fill_(dead.unsqueeze(1), 0.0)
-        torch._foreach_copy_(list(lora_E), flat.split_with_sizes(self.ranks))
+        torch._foreach_copy_(list(lora_E), self.split(flat))
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
