@@ -78,19 +78,24 @@ def orth_reg_grad_(
 class OrthRegFunction(torch.autograd.Function):
     """The sum over all matrices of ‖G - I‖_F, or of ‖G - I‖²_F if `squared`.
 
-    The arguments are the number of lora_A, `squared`, all lora_A and all lora_B. What the forward
-    has stacked is not kept: the backward, which can be differentiated itself, stacks it again.
+    The arguments are the number of lora_A, `squared`, all lora_A and all lora_B. Of what the
+    forward has made only the slopes (n, r, r) are kept: the backward stacks the matrices again.
     """
 
     @staticmethod
     def forward(ctx: Any, count: int, squared: bool, *matrices: Tensor) -> Tensor:
         ctx.count, ctx.squared = count, squared
-        ctx.save_for_backward(*matrices)
-        return _total(matrices, count, squared)
+        total, slopes = _total(matrices, count, squared)
+        ctx.save_for_backward(*matrices, *slopes)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_gradients(ctx.saved_tensors, ctx.count, ctx.squared, grad)
+        matrices = ctx.saved_tensors[: len(ctx.needs_input_grad) - 2]
+        # Where the backward is differentiated itself, the slopes must depend on the matrices.
+        is_constant = not torch.is_grad_enabled()
+        slopes = ctx.saved_tensors[len(matrices) :] if is_constant else None
+        return None, None, *_gradients(matrices, ctx.count, ctx.squared, grad, slopes)
 
 
 def _coefficient(weight: float, squared: bool, count: int) -> float:
@@ -99,21 +104,30 @@ def _coefficient(weight: float, squared: bool, count: int) -> float:
 
 
 @ops.outside_autocast
-def _total(matrices: Sequence[Tensor], count: int, squared: bool) -> Tensor:
-    total = _zero(matrices)
+def _total(matrices: Sequence[Tensor], count: int, squared: bool) -> tuple[Tensor, list[Tensor]]:
+    """The sum, and the slope of each stack."""
+    total, slopes = _zero(matrices), []
     for stack in _stacks(matrices, count):
-        total = total + _penalty(stack.rows, squared)[0]
-    return total
+        penalty, slope = _penalty(stack.rows, squared)
+        total = total + penalty
+        slopes.append(slope)
+    return total, slopes
 
 
 @ops.outside_autocast
-def _gradients(matrices: Sequence[Tensor], count: int, squared: bool, grad: Tensor) -> list[Tensor]:
+def _gradients(
+    matrices: Sequence[Tensor],
+    count: int,
+    squared: bool,
+    grad: Tensor,
+    slopes: Sequence[Tensor] | None,
+) -> list[Tensor]:
     """The gradients of `_total` times `grad`, each in the shape and dtype of its matrix."""
     # Matrices of rank 0 are in no stack.
     gradients = [torch.zeros_like(m) if m.numel() == 0 else m for m in matrices]
-    for stack in _stacks(matrices, count):
-        slope = _penalty(stack.rows, squared)[1] * grad
-        for i, gradient in zip(stack.members, stack.gradients(slope), strict=True):
+    for k, stack in enumerate(_stacks(matrices, count)):
+        slope = _penalty(stack.rows, squared)[1] if slopes is None else slopes[k]
+        for i, gradient in zip(stack.members, stack.gradients(slope * grad), strict=True):
             gradients[i] = gradient.to(matrices[i].dtype)
     return gradients
 
@@ -199,7 +213,10 @@ def _stacks(matrices: Sequence[Tensor], count: int) -> Iterator[_Stack]:
         for start in range(0, len(group), most):
             members = group[start : start + most]
             parts = [matrices[i].mT if transposed else matrices[i] for i in members]
-            yield _Stack(members, torch.stack(parts).to(wide), vectors_dim, transposed)
+            # A single one is worked on where it lies, unless it has to be copied into rows.
+            lies = len(parts) == 1 and not transposed
+            together = parts[0].unsqueeze(0) if lies else torch.stack(parts)
+            yield _Stack(members, together.to(wide), vectors_dim, transposed)
 
 
 def _penalty(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:

@@ -245,7 +245,7 @@ def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     Exactly min(budget, n) stay. Among equals the lower index wins, and NaN ranks below everything.
     `budget` may be a scalar tensor on the device of `scores`; nothing is read back either way.
     """
-    ranked = torch.where(scores.isnan(), -math.inf, scores)
+    ranked = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     order = ranked.argsort(descending=True, stable=True)
     position = torch.arange(scores.numel(), device=scores.device)
     return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)

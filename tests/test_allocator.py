@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,7 @@ def test_the_final_pattern_stays():
     assert allocator.frozen
     for layer, alive_triplets in zip(model.layers, pattern.values(), strict=True):
         assert layer.mask.tolist() == alive_triplets
+    allocator.schedule = replace(allocator.schedule, target_budget=3)
     train(model, optimizer, allocator, range(31, 41))
     assert allocator.rank_pattern == pattern
     for layer, alive_triplets in zip(model.layers, pattern.values(), strict=True):
@@ -175,24 +177,19 @@ def test_equal_scores_keep_the_lower_indices():
     assert allocator.rank_pattern["layers.0.lora_E"] == [True] * 6
 
 
-def test_target_at_or_above_the_rank_prunes_nothing():
-    for target_r in (6, 8):
-        model, optimizer, allocator = setup(target_r=target_r)
-        train(model, optimizer, allocator, range(1, STEPS + 1))
-        assert alive(model) == 18
-
-
-def test_budget_zero_prunes_everything():
-    model, optimizer, allocator = setup(target_r=0)
+@pytest.mark.parametrize(
+    ("target", "left"),
+    [
+        ({"target_r": 6}, 18),
+        ({"target_r": 8}, 18),
+        ({"target_r": 0}, 0),
+        ({"target_total_rank": 7}, 7),
+    ],
+)
+def test_as_many_triplets_as_asked_for_are_left(target, left):
+    model, optimizer, allocator = setup(**target)
     train(model, optimizer, allocator, range(1, STEPS + 1))
-    assert alive(model) == 0
-    assert allocator.summary()["total_rank"] == 0
-
-
-def test_target_total_rank():
-    model, optimizer, allocator = setup(target_total_rank=7)
-    train(model, optimizer, allocator, range(1, STEPS + 1))
-    assert alive(model) == 7
+    assert alive(model) == allocator.summary()["total_rank"] == left
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
@@ -261,7 +258,7 @@ def test_dispatched_ops_of_a_step_do_not_grow_with_the_model():
             with CountOps() as count:
                 allocator.step(step)
             totals.append(count.counts.total())
-    assert masking[0] == masking[1] <= 21
+    assert masking[0] == masking[1] <= 18
     assert idle[0] == idle[1] == 3, "the update, and two numbers for the device"
 
 
@@ -289,6 +286,9 @@ def test_pruning_writes_zeros_and_nothing_else(ranks, values, budget, prunes, dt
     state.budget.fill_(budget)
     state.prunes.fill_(prunes)
     memory = [torch.randn(r, 2 if strided else 1).to(kinds[i % 3]) for i, r in enumerate(ranks)]
+    for m in memory:
+        # 0 times inf would not be 0.
+        m[::2] = math.inf
     lora_E, old = [m[:, :1] for m in memory], [m.clone() for m in memory]
 
     best = reference.top_b_mask(state.scores, budget)
@@ -297,11 +297,11 @@ def test_pruning_writes_zeros_and_nothing_else(ranks, values, budget, prunes, dt
     alive = best if prunes else torch.ones_like(best)
     for _ in range(2):
         for E, m, was, lives in zip(lora_E, memory, old, alive.split(ranks), strict=True):
-            assert torch.equal(E, was[:, :1] * lives.unsqueeze(1))
+            assert torch.equal(E, was[:, :1].masked_fill(~lives.unsqueeze(1), 0.0))
             assert torch.equal(m[:, 1:], was[:, 1:])
         # What the mask has dropped is dropped again, whatever the scores are now.
         state.scores.zero_()
-        state.prune_again(lora_E)
+        state.prune(lora_E, again=True)
         alive = alive & state.mask
 
 
@@ -512,6 +512,9 @@ def test_state_dtype(dtype):
     assert {s.dtype for s in allocator.scores().values()} == {expected}
 
 
+on_two_devices = nn.ModuleList([SVDLinear(3, 3, r=2), SVDLinear(3, 3, r=2, device="meta")])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -523,6 +526,10 @@ def test_state_dtype(dtype):
         ({"beta2": "x"}, TypeError, "beta2 .*str"),
         ({"tinit": 50}, ValueError, "tinit=50"),
         ({"state_dtype": torch.float16}, ValueError, r"state_dtype .*float16"),
+        ({"orth_reg_weight": -0.1}, ValueError, "orth_reg_weight .*at least 0"),
+        ({"orth_reg_weight": math.nan}, ValueError, "orth_reg_weight .*at least 0"),
+        ({"orth_reg_weight": "0.1"}, TypeError, "orth_reg_weight .*str"),
+        ({"model": on_two_devices}, ValueError, "cpu, meta"),
         ({"model": nn.Linear(3, 3)}, ValueError, "no AdaLoRA adapter"),
         ({"model": None}, TypeError, "NoneType"),
     ],
@@ -530,12 +537,6 @@ def test_state_dtype(dtype):
 def test_allocator_refuses(change, error, says):
     with pytest.raises(error, match=says):
         RankAllocator(**{"model": Mlp(), "target_r": 3, "total_step": 40, **change})
-
-
-def test_adapters_on_two_devices_are_refused():
-    model = nn.ModuleList([SVDLinear(3, 3, r=2), SVDLinear(3, 3, r=2, device="meta")])
-    with pytest.raises(ValueError, match="cpu, meta"):
-        RankAllocator(model, target_r=1, total_step=10)
 
 
 def test_step_refuses():
@@ -727,10 +728,11 @@ def test_shrink_refuses():
     assert model.layers[0].lora_A.shape == (6, 16), "nothing was changed"
     model, optimizer, allocator = setup()
     train(model, optimizer, allocator, range(1, 31))
-    early = allocator.state_dict() | {"shrunk": False}
+    state = allocator.state_dict()
     allocator.shrink()
-    with pytest.raises(ValueError, match="shrink"):
-        allocator.load_state_dict(early)
+    for change in ({"shrunk": False}, {"shrunk": True, "mask": ~state["mask"]}):
+        with pytest.raises(ValueError, match="shrink"):
+            allocator.load_state_dict(state | change)
 
 
 def test_summary():
@@ -847,14 +849,6 @@ def test_attach_refuses():
     assert allocator.global_step == 0 and not allocator.attached
     model.layers[0].lora_A.requires_grad_(False)
     allocator.attach(torch.optim.SGD(trainable(model), lr=0.1))
-
-
-@pytest.mark.parametrize("weight", [-0.1, float("nan")])
-def test_orth_reg_weight_refuses(weight):
-    with pytest.raises(ValueError, match=r"orth_reg_weight .*at least 0"):
-        setup(orth_reg_weight=weight)
-    with pytest.raises(TypeError, match=r"orth_reg_weight .*str"):
-        setup(orth_reg_weight="0.1")
 
 
 def test_an_optimizer_step_without_gradients_does_not_count():

@@ -281,14 +281,14 @@ def test_dispatched_ops_without_the_library_depend_on_the_shapes_only():
             adapters.step(importance.importance_update_)
         assert ops_called.counts["aten::_local_scalar_dense"] == 0, "nothing is read back"
         counts.append(ops_called.counts.total())
-    assert counts[0] == counts[1] <= 38
-    assert counts[2] <= 48
+    assert counts[0] == counts[1] <= 70
+    assert counts[2] <= 110
 
 
 @pytest.mark.parametrize("update", FOREACH)
 @pytest.mark.parametrize("limit", [1, 4000, 60_000])
 def test_a_model_that_does_not_fit_a_batch(monkeypatch, update, limit):
-    monkeypatch.setattr(importance, "_BATCH_BYTES", {update.device: limit})
+    monkeypatch.setattr(importance, "_STACK_BYTES", {update.device: limit})
     adapters = Adapters([(12, 64, 48), (4, 33, 20), (0, 3, 3), (12, 64, 48)] * 3, update.device)
     adapters.grads[4] = None
     check_update(update, adapters)

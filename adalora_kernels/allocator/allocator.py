@@ -15,10 +15,7 @@ from ..orthogonality import orth_reg_grad_
 from . import attach
 from .schedule import BudgetSchedule
 from .shrink import shrink_
-from .state import FORMAT, AllocatorState, check_format
-
-# Logs of a training have the values of `RankAllocator.summary` under these names.
-LOG_PREFIX = "adalora/"
+from .state import FORMAT, AllocatorState
 
 
 class RankAllocator:
@@ -85,18 +82,10 @@ class RankAllocator:
             check_int("target_total_rank", target_total_rank, 0)
         check_beta("beta1", beta1)
         check_beta("beta2", beta2)
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"state_dtype must be float32 or bfloat16, got {state_dtype}")
         check_weight("orth_reg_weight", orth_reg_weight)
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
-        devices = {p.device for adapter in self.adapters for p in adapter.parameters}
-        if len(devices) > 1:
-            raise ValueError(
-                "model must have all its adapters on one device, "
-                f"got {', '.join(sorted(map(str, devices)))}"
-            )
         self.beta1 = float(beta1)
         self.beta2 = float(beta2)
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
@@ -124,10 +113,6 @@ class RankAllocator:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for adapter in self.adapters for p in adapter.parameters]
-
-    def _masks(self) -> list[Tensor]:
-        """Which triplets of each adapter live, (r,) bool each."""
-        return list(self._state.mask.split_with_sizes(self._state.ranks))
 
     def set_total_step(self, total_step: int) -> None:
         """Set the number of training steps in the schedule.
@@ -232,11 +217,12 @@ class RankAllocator:
 
     @torch.no_grad()
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
-        parameters = self._learning(global_step)
-        budget = self.advance(global_step)
-        if parameters:
+        parameters = self._parameters()
+        learns = self._learns(global_step)
+        budget = self._advance(global_step, parameters)
+        if learns:
             self._state.learn(parameters, self.beta1, self.beta2, grad_scale)
-        self._prune_and_freeze()
+        self._prune_and_freeze(parameters)
         return budget
 
     @torch.no_grad()
@@ -252,13 +238,13 @@ class RankAllocator:
         budget = self.advance(global_step)
         if not final:
             self._state.skipped += 1
-        self._prune_and_freeze()
+        self._prune_and_freeze(self._parameters())
         return budget
 
-    def _prune_and_freeze(self) -> None:
+    def _prune_and_freeze(self, parameters: list[nn.Parameter]) -> None:
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
         if self.frozen or self.schedule.masks_at(self.global_step):
-            self._prune()
+            self._prune(parameters)
         if not self.frozen and self.global_step >= self.schedule.final_step:
             self._freeze()
 
@@ -273,7 +259,10 @@ class RankAllocator:
             TypeError, ValueError: global_step is not an int ≥ 0.
         """
         check_int("global_step", global_step, 0)
-        self._state.follow(self._parameters())
+        return self._advance(global_step, self._parameters())
+
+    def _advance(self, global_step: int, parameters: list[nn.Parameter]) -> int:
+        self._state.follow(parameters)
         self.global_step = global_step
         budget = self.schedule.budget(global_step)
         self._state.budget.fill_(budget)
@@ -294,37 +283,33 @@ class RankAllocator:
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
         scale = as_grad_scale(grad_scale, self._device)
-        parameters = self._learning(self.global_step)
-        if parameters:
-            self._state.learn(parameters, self.beta1, self.beta2, scale)
-        self._prune()
-
-    def _learning(self, global_step: int) -> list[nn.Parameter]:
-        """The parameters whose averages the step updates: all, or none any more."""
-        if self.frozen or global_step >= self.schedule.final_step:
-            return []
         parameters = self._parameters()
-        if all(p.grad is None for p in parameters):
+        if self._learns(self.global_step):
+            self._state.learn(parameters, self.beta1, self.beta2, scale)
+        self._prune(parameters)
+
+    def _learns(self, global_step: int) -> bool:
+        """Whether the step updates the averages, for which there must be a gradient."""
+        if self.frozen or global_step >= self.schedule.final_step:
+            return False
+        if not self._has_gradients():
             raise RuntimeError(
                 "no adapter has a gradient: call step() after backward() and before zero_grad()"
             )
-        return parameters
+        return True
 
-    def _prune(self) -> None:
-        if self.shrunk:
-            return
-        lora_E = [adapter.lora_E for adapter in self.adapters]
-        if self.frozen:
-            self._state.prune_again(lora_E)
-        else:
-            self._state.prune(lora_E)
+    def _prune(self, parameters: list[nn.Parameter]) -> None:
+        if not self.shrunk:
+            self._state.prune(parameters[1::3], again=self.frozen)
 
     def _freeze(self) -> None:
         """Fix the pattern: the layers skip what is masked, and the averages are of no more use."""
         self.frozen = True
         self._state.drop_averages()
         if not self.shrunk:
-            for adapter, mask in zip(self.adapters, self._masks(), strict=True):
+            for adapter, mask in zip(
+                self.adapters, self._state.split(self._state.mask), strict=True
+            ):
                 adapter.set_mask(mask)
 
     def ranks(self) -> dict[str, int]:
@@ -334,12 +319,12 @@ class RankAllocator:
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
         """PEFT's rank_pattern: which initial triplets of each matrix live. Reads the device."""
-        masks = self._state.mask.cpu().split_with_sizes(self._state.ranks)
+        masks = self._state.split(self._state.mask.cpu())
         return {a.name: mask.tolist() for a, mask in zip(self.adapters, masks, strict=True)}
 
     def scores(self) -> dict[str, Tensor]:
         """The importance (r,) of each matrix's triplets (eq. 7), by the name of its lora_E."""
-        parts = self._state.scores.clone().split_with_sizes(self._state.ranks)
+        parts = self._state.split(self._state.scores.clone())
         return {adapter.name: part for adapter, part in zip(self.adapters, parts, strict=True)}
 
     def highest_pruned_score(self) -> Tensor:
@@ -392,9 +377,7 @@ class RankAllocator:
         """
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict, got {type(state).__name__}")
-        check_format(state, self.state_dict())
-        names = [adapter.name for adapter in self.adapters]
-        self._state.check(state, names, self._parameters(), self.shrunk)
+        self._state.check(state, self.state_dict(), self._parameters())
         self._state.load(state, self._parameters())
         self.global_step = state["global_step"]
         self.frozen = False
@@ -431,5 +414,5 @@ class RankAllocator:
                 f"total_step - tfinal = {self.schedule.final_step}, not at {self.global_step}"
             )
         if not self.shrunk:
-            shrink_(self.adapters, self._masks(), optimizer)
+            shrink_(self.adapters, self._state.split(self._state.mask), optimizer)
             self.shrunk = True

@@ -22,7 +22,8 @@ class AllocatorState:
 
     Args:
         parameters: lora_A, lora_E and lora_B of each adapter in turn.
-        narrow_dtype: that of the averages, which for float64 parameters is float64.
+        narrow_dtype: that of the averages, float32 or bfloat16. For float64 parameters they are
+            float64.
 
     Attributes:
         ranks: the number of triplets that each adapter starts with; n is their sum.
@@ -34,12 +35,23 @@ class AllocatorState:
         skipped: how many steps had inf or NaN gradients, (1,) int64.
         budget: how many triplets may live at the current step, (1,) int64.
         prunes: whether the current step prunes, (1,) bool.
+
+    Raises:
+        ValueError: the parameters lie on different devices, or narrow_dtype is another one.
     """
 
     exp_avg_ipt: list[Tensor]
     exp_avg_unc: list[Tensor]
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise ValueError(
+                "model must have all its adapters on one device, "
+                f"got {', '.join(sorted(map(str, devices)))}"
+            )
+        if narrow_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype = narrow_dtype
         self._make(parameters)
@@ -52,6 +64,10 @@ class AllocatorState:
         self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
         self.budget = torch.full((1,), n, dtype=torch.int64, device=device)
         self.prunes = torch.zeros(1, dtype=torch.bool, device=device)
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The parts (r,) of each adapter of a tensor (n,) over all triplets."""
+        return flat.split_with_sizes(self.ranks)
 
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
@@ -101,19 +117,20 @@ class AllocatorState:
             grad_scale,
         )
 
-    def prune(self, lora_E: Sequence[Tensor]) -> None:
+    def prune(self, lora_E: Sequence[Tensor], again: bool = False) -> None:
         """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
 
         Whether it does and how many stay is for the device to see, so that one captured call
-        serves steps of all kinds.
+        serves steps of all kinds. `again` only writes the zeros of the mask that is there.
         """
-        best = top_b_mask(self.scores, self.budget)
-        self.mask.copy_(torch.where(self.prunes, best, self.mask))
-        _write_zeros(lora_E, self.mask | ~self.prunes)
-
-    def prune_again(self, lora_E: Sequence[Tensor]) -> None:
-        """Write 0 to the lora_E of the triplets that the mask has dropped before."""
-        _write_zeros(lora_E, self.mask)
+        if again:
+            dead = ~self.mask
+        else:
+            best = top_b_mask(self.scores, self.budget)
+            torch.where(self.prunes, best, self.mask, out=self.mask)
+            dead = ~self.mask & self.prunes
+        flat = torch.cat(list(lora_E)).masked_fill_(dead.unsqueeze(1), 0.0)
+        torch._foreach_copy_(list(lora_E), self.split(flat))
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
@@ -125,21 +142,19 @@ class AllocatorState:
             "skipped": self.skipped.clone(),
         }
 
-    def check(
-        self, saved: dict[str, Any], names: list[str], parameters: Sequence[Tensor], shrunk: bool
-    ) -> None:
-        """Raise ValueError if a saved state is not one of these adapters.
-
-        `shrunk` says that only the triplets of the mask are left of them.
-        """
-        if saved["names"] != names:
-            difference = _first_difference(saved["names"], names)
+    def check(self, saved: dict[str, Any], like: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Raise ValueError if a saved state is not one of the adapters whose state is `like`."""
+        _check_format(saved, like)
+        if saved["names"] != like["names"]:
+            difference = _first_difference(saved["names"], like["names"])
             raise ValueError(f"state is for other adapters: {difference}")
         if saved["ranks"] != self.ranks:
             raise ValueError(f"state is for ranks {saved['ranks']}, the model has {self.ranks}")
-        if shrunk and not (saved["shrunk"] and saved["mask"].tolist() == self.mask.tolist()):
+        # Only the triplets of the mask are left of adapters that are shrunk.
+        patterns = [state["mask"].tolist() for state in (saved, like)]
+        if like["shrunk"] and not (saved["shrunk"] and patterns[0] == patterns[1]):
             raise ValueError("state is for other triplets than those that shrink() left here")
-        shapes = [] if saved["frozen"] else [p.shape for p in parameters]
+        shapes = [] if saved["frozen"] else [p.shape for p in params]
         expected = {
             "exp_avg_ipt": shapes,
             "exp_avg_unc": shapes,
@@ -169,13 +184,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _write_zeros(lora_E: Sequence[Tensor], alive: Tensor) -> None:
-    """Let lora_E, whose ranks add up to n, be 0 where `alive` (n,) bool is false."""
-    flat = torch.cat(list(lora_E)).masked_fill_(~alive.unsqueeze(1), 0.0)
-    torch._foreach_copy_(list(lora_E), flat.split_with_sizes([E.shape[0] for E in lora_E]))
-
-
-def check_format(saved: dict[str, Any], like: dict[str, Any]) -> None:
+def _check_format(saved: dict[str, Any], like: dict[str, Any]) -> None:
     """Raise ValueError if a saved state has another format, or not all entries, of one like it."""
     missing = like.keys() - saved.keys()
     if missing:
