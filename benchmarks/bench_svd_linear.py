@@ -6,6 +6,7 @@ python -m benchmarks.bench_svd_linear   # one call of each path at 8192x4096x409
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,14 +16,14 @@ import torch
 
 from adalora_kernels.kernels import svd_linear as kernels
 from adalora_kernels.kernels.launch import Launch, dry_run
+from adalora_kernels.kernels.svd_linear import plans
 from benchmarks import svd_linear_layers as layers
 from benchmarks.counting import add_counts, peak_extra_megabytes
 from benchmarks.harness import Call, Case, Context, Outcome, sets_beyond_cache, time_alone
-from benchmarks.svd_linear_layers import AUTO, BACKWARD, BASELINE, FORWARD, PEFT, Layer, plans
+from benchmarks.svd_linear_layers import AUTO, BACKWARD, BASELINE, FORWARD, PEFT, Layer
 
-# (K, N); Llama-8B's q and o, gate and up, down; its k and v; DeBERTa-base's; MiniLM's.
+# (K, N): Llama-8B's q and o, gate and up, down.
 GOAL_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
-SHAPES = (*GOAL_SHAPES, (4096, 1024), (768, 768), (768, 3072), (3072, 768), (384, 384))
 GOAL_M, GOAL_R, FEW_ROWS = 8192, 16, (1, 16, 64)
 RATIO = f"time / {BASELINE}"
 # Design, section 6. On a GPU for "auto": against F.linear by shape, and PEFT's time against it.
@@ -41,29 +42,20 @@ _H200 = plans.Device("H200, by arithmetic", "sm_90", 132)
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """Those with a goal first, then the curves, then the others in the order of interest."""
+    """Those with a goal first, then the curves."""
     if context.smoke:
         tiny = partial(Layer, r=8, dtype=torch.float16)
         special = [tiny(32, 48, 16, compiled=True), tiny(32, 32, 16, dropout=0.1, counted=True)]
         curve = _along({"M": (1, 3)}, {"M": tiny(64, 32, 1, r=3)})
-        return [*_in_directions([*special, tiny(64, 32, 16)]), *curve]
-    if not context.for_gpu:
-        return _cpu_cases()
-    large = [Layer(K, N, GOAL_M, GOAL_R, counted=True) for K, N in GOAL_SHAPES]
-    goals = [replace(layer, compiled=True) for layer in large]
-    goals += [Layer(K, N, M, GOAL_R) for M in FEW_ROWS for K, N in GOAL_SHAPES]
-    goals += [replace(layer, dropout=0.1) for layer in large]
-    point = Layer(4096, 4096, GOAL_M, GOAL_R)
-    curves = _along(_GPU_CURVES, {"M": point, "r": point, "dtype": replace(point, M=2048)})
-    ranks, rows = (16, 64, 8), (8192, 2048, 16384, 64, 16, 1)
-    rest = [Layer(K, N, M, r) for r, M, (K, N) in itertools.product(ranks, rows, SHAPES)]
-    found: dict[str, Case] = {}
-    for case in [*_in_directions(goals), *curves, *_in_directions(rest)]:
-        found.setdefault(str(case), case)
-    return list(found.values())
-
-
-def _cpu_cases() -> list[Case]:
+        return [*_cases([*special, tiny(64, 32, 16)]), *curve]
+    if context.for_gpu:
+        large = [Layer(K, N, GOAL_M, GOAL_R, counted=True) for K, N in GOAL_SHAPES]
+        goals = [replace(layer, compiled=True) for layer in large]
+        goals += [Layer(K, N, M, GOAL_R) for M in FEW_ROWS for K, N in GOAL_SHAPES]
+        goals += [replace(layer, dropout=0.1) for layer in large]
+        point = Layer(4096, 4096, GOAL_M, GOAL_R)
+        curves = _along(_GPU_CURVES, {"M": point, "r": point, "dtype": replace(point, M=2048)})
+        return [*_cases(goals), *curves]
     new = partial(Layer, r=CPU_R, dtype=torch.float32, on_gpu=False)
     # The ops of the larger shape are the same, its memory is more by as much as N is, and to
     # compile it takes as long as to measure it.
@@ -74,33 +66,28 @@ def _cpu_cases() -> list[Case]:
     ]
     points = {"M": new(384, 384, CPU_M), "r": new(768, 768, 512), "dtype": new(768, 768, 128)}
     # The curves, which take most of the time, are of whole steps only.
-    return [*_in_directions(goals), *_along(_CPU_CURVES, points, [BACKWARD])]
+    return [*_cases(goals), *_along(_CPU_CURVES, points, BACKWARD)]
 
 
-def _in_directions(both: Sequence[Layer]) -> list[Case]:
-    pairs = itertools.product(both, (FORWARD, BACKWARD))
-    return [_case(replace(layer, direction=direction)) for layer, direction in pairs]
+def _cases(both: Sequence[Layer], curve: str | None = None, only: str = "") -> list[Case]:
+    """Make a case of each layer in both directions, or in one only."""
+    pairs = itertools.product(both, [only] if only else (FORWARD, BACKWARD))
+    found = []
+    for one in (replace(layer, direction=direction) for layer, direction in pairs):
+        goals, work = {} if curve else _goals(one), f"one layer, {one.direction}"
+        found.append(Case(work, one.settings, one.providers, goals, one, curve))
+    return found
 
 
-def _along(curves: Any, points: Any, directions: Sequence[str] = (FORWARD, BACKWARD)) -> list[Case]:
-    return [
-        _case(replace(points[key], narrow=False, direction=direction, **{key: value}), key)
-        for key, values in curves.items()
-        for value in values
-        for direction in directions
-    ]
-
-
-def _case(layer: Layer, curve: str | None = None) -> Case:
-    goals, work = {} if curve else _goals(layer), f"one layer, {layer.direction}"
-    return Case(work, layer.settings, layer.providers, goals, layer, curve)
+def _along(curves: Any, points: Any, only: str = "") -> list[Case]:
+    along = [(replace(points[key], **{key: value}), key) for key in curves for value in curves[key]]
+    return [case for layer, key in along for case in _cases([layer], key, only)]
 
 
 def _goals(layer: Layer) -> dict[tuple[str, str], str]:
     shape, forward = (layer.K, layer.N), layer.direction == FORWARD
     if not layer.on_gpu:
-        sizes = (layer.M, layer.r) == (CPU_M, CPU_R) and shape in CPU_GOAL_SHAPES
-        ours = (layers.LAYER, layers.APPLIED) if sizes and not forward else ()
+        ours = () if forward else (layers.LAYER, layers.APPLIED)
         return {(name, RATIO): CPU_GOALS[layer.dropout] for name in ours}
     if shape not in GOAL_SHAPES or layer.r != GOAL_R or layer.dropout:
         return {}
@@ -123,35 +110,32 @@ def measure(case: Case, context: Context) -> Outcome:
     """Check, count and time all providers of a case."""
     outcome, device, layer = Outcome(case), context.device, case.of
     if layer.on_gpu and not context.for_gpu:
-        _plan(outcome)
+        for path in (AUTO, *layer.paths):
+            there = planned(layer, path, _H200)
+            outcome.add(path, "planned launches", len(there))
+            outcome.add(path, "planned bytes", sum(launch.moved for launch in there))
         return outcome
     per_set = layer.dtype.itemsize * layer.K * (layer.M + layer.N)
-    # On a CPU a second set would change nothing but the time that it takes.
-    timed = sets_beyond_cache(per_set, device) if context.on_gpu else 1
-    checked = layers.checked_sets(layer)
+    timed = sets_beyond_cache(per_set, device)
+    # The few entries of dE in a single set of inputs say too little about an error.
+    checked = max(2 if layer.on_gpu else 1, math.ceil(8 / layer.r))
     inputs = [layers.make_inputs(layer, device) for _ in range(max(timed, checked))]
     providers = layers.providers_of(layer, device)
     outcome.keep_right(providers, layers.Check(layer, inputs[:checked]))
-    calls = {
-        name: [partial(provider.call, layer.direction, each) for each in inputs[:timed]]
-        for name, provider in providers.items()
-    }
-    for name in calls if layer.counted else ():
-        _count(outcome, name, calls[name][0], device)
-    samples = outcome.time(context, calls, **_effort(case))
-    if samples is not None:
-        outcome.compare(samples, BASELINE, RATIO)
-        for name, peft in _pairs(layer):
-            if {name, peft} <= calls.keys():
-                outcome.compare(samples, peft, f"{peft}'s time / time", [name])
+    calls: dict[str, list[Call]] = {}
+    for name, provider in providers.items():
+        calls[name] = [partial(provider.call, layer.direction, one) for one in inputs[:timed]]
+        if layer.counted:
+            outcome.add(name, "peak extra MB", peak_extra_megabytes(calls[name][0], device))
+            # Compiled code calls its kernels without dispatching anything.
+            if name != layers.COMPILED:
+                add_counts(outcome, name, calls[name][0], device)
+    outcome.time(context, calls, **_effort(case))
+    outcome.compare(BASELINE, RATIO)
+    for name, peft in _pairs(layer):
+        if name in outcome.seconds:
+            outcome.compare(peft, f"{peft}'s time / time", [name])
     return outcome
-
-
-def _count(outcome: Outcome, name: str, call: Call, device: torch.device) -> None:
-    outcome.add(name, "peak extra MB", peak_extra_megabytes(call, device))
-    # Compiled code calls its kernels without dispatching anything.
-    if name != layers.COMPILED:
-        add_counts(outcome, name, call, device)
 
 
 def _effort(case: Case) -> dict[str, Any]:
@@ -160,8 +144,7 @@ def _effort(case: Case) -> dict[str, Any]:
         return {"seconds": 1.5 if case.goals else 0.25}
     if case.curve:
         return {"seconds": 1.5, "rounds": (5 if case.of.M <= 4096 else 3, 7)}
-    forward = case.of.direction == FORWARD
-    return {"seconds": 1.0, "rounds": (3, 9)} if forward else {"seconds": 3.0, "rounds": (5, 25)}
+    return {"seconds": 3.0, "rounds": (5, 25)} if case.goals else {"seconds": 1.0, "rounds": (3, 9)}
 
 
 def planned(layer: Layer, path: str, gpu: plans.Device) -> list[Launch]:
@@ -182,15 +165,7 @@ def guarded() -> list[Case]:
     """The cases whose counts the guard compares: calls on a CPU, and the plans for a GPU."""
     new = partial(Layer, 768, 768, 256, CPU_R, dtype=torch.float32, on_gpu=False, counted=True)
     plans_for = [Layer(K, N, M, GOAL_R) for K, N in GOAL_SHAPES for M in (GOAL_M, FEW_ROWS[-1])]
-    return _in_directions([*(new(dropout=dropout) for dropout in CPU_GOALS), *plans_for])
-
-
-def _plan(outcome: Outcome) -> None:
-    """Count what each path would launch on an H200, and the bytes that its kernels move."""
-    for path in (AUTO, *outcome.case.of.paths):
-        there = planned(outcome.case.of, path, _H200)
-        outcome.add(path, "planned launches", len(there))
-        outcome.add(path, "planned bytes", sum(launch.moved for launch in there))
+    return _cases([*(new(dropout=dropout) for dropout in CPU_GOALS), *plans_for])
 
 
 bench_svd_linear = time_alone

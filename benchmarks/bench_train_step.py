@@ -1,131 +1,306 @@
-"""Whole training steps: what an adapter costs where it is used.
+"""Whole training steps: without an adapter, with LoRA and AdaLoRA in PEFT, and with ours.
 
 Llama-3.2-1B and DeBERTa-v3-base with random weights on a GPU, small ones of both kinds on a CPU.
+All start from the same weights and see the same batch. LoRA and AdaLoRA have PEFT's default ranks
+(8; 12 to 8), and AdaLoRA masks in every step, PEFT's default, too (deltaT=1).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import transformers
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor
 
-from benchmarks import training
-from benchmarks.counting import count_ops, peak_extra_megabytes, waits
-from benchmarks.harness import Case, Context, Outcome, time_alone
-from benchmarks.training import APPLIED, CAPTURED, COMPILED, FROZEN, LORA, OURS, PEFT
+import adalora_kernels
+import adalora_kernels.peft
+from benchmarks.counting import add_counts, peak_extra_megabytes
+from benchmarks.harness import Case, Context, Outcome, check, time_alone
 
+FROZEN, LORA, PEFT = "no adapter", "LoRA in PEFT", "AdaLoRA in PEFT"
+APPLIED, COMPILED = "peft.apply", "peft.apply, torch.compile"
+OURS = (APPLIED, COMPILED)
+# So long that every step of a bench is one of the budgeting phase.
+_SCHEDULE = {"tinit": 0, "tfinal": 10, "deltaT": 1, "total_step": 1_000_000}
+_ORTH_REG_WEIGHT, _LEARNING_RATE = 0.5, 1e-4
 RATIO, MEMORY_RATIO = f"time / {LORA}", f"peak extra MB / {PEFT}'s"
 # Of transformers' models some look at a mask.
 OWN_SYNCS = "host syncs, without the model's own"
 # Design, section 6, asks the first at Llama-3.2-1B's shapes on a GPU; elsewhere no less is wanted.
 GOALS = {RATIO: "<= 1", OWN_SYNCS: "<= 0", MEMORY_RATIO: "< 1"}
-# Tokens for whose logits and activations a GPU has room, without and with checkpointing.
-_LARGEST_BATCH = {False: 16384, True: 32768}
 # The batch of a check, which a GPU has room for in float64, and a CPU time.
 _MOST_TOKENS = {"cuda": 4096, "cpu": 64}
 
 
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A transformers model with random weights."""
+
+    name: str
+    model: Any
+    config: Any
+    task_type: str
+    target_modules: list[str]
+
+    def batch(self, rows: int, tokens: int, device: torch.device) -> Mapping[str, Tensor]:
+        """Draw random tokens, to predict them, or one of two classes for each row."""
+        generator = torch.Generator(device).manual_seed(0)
+        new = partial(torch.randint, generator=generator, device=device)
+        ids = new(0, self.config.vocab_size, (rows, tokens))
+        labels = ids if self.task_type == "CAUSAL_LM" else new(0, 2, (rows,))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _llama(name: str, **sizes: int) -> Architecture:
+    """Describe Llama-3.2-1B, but for the sizes."""
+    config = transformers.LlamaConfig(
+        **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
+        | {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"max_position_embeddings": 131072, "tie_word_embeddings": True, "use_cache": False}
+        | sizes
+    )
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return Architecture(name, transformers.LlamaForCausalLM, config, "CAUSAL_LM", seven)
+
+
+def _deberta(name: str, layers: int, vocabulary: int) -> Architecture:
+    """Describe DeBERTa-v3-base, but for the sizes, and without dropout, which would hide errors."""
+    config = transformers.DebertaV2Config(
+        **{"vocab_size": vocabulary, "hidden_size": 768, "intermediate_size": 3072}
+        | {"num_hidden_layers": layers, "num_attention_heads": 12, "type_vocab_size": 0}
+        | {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm"}
+        | {"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+        | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
+    # The six that the paper adapts: "output.dense" ends two names.
+    six = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
+    model = transformers.DebertaV2ForSequenceClassification
+    return Architecture(name, model, config, "SEQ_CLS", six)
+
+
+_SMALL = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048}
+_SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+LLAMA, SMALL_LLAMA = _llama("Llama-3.2-1B"), _llama("Llama, 4 layers of 512", **_SMALL)
+DEBERTA = _deberta("DeBERTa-v3-base", 12, 128100)
+SMALL_DEBERTA = _deberta("DeBERTa-v3-base, 2 layers", 2, 2048)
+
+
+class Trainee:
+    """A model in training, with what its documentation tells a training loop to do.
+
+    `compiled` is called, which may be the model itself. `allocator` is ours; `allocate` is called
+    after the optimizer's step.
+    """
+
+    def __init__(self, model: Any, compiled: Any, allocate: Any = None) -> None:
+        self.model, self.loss, self.allocate = model, _loss_of(compiled), allocate
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
+        self.initial: list[Tensor] = []
+        self.allocator: Any = None
+        self.optimizer: Any = None
+        self.steps = 0
+        if self.trained:
+            self.optimizer = torch.optim.AdamW(self.trained, lr=_LEARNING_RATE, fused=True)
+
+    def reset(self) -> None:
+        """Go back to the parameters that training began with, and no gradients."""
+        self.model.zero_grad()
+        for parameter, value in zip(self.trained, self.initial, strict=True):
+            parameter.data.copy_(value)
+
+    def step(self, batch: Any, keep_gradients: bool = False) -> Tensor:
+        """Take a whole step of training and return the loss.
+
+        With `keep_gradients` they, the regulariser's among them, are left to be looked at.
+        """
+        self.steps += 1
+        loss = self.loss(batch)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        if self.allocate is not None:
+            self.allocate(self.steps)
+        if not keep_gradients:
+            self.model.zero_grad()
+        return loss.detach()
+
+
+def make_trainees(architecture: Architecture, names: Any, device: Any, dtype: Any) -> Any:
+    """Make them by name with equal weights; AdaLoRA's factors are equal, too, and not zero."""
+    torch.manual_seed(0)
+    with device:
+        base = architecture.model(architecture.config).to(dtype)
+    trainees = {name: _trainee(architecture, copy.deepcopy(base), name) for name in names}
+    for name, trainee in trainees.items():
+        generator = torch.Generator(device).manual_seed(1)
+        for factor in trainee.adapters if name in (PEFT, *OURS) else ():
+            torch.nn.init.normal_(factor, std=0.02, generator=generator)
+        trainee.initial = [p.detach().clone() for p in trainee.trained]
+    return trainees
+
+
+def _trainee(architecture: Architecture, model: Any, name: str) -> Trainee:
+    model.train()
+    if name == FROZEN:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        return Trainee(model, model)
+    options: Any = {"task_type": architecture.task_type}
+    options |= {"target_modules": architecture.target_modules}
+    if name == LORA:
+        model = get_peft_model(model, LoraConfig(**options))
+        return Trainee(model, model)
+    config = AdaLoraConfig(**options, **_SCHEDULE, orth_reg_weight=_ORTH_REG_WEIGHT)
+    model = get_peft_model(model, config)
+    if name == PEFT:
+        return Trainee(model, model, model.base_model.update_and_allocate)
+    allocator = adalora_kernels.peft.apply(model).allocator
+    made = Trainee(model, torch.compile(model, dynamic=False) if name == COMPILED else model)
+    allocator.attach(made.optimizer)
+    made.allocator = allocator
+    return made
+
+
+def _loss_of(model: Any) -> Callable[..., Tensor]:
+    return lambda batch: model(**batch).loss
+
+
+def checkpoint(model: Any) -> None:
+    """Recompute the activations of every layer in the backward; there is no dropout."""
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
+class CheckStep:
+    """Holds steps to PEFT's AdaLoRA in float64, which comes first; all are reset.
+
+    The loss of each AdaLoRA without the regulariser, and all gradients of its adapters with it,
+    have to be the same function, and the gradients of ours may have at most twice the error of
+    PEFT's. The loss of the others must be finite.
+    """
+
+    def __init__(self, trainees: Mapping[str, Trainee], batch: Mapping[str, Tensor]) -> None:
+        for trainee in trainees.values():
+            trainee.reset()
+        self.batch, self.eager = batch, None
+        # The same but for the rounding of every layer, in the dtype of the model.
+        self.allowed = 4 * torch.finfo(trainees[PEFT].trained[0].dtype).eps ** 0.5
+        model: Any = copy.deepcopy(trainees[PEFT].model).double()
+        model.zero_grad()
+        checkpoint(model)
+        self.exact = self._loss_and_gradients(Trainee(model, model))
+
+    def _loss_and_gradients(self, trainee: Trainee) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            plain = _loss_of(trainee.model.base_model.model)(self.batch)
+        loss = trainee.step(self.batch, keep_gradients=True)
+        gradients = torch.cat([p.grad.flatten() for p in trainee.adapters])
+        return plain if trainee.allocator is None else loss, gradients
+
+    def __call__(self, name: str, trainee: Trainee) -> None:
+        """Raise what is wrong with a trainee."""
+        try:
+            if name not in (PEFT, *OURS):
+                if not torch.isfinite(trainee.step(self.batch)):
+                    raise ArithmeticError("the loss is not finite")
+                return
+            actual = self._loss_and_gradients(trainee)
+            for what, one, exact in zip(("loss", "gradients"), actual, self.exact, strict=True):
+                error = float((one.double() - exact).norm() / exact.norm())
+                if not error <= self.allowed:
+                    raise ArithmeticError(f"{what}: error {error:.2e}, allowed {self.allowed:.2e}")
+            if name in OURS:
+                check("gradients", actual[1], self.exact[1], self.eager)
+            self.eager = actual[1] if name == PEFT else self.eager
+        finally:
+            trainee.reset()
+
+
 @dataclass(frozen=True)
 class Step:
-    """Steps of one model on batches of one size; `special` are providers of some cases only."""
+    """Steps of one model on batches of one size; with `compiled`, ours compiled, too."""
 
-    model: training.Architecture
+    model: Architecture
     rows: int
     tokens: int
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
-    special: tuple[str, ...] = ()
+    compiled: bool = False
 
     @property
     def case(self) -> Case:
-        dtype, compiled = str(self.dtype).removeprefix("torch."), COMPILED in self.special
         settings = {"model": self.model.name, "micro-batch": self.rows, "sequence": self.tokens}
+        dtype = str(self.dtype).removeprefix("torch.")
         settings |= {"checkpointing": self.checkpointing, "dtype": dtype}
         settings |= {"ranks": {"LoRA": "8", "AdaLoRA": "12 to 8"}}
-        settings |= {"with torch.compile": True} if compiled else {}
+        settings |= {"with torch.compile": True} if self.compiled else {}
         goals = {(name, measure): goal for name in OURS for measure, goal in GOALS.items()}
         # A guess for a GPU: to make the models, and to compile one.
-        seconds = 120.0 if compiled else 15.0
-        names = (LORA, FROZEN, PEFT, APPLIED, *self.special)
+        seconds = 120.0 if self.compiled else 15.0
+        names = (LORA, FROZEN, PEFT, APPLIED, *([COMPILED] if self.compiled else []))
         return Case("training step", settings, names, goals, self, expected_seconds=seconds)
 
 
 def cases(context: Context) -> Sequence[Case]:
-    """On a GPU those with a goal first, then more and more tokens."""
-    small, small_deberta = training.SMALL_LLAMA, training.SMALL_DEBERTA
-    steps = [Step(small, 1, 64, special=(COMPILED,)), Step(small, 4, 64)]
-    steps += [Step(small, 4, 64, checkpointing=True), Step(small_deberta, 4, 64)]
+    """On a GPU those with a goal first, then fewer and more tokens."""
+    steps = [Step(SMALL_LLAMA, 1, 64, compiled=True), Step(SMALL_LLAMA, 4, 64)]
+    steps += [Step(SMALL_LLAMA, 4, 64, checkpointing=True), Step(SMALL_DEBERTA, 4, 64)]
     if context.smoke:
-        steps = [Step(small, 1, 16), Step(small_deberta, 2, 16, checkpointing=True)]
+        steps = [Step(SMALL_LLAMA, 1, 16), Step(SMALL_DEBERTA, 2, 16, checkpointing=True)]
     elif context.for_gpu:
-        large = partial(Step, dtype=torch.bfloat16, special=(CAPTURED,))
-        goals = [large(training.LLAMA, 4, 1024), large(training.DEBERTA, 16, 512)]
-        steps = [*goals, *(replace(step, special=(COMPILED,)) for step in goals)]
-        sizes = itertools.product((False, True), (512, 2048, 4096), (1, 2, 4, 8, 16))
-        both = (training.LLAMA, training.DEBERTA)
-        for model, (checkpointing, tokens, rows) in itertools.product(both, sizes):
-            step = large(model, rows, tokens, checkpointing=checkpointing)
-            fits = tokens <= model.longest and rows * tokens <= _LARGEST_BATCH[checkpointing]
-            steps += [step] if fits and step not in goals else []
+        large = partial(Step, dtype=torch.bfloat16)
+        goals = [large(LLAMA, 4, 1024), large(DEBERTA, 16, 512)]
+        steps = [*goals, *(replace(step, compiled=True) for step in goals)]
+        steps += [replace(step, rows=rows) for rows in (1, 2, 8) for step in goals]
+        steps += [replace(step, rows=16, checkpointing=True) for step in goals]
     return [step.case for step in steps]
 
 
 # Making them takes longer than a step; one model's at a time has room.
-_trainees = lru_cache(maxsize=1)(training.make_trainees)
+_trainees = lru_cache(maxsize=1)(make_trainees)
 
 
 def measure(case: Case, context: Context) -> Outcome:
     """Check gradients first, then measure time and memory."""
     device, outcome, step = context.device, Outcome(case), case.of
     made = _trainees(step.model, case.providers, device, step.dtype)
-    trainees = {PEFT: made[PEFT], **made}
+    # What the others are compared with comes first.
+    trainees = {FROZEN: made[FROZEN], PEFT: made[PEFT], **made}
     for trainee in trainees.values():
         trainee.model.gradient_checkpointing_disable()
         if step.checkpointing:
-            training.checkpoint(trainee.model)
+            checkpoint(trainee.model)
     fewer = max(1, min(step.rows, _MOST_TOKENS[device.type] // step.tokens))
-    check = training.CheckStep(trainees, step.model.batch(fewer, step.tokens, device))
+    check_one = CheckStep(trainees, step.model.batch(fewer, step.tokens, device))
     # What is compiled for poisoned memory is compiled for that.
-    outcome.keep_right(trainees, check, unpoisoned=(COMPILED,))
+    outcome.keep_right(trainees, check_one, unpoisoned=(COMPILED,))
     batch = step.model.batch(step.rows, step.tokens, device)
     calls = {n: [partial(trainees[n].step, batch)] for n in case.providers if n in trainees}
-    samples = outcome.time(context, calls, seconds=2.5, rounds=(4, 40), by_host=True)
-    if samples is not None:
-        outcome.compare(samples, LORA, RATIO)
-        outcome.compare(samples, FROZEN, f"time / {FROZEN}")
-    _count(outcome, context, trainees, batch)
-    return outcome
-
-
-def _count(outcome: Outcome, context: Context, trainees: Any, batch: Any) -> None:
-    """Count memory, host syncs and ops of a step."""
+    outcome.time(context, calls, seconds=2.5, rounds=(4, 40), by_host=True)
+    outcome.compare(LORA, RATIO)
+    outcome.compare(FROZEN, f"time / {FROZEN}")
     peaks, syncs = {}, {}
     for name, trainee in trainees.items():
-        step = partial(trainee.step, batch)
-        if name != CAPTURED:  # Its graph keeps what it needs for ever.
-            peaks[name] = peak_extra_megabytes(step, context.device)
-            outcome.add(name, "peak extra MB", peaks[name])
-        if context.on_gpu:
-            syncs[name] = waits(step)
-        elif name != COMPILED:  # Its kernels are called without dispatching anything.
-            ops = count_ops(step)
-            syncs[name] = ops.host_syncs
-            outcome.add(name, "dispatched ops", ops.calls.total())
-            outcome.add(name, "ops inside those", ops.inner.total())
-    for name in trainees:
-        if name in OURS and {name, PEFT} <= peaks.keys():
+        call = partial(trainee.step, batch)
+        peaks[name] = peak_extra_megabytes(call, device)
+        outcome.add(name, "peak extra MB", peaks[name])
+        if name in OURS and PEFT in peaks:
             outcome.add(name, MEMORY_RATIO, peaks[name] / peaks[PEFT])
-        if name in syncs:
+        if name != COMPILED:  # Its kernels are called without dispatching anything.
+            syncs[name] = add_counts(outcome, name, call, device)
             outcome.add(name, OWN_SYNCS, syncs[name] - syncs.get(FROZEN, 0))
+    return outcome
 
 
 def guarded() -> list[Case]:
     """The cases whose counts the guard compares, on a CPU."""
-    return [Step(model, 1, 32).case for model in (training.SMALL_LLAMA, training.SMALL_DEBERTA)]
+    return [Step(model, 1, 32).case for model in (SMALL_LLAMA, SMALL_DEBERTA)]
 
 
 bench_train_step = time_alone

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,10 @@ import torch
 from benchmarks.harness import Case, Context, Outcome
 from benchmarks.results import FOLDER, HERE, Run, environment
 
-_CONTEXT = pytest.StashKey[Context]()
-_RUN = pytest.StashKey[Run]()
-_DEADLINE = pytest.StashKey[float]()
+_BEGIN = time.monotonic()
+_CONTEXT, _RUN = pytest.StashKey[Context](), pytest.StashKey[Run]()
+# What the case at hand gave: one at a time, for it holds its inputs.
+_OUTCOME: dict[Case, Outcome | None] = {}
 _SHOWN = ["work", "case", "curve", "point", "provider", "measure", "value", "p25", "p75", "verdict"]
 
 
@@ -42,15 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(config.getoption("--device"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: no CUDA device; --smoke runs on a CPU")
     timed = not config.getoption("benchmark_disable")
     config.stash[_CONTEXT] = Context(device, config.getoption("--smoke"), timed)
     if device.type == "cpu":
         # With more, small ops stall at OpenMP's barrier whenever the machine is not idle.
         torch.set_num_threads(1)
     config.stash[_RUN] = Run(environment(device))
-    config.stash[_DEADLINE] = time.monotonic() + config.getoption("--seconds")
     # pytest-benchmark makes its storage directory even if it stores nothing: let it be ours.
     config.option.benchmark_storage = FOLDER.as_uri()
 
@@ -62,58 +58,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "provider"), pairs, ids=ids)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
-    context = config.stash[_CONTEXT]
-    for item in items:
-        case = item.callspec.params["case"]
-        once = case.curve is not None or context.smoke
-        options = {"min_rounds": 1, "max_time": 0.0} if once else {"min_rounds": 3, "max_time": 0.1}
-        if not context.on_gpu:
-            options["timer"] = time.process_time
-        item.add_marker(pytest.mark.benchmark(group=str(case), **options))
-
-
-@pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
-    return pytestconfig.stash[_CONTEXT].device
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _released() -> Iterator[None]:
-    yield
-    _outcome_of.cache_clear()
-
-
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest, case: Case) -> Outcome:
     """What the case gave: it is measured for the first of its providers, at once for all."""
-    found: Outcome | None = _outcome_of(request.config, request.module, case)
-    return found or pytest.skip("not reached: no time left")
+    if case not in _OUTCOME:
+        _OUTCOME.clear()
+        _OUTCOME[case] = _measured(request.config, request.module, case)
+    return _OUTCOME[case] or pytest.skip("not reached: no time left")
 
 
-@lru_cache(maxsize=1)
-def _outcome_of(config: pytest.Config, module: Any, case: Case) -> Outcome | None:
+def _measured(config: pytest.Config, module: Any, case: Case) -> Outcome | None:
     run, context, outcome = config.stash[_RUN], config.stash[_CONTEXT], Outcome(case)
+    if time.monotonic() - _BEGIN + case.expected_seconds > config.getoption("--seconds"):
+        run.not_reached.append(str(case))
+        return None
     gc.collect()
     if context.on_gpu:
         torch.cuda.empty_cache()
-    reached = time.monotonic() + case.expected_seconds <= config.stash[_DEADLINE]
-    if reached:
-        torch.manual_seed(0)
-        try:
-            outcome = module.measure(case, context)
-        # Out of memory, say. The rest is measured all the same, if it can be.
-        except Exception as error:
-            for provider in case.providers:
-                outcome.fail(provider, error)
-        run.rows += outcome.rows
-        for provider, why in outcome.wrong.items():
-            run.wrong.append({"case": str(case), "provider": provider, "why": why})
-    else:
-        run.not_reached.append(str(case))
+    torch.manual_seed(0)
+    try:
+        outcome = module.measure(case, context)
+    # Out of memory, say. The rest is measured all the same, if it can be.
+    except Exception as error:
+        for provider in case.providers:
+            outcome.fail(provider, error)
+    run.rows += outcome.rows
+    for provider, why in outcome.wrong.items():
+        run.wrong.append({"case": str(case), "provider": provider, "why": why})
     if config.getoption("--out") is not None:
         run.write(config.getoption("--out"))
-    return outcome if reached else None
+    return outcome
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -123,15 +97,12 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if run.rows:
         shown = run.frame[_SHOWN].to_string(index=False, na_rep="")
         write(f"\nRatios of interleaved rounds, and counts:\n{shown}")
-    for entry in run.wrong:
-        write("WRONG {provider}, {case}: {why}".format(**entry))
-    if run.not_reached:
-        write(f"{len(run.not_reached)} cases not reached")
+    for line in run.left_out:
+        write(line)
     whole = [Path(arg).resolve() for arg in config.args] == [HERE]
-    unfinished = exitstatus or not whole or terminalreporter.stats.get("deselected")
-    if path is None and (unfinished or config.getoption("--smoke")):
-        write("not the whole suite, or not all of it passed: no file written")
-        return
-    path = path or FOLDER / f"{config.getoption('--device')}.json"
-    run.write(path)
-    write(f"written to {path}")
+    part = exitstatus or not whole or terminalreporter.stats.get("deselected")
+    if path is None and not part and not config.getoption("--smoke"):
+        path = FOLDER / f"{config.getoption('--device')}.json"
+    if path is not None:
+        run.write(path)
+    write(f"written to {path}" if path else "not the whole suite, or not all of it passed: no file")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Call, Outcome
-
-# What the profiler is to call the call that counts.
-_MEASURED = "measured call"
 
 
 class CountOps(TorchDispatchMode):
@@ -66,13 +60,15 @@ def count_ops(call: Call) -> CountOps:
     return ops
 
 
-def add_counts(outcome: Outcome, name: str, call: Call, device: torch.device) -> None:
-    """Add how many ops one call dispatches, how many are inside ops of ours, and the host syncs."""
+def add_counts(outcome: Outcome, name: str, call: Call, device: torch.device) -> int:
+    """Add how many ops one call dispatches, and how many of ours do inside; return host syncs."""
     ops = count_ops(call)
+    syncs = waits(call) if device.type == "cuda" else ops.host_syncs
     outcome.add(name, "dispatched ops", ops.calls.total())
     if any(op.startswith("adalora::") for op in ops.calls):
         outcome.add(name, "ops inside those", ops.inner.total())
-    outcome.add(name, "host syncs", waits(call) if device.type == "cuda" else ops.host_syncs)
+    outcome.add(name, "host syncs", syncs)
+    return syncs
 
 
 def waits(call: Call) -> int:
@@ -114,18 +110,15 @@ def _peak_on_cpu(call: Call) -> int:
         # The profiler doesn't see the end of what it hasn't seen the beginning of: state that the
         # next call replaces is to be allocated here.
         call()
-        with torch.profiler.record_function(_MEASURED):
+        with torch.profiler.record_function("measured call"):
             # Kept until the end, as a training loop keeps a loss.
             result = call()
     del result
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        trace.export_chrome_trace(str(path))
-        events = sorted(json.loads(path.read_text())["traceEvents"], key=lambda e: e.get("ts", 0))
-    begin = next(event["ts"] for event in events if event.get("name") == _MEASURED)
+    events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    begin = next(event.start_ns() for event in events if event.name() == "measured call")
     held = before = peak = 0
-    for event in (event for event in events if event.get("name") == "[memory]"):
-        held += event["args"]["Bytes"]
-        before = held if event["ts"] < begin else before
+    for event in (event for event in events if event.name() == "[memory]"):
+        held += event.nbytes()
+        before = held if event.start_ns() < begin else before
         peak = max(peak, held - before)
     return peak

@@ -4,14 +4,13 @@
 #   bash benchmarks/gpu_round.sh           # every stage
 #   bash benchmarks/gpu_round.sh STAGE...  # some, each then with more of the time
 #
-# Writes log.txt, summary.txt, profile.csv, launch_table.json and results/*.json of the benches to
-# $OUT (build/gpu_round by default), and prints the summary and the report's goals last. The results
+# Writes log.txt, summary.txt, profile.csv, launch_table.json and the benches' results/*.json to $OUT
+# (build/gpu_round by default), and prints the summary and the report's goals last. The results
 # belong into benchmarks/results/, named by their GPU (h200_svd_linear.json). A stage that fails ends
 # nothing but makes the exit status 1; only the stages marked optional may fail.
 #
-# A library that was built elsewhere, perhaps against another torch, can be brought along: as
-# build/carried/_C.abi3.so it is only tried, or used where none can be built here; as
-# adalora_kernels/_C.abi3.so it is used, and none is built.
+# A library that was built elsewhere can be brought along: as build/carried/_C.abi3.so it is only
+# tried, or used where none can be built here; as adalora_kernels/_C.abi3.so it is used.
 set -uo pipefail
 
 cd "$(dirname "$0")/.." || exit
@@ -25,7 +24,7 @@ log=$out/log.txt summary=$out/summary.txt carried=$PWD/build/carried/_C.abi3.so
 : >"$summary"
 failed=0
 
-# Of the time, this much is reserved for the benchmarks at the end, if they are still to come.
+# So much of the time is reserved for the benchmarks at the end, if they are still to come.
 reserved=0
 declare -A least=([allocation]=70 [train_step]=80 [svd_linear]=70 [report]=15)
 
@@ -41,11 +40,8 @@ stage() {
   ((limit > $(left))) && limit=$(left)
   printf '\n== %s, at most %s s: %s\n' "$name" "$limit" "$*" >>"$log"
   timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
-  case $status in
-    0) ;;
-    124 | 137) outcome="FAILED: not done after $limit s" ;;
-    *) outcome="FAILED: exit status $status" ;;
-  esac
+  ((status == 0)) || outcome="FAILED: exit status $status"
+  ((status == 124 || status == 137)) && outcome="FAILED: not done after $limit s"
   printf '%-30s %4d s  %s\n' "$name" $((SECONDS - start)) "$outcome" | tee -a "$summary"
   ((status == 0))
 }
@@ -55,10 +51,10 @@ required() { stage "$@" || failed=1; }
 optional() {
   local name="$1 (optional)"
   shift
-  if (($(left) < 10)); then
-    printf '%-30s no time for it\n' "$name" | tee -a "$summary"
-  else
+  if (($(left) >= 10)); then
     stage "$name" "$@" || true
+  else
+    printf '%-30s no time for it\n' "$name" | tee -a "$summary"
   fi
 }
 
@@ -86,18 +82,16 @@ build() {
   [[ -e $carried ]] && export ADALORA_KERNELS_LIBRARY=$carried
 }
 
-# Nearly all of the time goes into compiling kernels.
-in_parallel() { "$python" -c "import xdist" 2>/dev/null && echo "-n 12"; }
-
 gpu_tests() {
-  # shellcheck disable=SC2046
+  # Nearly all of the time goes into compiling kernels.
+  local parallel=()
+  "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
   required "gpu tests" 130 "$python" -m pytest -m gpu -rfE --durations=10 \
-    --continue-on-collection-errors $(in_parallel)
+    --continue-on-collection-errors "${parallel[@]}"
 }
 
 # sanitizer TOOL FILE EXPRESSION KERNEL...: tests under compute-sanitizer; only our kernels, by
-# parts of their names, are instrumented. Without torch's cache every tensor is an allocation of its
-# own.
+# parts of their names, are instrumented. Without torch's cache each tensor is its own allocation.
 sanitizer() {
   local tool=$1 file=$2 expression=$3 name=${2##*/test_} kernel kernels=()
   shift 3
@@ -108,12 +102,15 @@ sanitizer() {
 }
 
 # The Triton kernels by their names, the CUDA C++ kernels by their namespace.
-sanitize() {
-  sanitizer "$1" tests/test_svd_linear_kernels.py \
+memcheck() {
+  local tool=${1:-memcheck}
+  sanitizer "$tool" tests/test_svd_linear_kernels.py \
     "${SANITIZED:-test_every_path and not unaligned}" \
-    {down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
-  sanitizer "$1" "${CSRC_TESTS:-tests/test_csrc.py}" "${CSRC_SANITIZED:-cuda}" adalora
+    _{down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
+  sanitizer "$tool" "${CSRC_TESTS:-tests/test_csrc.py}" "${CSRC_SANITIZED:-cuda}" adalora
 }
+
+racecheck() { memcheck racecheck; }
 
 # A forward and backward of F.linear and of each path at 8192x4096x4096, r = 16.
 profile() {
@@ -138,14 +135,14 @@ bench() {
   seconds=$(left)
   ((seconds > $2)) && seconds=$2
   required "$1" "$seconds" "$python" -m pytest "benchmarks/bench_$3.py" --device cuda \
-    --out "$out/results/$1.json" --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
+    --benchmark-timer=time.perf_counter --out "$out/results/$1.json" \
+    --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
 }
 
 allocation() { bench allocation 80 whole_model; }
 train_step() { bench train_step 300 train_step; }
 svd_linear() { bench svd_linear 300 svd_linear; }
 
-# Of what there is, so that the goals end the output.
 report() {
   ((reserved -= least[report]))
   required report "${least[report]}" "$python" -m benchmarks.report --results "$out/results" \
@@ -154,17 +151,13 @@ report() {
 
 stages="environment carried build gpu_tests memcheck racecheck profile tune allocation train_step
   svd_linear report"
-(($#)) && stages=$*
-for name in $stages; do
+chosen=${*:-$stages}
+for name in $chosen; do
+  [[ " ${stages//$'\n'/ } " == *" $name "* ]] || { echo "no stage $name" >&2 && exit 2; }
   ((reserved += ${least[$name]:-0}))
 done
-for name in $stages; do
-  case $name in
-    memcheck | racecheck) sanitize "$name" ;;
-    environment | carried | build | gpu_tests | profile | tune) "$name" ;;
-    allocation | train_step | svd_linear | report) "$name" ;;
-    *) echo "no stage $name" >&2 && exit 2 ;;
-  esac
+for name in $chosen; do
+  "$name"
 done
 
 echo

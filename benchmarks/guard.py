@@ -4,8 +4,8 @@
     python -m benchmarks.guard --update             # the baseline is now what is counted
     python -m benchmarks.guard BEFORE.json AFTER.json   # times, as ratios, beyond their spread
 
-The exit status is 1 if anything differs (counts; also where they became better: the baseline is to
-be updated on purpose) or became slower (ratios), 2 if there is nothing to compare with.
+The exit status is 1 if a count differs, for the better, too, or a ratio became worse; 2 if there is
+nothing to compare with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from adalora_kernels import ops
 from benchmarks.harness import Context
-from benchmarks.results import HERE, Row, Run, environment
+from benchmarks.results import HERE, Row, Run, as_json, environment
 
 BASELINE = HERE / "baseline.json"
 BENCHES = ("svd_linear", "whole_model", "train_step")
@@ -31,44 +31,45 @@ LEAST = 0.1
 _KEY = ["work", "case", "point", "provider", "measure"]
 
 
-def counted(benches: Sequence[str] = BENCHES) -> list[Row]:
+def counted() -> list[Row]:
     """Count what can be counted exactly, on a CPU, with one thread."""
     torch.set_num_threads(1)
     context, rows = Context(torch.device("cpu"), timed=False), []
-    for bench in benches:
+    for bench in BENCHES:
         torch.manual_seed(0)
         module = importlib.import_module(f"benchmarks.bench_{bench}")
         rows += [row for case in module.guarded() for row in module.measure(case, context).rows]
-    shown = ("work", "case", "provider", "measure", "value")
-    return [{key: row[key] for key in shown} for row in rows]
+    return [{key: row[key] for key in (*_KEY, "value") if key in row} for row in rows]
 
 
-def _table(rows: Iterable[Row]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows).reindex(columns=[*_KEY, "value", "p25", "p75"])
-    point = ["" if pd.isna(each) else str(each) for each in frame.point]
-    return frame.assign(point=point).set_index(_KEY)
+def _both(before: Iterable[Row], after: Iterable[Row]) -> pd.DataFrame:
+    """Put figures of the same, by a text that names it, beside each other."""
+    tables = []
+    for rows in (before, after):
+        frame = pd.DataFrame(rows).reindex(columns=[*_KEY, "value", "p25", "p75"])
+        names = frame[_KEY].astype(object).fillna("").astype(str).agg(": ".join, axis=1)
+        tables.append(frame.set_index(names.str.replace(": : ", ": "))[["value", "p25", "p75"]])
+    return tables[0].join(tables[1], how="outer", suffixes=("", "_now"))
 
 
 def differences(before: Iterable[Row], after: Iterable[Row]) -> Iterator[str]:
     """Yield a line for every count that is not the same."""
-    both = _table(before).join(_table(after), how="outer", suffixes=("", "_now"))
-    for key, was, now in zip(both.index, both.value, both.value_now, strict=True):
-        if was != now:
-            old, new = ("not there" if pd.isna(v) else f"{v:g}" for v in (was, now))
-            yield f"{': '.join(filter(None, key))}: {old}, now {new}"
+    for row in _both(before, after).itertuples():
+        if row.value != row.value_now:
+            was, now = ("not there" if pd.isna(v) else f"{v:g}" for v in (row.value, row.value_now))
+            yield f"{row.Index}: {was}, now {now}"
 
 
 def slower(before: Run, after: Run) -> Iterator[str]:
     """Yield a line for every ratio that is worse beyond its spread, and by a tenth at least."""
-    both = _table(before.rows).join(_table(after.rows), how="inner", suffixes=("", "_now"))
-    both = both[both.p25.notna() & both.p25_now.notna()]
-    costs = both.index.get_level_values("measure").str.startswith("time / ")
+    both = _both(before.rows, after.rows)
+    costs = both.index.str.contains(": time / ")
     dearer = (both.p25_now > both.p75) & (both.value_now > (1 + LEAST) * both.value)
     # Of a speed, or another one's time over ours.
     less = (both.p75_now < both.p25) & (both.value_now < both.value / (1 + LEAST))
-    for key, row in both[(costs & dearer) | (~costs & less)].iterrows():
+    for row in both[(costs & dearer) | (~costs & less)].itertuples():
         yield (
-            f"{': '.join(filter(None, key))}: {row.value:.3f} ({row.p25:.3f}-{row.p75:.3f}), "
+            f"{row.Index}: {row.value:.3f} ({row.p25:.3f}-{row.p75:.3f}), "
             f"now {row.value_now:.3f} ({row.p25_now:.3f}-{row.p75_now:.3f})"
         )
 
@@ -78,19 +79,6 @@ def versions() -> dict[str, str]:
     packages: dict[str, str] = environment(torch.device("cpu"))["packages"]
     found = {name: packages[name] for name in ("torch", "peft", "transformers")}
     return {**found, "compiled library": "yes" if "cpu" in ops.library.device_types else "no"}
-
-
-def check_counts(path: Path) -> int:
-    """Print how the counts differ from a baseline, and return the exit status."""
-    baseline = json.loads(path.read_text())
-    if baseline["versions"] != versions():
-        print(f"{path.name} is of {baseline['versions']}, which are now {versions()}")
-        return 2
-    found = list(differences(baseline["counts"], counted()))
-    print("\n".join(found) or "all counts are those of the baseline")
-    if found:
-        print(f"{len(found)} differ. If that is meant: python -m benchmarks.guard --update")
-    return int(bool(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,12 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(found) or "nothing became slower")
         return int(bool(found))
     if args.update:
-        counts = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in counted())
-        head = json.dumps(versions(), ensure_ascii=False)
-        BASELINE.write_text(f'{{\n "versions": {head},\n "counts": [\n{counts}\n ]\n}}\n')
+        BASELINE.write_text(as_json(versions=versions(), rows=counted()))
         print(f"written to {BASELINE}")
         return 0
-    return check_counts(BASELINE)
+    baseline = json.loads(BASELINE.read_text())
+    if baseline["versions"] != versions():
+        print(f"{BASELINE.name} is of {baseline['versions']}, which are now {versions()}")
+        return 2
+    found = list(differences(baseline["rows"], counted()))
+    print("\n".join(found) or "all counts are those of the baseline")
+    if found:
+        print(f"{len(found)} differ. If that is meant: python -m benchmarks.guard --update")
+    return int(bool(found))
 
 
 if __name__ == "__main__":

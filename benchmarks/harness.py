@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 import pytest
@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 
 Call: TypeAlias = Callable[[], object]
+# All calls of a provider as one, and how many there are.
+Work: TypeAlias = tuple[Call, int]
 # What a sample takes at least: below it a clock's grain, or the gap before a graph, would count.
 _LEAST_GRAPH_SECONDS, _LEAST_CPU_SECONDS = 300e-6, 5e-3
 # Before a capture: lazy loading, handles and workspaces, and whatever is compiled at its first use.
 _WARM_UP_CALLS = 8
-_GRAPH, _EAGER = "CUDA graph", "CUDA events, eager"
-_HOST, _CPU = "wall clock, eager, device synchronized", "CPU time of the process"
+_GRAPH, _HOST = "CUDA graph", "wall clock, eager, device synchronized"
+_CPU = "CPU time of the process"
 _FLOORS = ("F.linear", "memory traffic alone", "copy of as many bytes", "no adapter")
-_PLAIN = ("reference.py", "torch._foreach, no gate")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def kind_of(provider: str) -> str:
     """Tell whose a provider is: a "floor", "theirs", "plain" (PyTorch) or "ours"."""
     if provider.startswith(("PEFT", "loralib")) or provider.endswith(" in PEFT"):
         return "theirs"
-    return "floor" if provider in _FLOORS else "plain" if provider in _PLAIN else "ours"
+    plain = provider.startswith("torch.")
+    return "floor" if provider in _FLOORS else "plain" if plain else "ours"
 
 
 def check(name: str, actual: Tensor, exact: Tensor, eager: Tensor | None = None) -> None:
@@ -117,24 +119,6 @@ def check(name: str, actual: Tensor, exact: Tensor, eager: Tensor | None = None)
         raise ArithmeticError(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
 
 
-class Rule:
-    """Holds the results of one provider after the other to exact ones, PEFT's first.
-
-    Ours may have at most twice PEFT's error, the others must be the same but for rounding.
-    """
-
-    def __init__(self, exact: Sequence[Tensor]) -> None:
-        self.exact = exact
-        self._peft: Sequence[Tensor | None] = [None] * len(exact)
-
-    def __call__(self, name: str, results: Sequence[Tensor]) -> None:
-        """Raise an ArithmeticError for the first result that is wrong."""
-        for i, (result, exact) in enumerate(zip(results, self.exact, strict=False)):
-            peft = self._peft[i] if kind_of(name) == "ours" and exact.is_floating_point() else None
-            check(f"result {i}", result, exact, peft)
-        self._peft = results if name == "PEFT" else self._peft
-
-
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Have `torch.empty` give NaN, so that what nobody wrote shows."""
@@ -148,33 +132,31 @@ def poisoned_memory() -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-class Samples(NamedTuple):
-    """The seconds of one call, a row per round and a column per provider, and by which clock."""
-
-    seconds: pd.DataFrame
-    clocks: Mapping[str, str]
-
-
 @dataclass
 class Outcome:
-    """What a case gave: its figures, whose results were wrong and why, and what was timed."""
+    """What a case gave: its figures, whose results were wrong and why, and what was timed.
+
+    `seconds` are those of one call, with a row per round and a column per provider.
+    """
 
     case: Case
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: dict[str, str] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
+    seconds: pd.DataFrame = field(default_factory=pd.DataFrame)
+    clock: str = ""
+    device: torch.device | None = None
 
     def add(self, provider: str, measure: str, value: float, **rest: Any) -> None:
         """Add a figure, with its goal if it has one."""
         case, settings = self.case, dict(self.case.settings)
-        row: dict[str, Any] = {"work": case.work, "case": "", "settings": dict(settings)}
+        row: dict[str, Any] = {"work": case.work, "case": "", "settings": case.settings}
         row |= {"provider": provider, "kind": kind_of(provider), "measure": measure, "value": value}
         if case.curve:
             row |= {"curve": case.curve, "point": settings.pop(case.curve)}
-        goal = case.goals.get((provider, measure))
-        self.rows.append(
-            {**row, "case": describe(settings), **rest, **({"goal": goal} if goal else {})}
-        )
+        if (provider, measure) in case.goals:
+            row["goal"] = case.goals[provider, measure]
+        self.rows.append({**row, "case": describe(settings), **rest})
 
     def fail(self, provider: str, error: Exception) -> None:
         """Note why a provider has no figures."""
@@ -192,42 +174,65 @@ class Outcome:
                 self.fail(name, error)
                 del providers[name]
 
-    def time(self, context: Context, calls: Mapping[str, Sequence[Call]], **options: Any) -> Any:
-        """Time the providers (see `interleaved`); None where nothing is timed."""
-        if not context.timed or not calls:
-            return None
-        self.calls = {name: sets[0] for name, sets in calls.items()}
-        if context.smoke:
-            options |= {"seconds": 0.0, "rounds": (2, 2)}
-        return interleaved(calls, context.device, **options)
-
-    def compare(
-        self, samples: Samples, to: str, measure: str, among: Collection[str] | None = None
+    def time(
+        self,
+        context: Context,
+        calls: dict[str, Sequence[Call]],
+        *,
+        seconds: float,
+        rounds: tuple[int, int] = (7, 100),
+        by_host: bool = False,
     ) -> None:
+        """Time providers in turn; the calls of one, over its sets of inputs, are one unit.
+
+        It spends so many seconds, as far as the least and the greatest number of rounds allow. On a
+        GPU CUDA graphs are timed; with `by_host`, eager calls until the device is done.
+        """
+        if not context.timed:
+            return
+        if context.smoke:
+            seconds, rounds = 0.0, (2, 2)
+        self.device = device = context.device
+        self.clock, prepare = _HOST if context.on_gpu else _CPU, partial(_eager, device)
+        one_round, work = partial(_round, device), {}
+        if context.on_gpu and not by_host:
+            self.clock, prepare, one_round = _GRAPH, _capturer(device), _round_of_graphs
+        for name, sets in calls.items():
+            try:
+                work[name] = prepare(sets)
+                self.calls[name] = sets[0]
+            # Of what can't be captured.
+            except RuntimeError as error:
+                self.fail(name, error)
+        if work:
+            self.seconds = interleaved(work, one_round, seconds, rounds)
+
+    def compare(self, to: str, measure: str, among: Collection[str] | None = None) -> None:
         """Add the ratios, within the rounds, of all or some providers to the time of one.
 
         The measure is "time / X", or "X's time / time", which is its inverse.
         """
-        if to not in samples.seconds:
+        if to not in self.seconds:
             return
-        ratios = samples.seconds.div(samples.seconds[to], axis=0)
+        ratios = self.seconds.div(self.seconds[to], axis=0)
         ratios = ratios if measure.startswith("time / ") else 1 / ratios
-        for name in samples.seconds if among is None else among:
+        for name in among or self.seconds:
             p25, median, p75 = map(float, ratios[name].quantile([0.25, 0.5, 0.75]))
-            seconds = float(samples.seconds[name].median())
-            timing = {"seconds": seconds, "clock": samples.clocks[name], "rounds": len(ratios)}
+            seconds = float(self.seconds[name].median())
+            timing = {"seconds": seconds, "clock": self.clock, "rounds": len(ratios)}
             self.add(name, measure, median, p25=p25, p75=p75, **timing)
 
 
-def time_alone(outcome: Outcome, provider: str, benchmark: Any, device: torch.device) -> None:
+def time_alone(outcome: Outcome, provider: str, benchmark: Any) -> None:
     """Let pytest-benchmark time a provider by itself; fail or skip if its result was wrong."""
     if provider in outcome.wrong:
         end = pytest.skip if kind_of(provider) in ("theirs", "floor") else pytest.fail
         end(f"WRONG: {outcome.wrong[provider]}")
+    benchmark.group = str(outcome.case)
     own = [row for row in outcome.rows if row["provider"] == provider]
     benchmark.extra_info.update({row["measure"]: row["value"] for row in own})
     if provider in outcome.calls:
-        benchmark(_until_done, outcome.calls[provider], device)
+        benchmark(_until_done, outcome.calls[provider], outcome.device)
 
 
 def _until_done(call: Call, device: torch.device) -> None:
@@ -236,56 +241,32 @@ def _until_done(call: Call, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Work(NamedTuple):
-    """All calls of a provider as one unit of work."""
-
-    run: Call
-    calls: int
-    clock: str
-
-
 def sets_beyond_cache(bytes_per_set: int, device: torch.device) -> int:
-    """How many sets of inputs are together larger than three times the L2, at least two."""
+    """How many sets of inputs are together larger than three times the L2; one on a CPU."""
     if device.type != "cuda":
-        return 2
+        return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, 1 + 3 * l2 // bytes_per_set)
 
 
 def interleaved(
-    calls: Mapping[str, Sequence[Call]],
-    device: torch.device,
-    *,
-    seconds: float,
-    rounds: tuple[int, int] = (7, 100),
-    by_host: bool = False,
-) -> Samples:
-    """Time providers in turn; the calls of one, over its sets of inputs, are one unit.
-
-    It spends so many seconds, as far as the least and the greatest number of rounds allow. On a GPU
-    with `by_host`, eager calls are timed until the device is done, and no graphs.
-    """
-    in_graphs = device.type == "cuda" and not by_host
-    prepare = _graphs_of(device) if in_graphs else partial(_eager, device)
-    one_round = _device_round if in_graphs else partial(_host_round, device)
-    work = {name: prepare(sets) for name, sets in calls.items()}
+    work: Mapping[str, Work], one_round: Any, seconds: float, rounds: tuple[int, int]
+) -> pd.DataFrame:
+    """Return the seconds of a call, with a row per round and a column per provider."""
     # The garbage would be collected in whose turn it happens to fall into.
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
-        timed = [one_round(work, 0)]
+        timed = [one_round(work, list(work))]
         wanted = int(seconds / (time.perf_counter() - start))
-        timed += [one_round(work, i) for i in range(1, min(max(wanted, rounds[0]), rounds[1]))]
+        for turn in range(1, min(max(wanted, rounds[0]), rounds[1])):
+            # Another one begins each time: nobody always finds the caches of the same one.
+            first = turn % len(work)
+            timed.append(one_round(work, [*work][first:] + [*work][:first]))
     finally:
         gc.enable()
-    return Samples(pd.DataFrame(timed)[list(calls)], {n: one.clock for n, one in work.items()})
-
-
-def _in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """Let another provider begin each time: nobody always finds the caches of the same one."""
-    first = turn % len(names) if names else 0
-    return [*names[first:], *names[:first]]
+    return pd.DataFrame(timed)[list(work)]
 
 
 def _timed(device: torch.device, run: Call) -> float:
@@ -296,25 +277,21 @@ def _timed(device: torch.device, run: Call) -> float:
     return clock() - start
 
 
-def _host_round(device: torch.device, work: Mapping[str, _Work], turn: int) -> dict[str, float]:
-    order = _in_turn(list(work), turn)
-    return {name: _timed(device, work[name].run) / work[name].calls for name in order}
+def _round(device: torch.device, work: Mapping[str, Work], order: list[str]) -> dict[str, float]:
+    return {name: _timed(device, work[name][0]) / work[name][1] for name in order}
 
 
-def _device_round(work: Mapping[str, _Work], turn: int) -> dict[str, float]:
-    # After an eager provider the GPU may have to wait for the host: those are the last.
-    graphs = [name for name, one in work.items() if one.clock == _GRAPH]
-    order = _in_turn(graphs, turn) + [name for name in work if name not in graphs]
+def _round_of_graphs(work: Mapping[str, Work], order: list[str]) -> dict[str, float]:
     # Not timed: while it runs, the rest is queued, so that the GPU never waits for the host.
-    work[order[0]].run()
+    work[order[0]][0]()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
     events[0].record()
     for name, event in zip(order, events[1:], strict=True):
-        work[name].run()
+        work[name][0]()
         event.record()
     events[-1].synchronize()
-    ends = dict(zip(order, itertools.pairwise(events), strict=True))
-    return {n: a.elapsed_time(b) * 1e-3 / work[n].calls for n, (a, b) in ends.items()}
+    ends = zip(order, itertools.pairwise(events), strict=True)
+    return {name: a.elapsed_time(b) * 1e-3 / work[name][1] for name, (a, b) in ends}
 
 
 def _call_all(calls: Sequence[Call]) -> None:
@@ -322,17 +299,16 @@ def _call_all(calls: Sequence[Call]) -> None:
         call()
 
 
-def _eager(device: torch.device, calls: Sequence[Call]) -> _Work:
+def _eager(device: torch.device, calls: Sequence[Call]) -> Work:
     """Repeat the calls on a CPU until a sample is long enough."""
-    run = partial(_call_all, calls)
-    run()
-    if device.type == "cuda":
-        return _Work(run, len(calls), _HOST)
-    repeats = math.ceil(_LEAST_CPU_SECONDS / max(_timed(device, run), 1e-6))
-    return _Work(partial(_call_all, [*calls] * repeats), len(calls) * repeats, _CPU)
+    _call_all(calls)
+    if device.type != "cuda":
+        seconds = _timed(device, partial(_call_all, calls))
+        calls = [*calls] * math.ceil(_LEAST_CPU_SECONDS / max(seconds, 1e-6))
+    return partial(_call_all, calls), len(calls)
 
 
-def _graphs_of(device: torch.device) -> Callable[[Sequence[Call]], _Work]:
+def _capturer(device: torch.device) -> Callable[[Sequence[Call]], Work]:
     """Capture one provider after the other; their graphs never run at once and share one pool."""
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
@@ -342,21 +318,16 @@ def _graphs_of(device: torch.device) -> Callable[[Sequence[Call]], _Work]:
             _call_all(calls)
         return graph
 
-    def prepare(calls: Sequence[Call]) -> _Work:
+    def prepare(calls: Sequence[Call]) -> Work:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             _call_all(calls[:_WARM_UP_CALLS])
-            try:
-                graph = capture(calls)
-                graph.replay()
-                # A short one is captured again, with the sets repeated.
-                repeats = math.ceil(_LEAST_GRAPH_SECONDS / _timed(device, graph.replay))
-                calls = [*calls] * repeats
-                graph = capture(calls) if repeats > 1 else graph
-            except RuntimeError as error:
-                torch.cuda.synchronize(device)
-                why = str(error.__context__ or error).splitlines()[0]
-                return _Work(partial(_call_all, calls), len(calls), f"{_EAGER}: {why}")
-        return _Work(graph.replay, len(calls), _GRAPH)
+            graph = capture(calls)
+            graph.replay()
+            # A short one is captured again, with the sets repeated.
+            repeats = math.ceil(_LEAST_GRAPH_SECONDS / _timed(device, graph.replay))
+            calls = [*calls] * repeats
+            graph = capture(calls) if repeats > 1 else graph
+        return graph.replay, len(calls)
 
     return prepare

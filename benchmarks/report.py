@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from benchmarks import charts
 from benchmarks.results import FOLDER, HERE, Run
 
 _PAGE, _README = HERE / "RESULTS.md", HERE.parent / "README.md"
@@ -29,6 +29,15 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # From the one to be looked at first.
 VERDICTS = ("MISSED", "MISSED, within the spread", "met, within the spread", "met")
 _PEFT, _KEY = ("PEFT", "AdaLoRA in PEFT"), ["work", "measure", "goal"]
+# Okabe and Ito's palette, and Tol's indigo: told apart with any kind of colour vision.
+_SHADES = {
+    "floor": ("#000000", "#555555"),
+    "theirs": ("#D55E00", "#E69F00", "#CC79A7", "#882255"),
+    "plain": ("#777777", "#AAAAAA"),
+    "ours": ("#0072B2", "#009E73", "#56B4E9", "#332288", "#117733"),
+}
+_STYLES = {"floor": ":_", "theirs": "--s", "plain": ":x", "ours": "-o"}
+_PANEL, _COLUMNS = ["work", "case", "measure"], 3
 _INTRO = """\
 Written by `python -m benchmarks.report` from the files in [results]({results}); what was expected,
 and why it came out like this, is in [NOTES.md]({notes}). All providers of a case run in one
@@ -40,21 +49,12 @@ by least squares over the upper half of the points.
 """
 
 
-def read(folder: Path) -> dict[str, Run]:
-    """Read all files of results in a folder, by name; a ValueError says which is none."""
-    found = {path.stem: Run.read(path) for path in sorted(folder.glob("*.json"))}
-    if not found:
-        raise ValueError(f"{folder} has no files of results")
-    return found
-
-
 def number(value: float) -> str:
     """Write a count or a ratio for people."""
     if value == round(value):
         return f"{value:,.0f}"
-    if abs(value) < 1e-3:
-        return f"{value:.1g}"
-    return f"{value:,.{3 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.1g}" if abs(value) < 1e-3 else f"{value:,.{digits}f}"
 
 
 def _cell(row: Any) -> str:
@@ -66,23 +66,16 @@ def _cell(row: Any) -> str:
 def prepared(run: Run) -> pd.DataFrame:
     """Make the rows of a run ready for people, with PEFT's figure of the same beside each."""
     frame, key = run.frame, ["work", "on", "measure"]
-    point = [
-        f", {c} {p}" if isinstance(c, str) else "" for c, p in frame[["curve", "point"]].values
-    ]
+    point = [f", {c} {p}" if c else "" for c, p in frame[["curve", "point"]].fillna("").values]
     frame = frame.assign(on=frame.case + point, cell=[_cell(row) for row in frame.itertuples()])
-    frame = frame.assign(who="`" + frame.provider + "`")
-    theirs = frame[frame.provider.isin(_PEFT)].drop_duplicates(key)[[*key, "cell"]]
-    frame = frame.merge(theirs.rename(columns={"cell": "PEFT"}), how="left", on=key)
+    theirs = frame[frame.provider.isin(_PEFT)].drop_duplicates(key).set_index(key).cell
+    frame = frame.join(theirs.rename("PEFT"), on=key).fillna({"PEFT": "–"})
     goal = frame.goal.str.replace("<=", "≤").str.replace(">=", "≥")
-    return frame.assign(PEFT=frame.PEFT.fillna("–"), goal=goal)
+    return frame.assign(who="`" + frame.provider + "`", goal=goal)
 
 
 def _markdown(table: pd.DataFrame, **options: Any) -> str:
     return table.to_markdown(index=False, disable_numparse=True, **options) + "\n"
-
-
-def _extent(values: pd.Series) -> str:
-    return "–".join(dict.fromkeys(number(value) for value in (values.min(), values.max())))
 
 
 def goals(frame: pd.DataFrame) -> pd.DataFrame:
@@ -90,15 +83,30 @@ def goals(frame: pd.DataFrame) -> pd.DataFrame:
     asked = frame[frame.goal.notna()]
     lines = [asked[asked.p25.notna()]]
     counts = asked[asked.p25.isna()]
-    for _, part in counts.groupby(["verdict", "work", "measure", "goal"], sort=False):
-        line = part.iloc[:1].assign(cell=_extent(part.value))
-        line["who"] = ", ".join(dict.fromkeys(part.who))
+    for _, part in counts.groupby(["verdict", *_KEY], sort=False):
+        ends = dict.fromkeys(map(number, (part.value.min(), part.value.max())))
+        line = part.iloc[:1].assign(cell="–".join(ends), who=", ".join(part.who.unique()))
         if part.on.nunique() > 1:
             line = line.assign(on=f"{part.on.nunique()} cases", PEFT="–")
         lines.append(line)
-    columns = ["verdict", "work", "on", "who", "measure", "goal", "cell", "PEFT"]
-    table = pd.concat(lines)[columns].rename(columns={"cell": "measured (p25-p75)"})
+    table = pd.concat(lines).rename(columns={"cell": "measured (p25-p75)"})
+    table = table[["verdict", "work", "on", "who", "measure", "goal", "measured (p25-p75)", "PEFT"]]
     return table.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
+
+
+def summary(runs: dict[str, Run]) -> str:
+    """Tabulate the worst and the best ratio for each goal, and how many meet it."""
+    rows = []
+    for name, run in runs.items():
+        ratios = prepared(run).dropna(subset=["goal", "p25"])
+        for (work, measure, goal), part in ratios.groupby(_KEY, sort=False):
+            part = part.sort_values("value", ascending=goal.startswith("≥"))
+            ends = [f"{r.cell}, {r.who}, {r.on}; PEFT {r.PEFT}" for r in part.itertuples()]
+            row = {"ratio": f"{work}, {measure}", "on": name, "goal": goal}
+            row |= {"here, worst": ends[0], "here, best": ends[-1]}
+            met = part.verdict.str.startswith("met")
+            rows.append({**row, "met": f"{met.sum()} of {len(part)}"})
+    return _markdown(pd.DataFrame(rows))
 
 
 def _pivot(frame: pd.DataFrame, index: list[str], columns: str) -> str:
@@ -114,31 +122,23 @@ def figures(frame: pd.DataFrame) -> Iterator[str]:
         yield _pivot(part, ["case", "who"], "measure") + "\n</details>\n"
     on_curves = frame[frame.curve.notna()].astype({"point": object})
     for (work, key, case), part in on_curves.groupby(["work", "curve", "case"], sort=False):
-        grows = {name: f"{key}^{power:.2f}" for name, power in slopes(part).items()}
         fits = part[part.seconds.notna()].drop_duplicates("provider")
-        fits = fits.assign(cell=fits.provider.map(grows), point="grows as").dropna(subset="cell")
+        fits = fits.assign(cell=fits.provider.map(slopes(part)), point="grows as")
         yield f"### {work}, over {key}: {case}\n"
-        yield _pivot(pd.concat([part, fits]), ["measure", "who"], "point")
+        yield _pivot(pd.concat([part, fits.dropna(subset="cell")]), ["measure", "who"], "point")
 
 
-def slopes(curve: pd.DataFrame) -> dict[str, float]:
+def slopes(curve: pd.DataFrame) -> dict[str, str]:
     """Fit p of seconds ~ x^p for each provider; none where the points are no numbers."""
     timed = curve[curve.seconds.notna()].drop_duplicates(["provider", "point"])
     found = {}
     for name, part in timed.groupby("provider", sort=False):
         if len(part) > 1 and all(isinstance(point, int | float) for point in part.point):
-            upper = part.sort_values("point").iloc[-max(2, -(-len(part) // 2)) :]
+            upper = part.sort_values("point").tail(max(2, -(-len(part) // 2)))
             x, y = (np.log(upper[key].astype(float)) for key in ("point", "seconds"))
-            found[str(name)] = round(float(np.polyfit(x, y, 1)[0]), 2) + 0.0
+            power = round(float(np.polyfit(x, y, 1)[0]), 2) + 0.0
+            found[str(name)] = f"{curve.curve.iloc[0]}^{power:.2f}"
     return found
-
-
-def left_out(run: Run) -> Iterator[str]:
-    """Say whose results were wrong, and what was not reached."""
-    for entry in run.wrong:
-        yield "WRONG {provider}, {case}: {why}".format(**entry)
-    for case in run.not_reached:
-        yield f"not reached: {case}"
 
 
 def _device(run: Run) -> str:
@@ -149,94 +149,135 @@ def _device(run: Run) -> str:
 _wrapped = partial(textwrap.fill, width=110, break_on_hyphens=False)
 
 
+def _link(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
 def results_page(runs: dict[str, Run], folder: Path, out: Path) -> str:
     """Write RESULTS.md."""
-    links = [Path(os.path.relpath(p, out.parent)).as_posix() for p in (folder, HERE / "NOTES.md")]
-    parts = ["# Benchmarks: what came out\n", _INTRO.format(results=links[0], notes=links[1])]
+    files = _link(folder, out)
+    intro = _INTRO.format(results=files, notes=_link(HERE / "NOTES.md", out))
+    parts = ["# Benchmarks: what came out\n", intro]
     for name, run in runs.items():
         frame = prepared(run)
         said = {k: v for k, v in run.environment.items() if isinstance(v, str | int)}
         said |= run.environment.get("packages", {})
         words = "; ".join(f"{key} {value}" for key, value in said.items())
         parts.append(f"## {name}: {_device(run)}\n")
-        parts.append(_wrapped(f"Figures: [{name}.json]({links[0]}/{name}.json); {words}.") + "\n")
+        parts.append(_wrapped(f"Figures: [{name}.json]({files}/{name}.json); {words}.") + "\n")
         parts += ["### Goals\n", _markdown(goals(frame))]
-        parts += [f"![{n} of {name}](charts/{name}_{n}.png)\n" for n in charts.panels(run.frame)]
+        parts += [f"![{n} of {name}](charts/{name}_{n}.png)\n" for n in panels(run.frame)]
         parts += ["### All figures\n", *figures(frame)]
-        parts += ["### Wrong or not reached\n", *(f"- {text}" for text in left_out(run)), ""]
+        parts += ["### Wrong or not reached\n", *(f"- {text}" for text in run.left_out), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
-def readme_block(runs: dict[str, Run], folder: Path, out: Path, readme: Path) -> str:
-    """Write what stands between the markers: goals for ratios as a table, for counts as text."""
-    page, files = (Path(os.path.relpath(p, readme.parent)).as_posix() for p in (out, folder))
+def readme_page(runs: dict[str, Run], folder: Path, out: Path, readme: Path) -> str:
+    """Write the README with another block; a ValueError says that it has no markers for one."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README has no {BEGIN} … {END}")
+    page, files = _link(out, readme), _link(folder, readme)
     places = "; ".join(f"[{n}]({files}/{n}.json): {_device(run)}" for n, run in runs.items())
     intro = (
         "Medians of ratios of interleaved calls, with quartiles, against the goals of the design, "
         f"and PEFT's figures beside ours ({places}). Figures, curves, charts: [{page}]({page})."
     )
-    rows, counts = [], []
-    for name, run in runs.items():
-        for (work, measure, goal), part in prepared(run).groupby(_KEY, sort=False):
-            is_met = part.verdict.str.startswith("met")
-            met = f"{is_met.sum()} of {len(part)}"
-            if part.p25.isna().all():
-                counts.append(f"{work}, {measure} {_extent(part.value)} (goal {goal}, {met} met)")
-                continue
-            best = part.sort_values("value", ascending=goal.startswith("≤"))
-            row = [f"{work}, {measure}", name, goal]
-            for end in (best.iloc[-1], best.iloc[0]):
-                row.append(f"{end.cell}, {end.who}, {end.on}; PEFT {end.PEFT}")
-            rows.append([*row, met if is_met.all() else f"**{met}**"])
-    head = ["ratio", "on", "goal", "here, worst", "here, best", "goals met"]
-    text = f"Counts: {'; '.join(counts)}." if counts else ""
     if all(run.environment.get("device") == "cpu" for run in runs.values()):
-        text += " On a GPU: nothing yet."
-    table = _markdown(pd.DataFrame(rows, columns=head))
-    return "\n".join([BEGIN, _wrapped(intro), "", table, _wrapped(text.strip()), END])
+        intro += " On a GPU: nothing yet."
+    return before + "\n".join([begin, _wrapped(intro), "", summary(runs), end]) + after
 
 
-def with_block(readme: str, block: str) -> str:
-    """Put another block into the README; a ValueError says that it has no markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the README has no {BEGIN} … {END}")
-    return before + block + after
+def panels(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """Group the ratios by picture and panel: cases in which one has a goal, and curves."""
+    timed = frame[frame.seconds.notna()]
+    asked = timed[timed.goal.notna() & timed.curve.isna()][_PANEL].drop_duplicates()
+    along = timed[timed.curve.notna()]
+    first = along.groupby(["work", "curve", "case"]).measure.transform("first")
+    points = timed[timed.curve.isna()].merge(asked, on=_PANEL).groupby(_PANEL, sort=False)
+    along = along[along.measure == first].groupby([*_PANEL, "curve"], sort=False)
+    return {name: list(groups) for name, groups in (("goals", points), ("curves", along)) if groups}
+
+
+def draw(frame: pd.DataFrame, folder: Path, name: str) -> None:
+    """Draw them into a folder, as NAME_goals.png, …; equal figures give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart, groups in panels(frame).items():
+        lines = -(-len(groups) // _COLUMNS)
+        # Not by pyplot: no window system is touched and no global state is left behind.
+        figure = Figure(figsize=(5 * _COLUMNS, 3.2 * lines), layout="constrained")
+        axes = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)
+        for one, (key, part) in zip(axes, groups, strict=False):
+            one.set_title("\n".join(textwrap.fill(k, 60) for k in key[:2]), fontsize=8, loc="left")
+            _bars(one, part) if chart == "goals" else _lines(one, part)
+            one.tick_params(which="both", labelsize=7)
+            one.grid(color="#DDDDDD", linewidth=0.6)
+            one.set_axisbelow(True)
+        for unused in axes[len(groups) :]:
+            unused.set_axis_off()
+        # Without the version that matplotlib would write into it.
+        figure.savefig(folder / f"{name}_{chart}.png", dpi=100, metadata={"Software": None})
+
+
+def _bars(axes: Any, part: pd.DataFrame) -> None:
+    errors, colors = [part.value - part.p25, part.p75 - part.value], part.kind.map(_SHADES).str[0]
+    axes.barh(part.provider, part.value, xerr=errors, color=colors, ecolor="#888888")
+    for limit in part.goal.dropna().str.split().str[1].astype(float).unique():
+        axes.axvline(limit, color="black", linewidth=1.5, linestyle="--")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{part.measure.iloc[0]} (dashed: the goal)", fontsize=7)
+
+
+def _lines(axes: Any, part: pd.DataFrame) -> None:
+    numeric = all(isinstance(point, int | float) for point in part.point)
+    shades = {kind: iter(colors * 3) for kind, colors in _SHADES.items()}
+    for (provider, kind), line in part.groupby(["provider", "kind"], sort=False):
+        x = line.point.tolist() if numeric else line.point.astype(str).tolist()
+        color = next(shades[kind])
+        axes.plot(x, line.value, _STYLES[kind], color=color, label=provider, markersize=4)
+    axes.set_yscale("log")
+    axes.set_xscale("log" if numeric else "linear")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(part.curve.iloc[0], fontsize=7)
+    axes.set_ylabel(part.measure.iloc[0], fontsize=7)
+    axes.legend(fontsize=6, frameon=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=_PAGE, metavar="FILE")
-    which = "that of the repository, unless --out is given"
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=which)
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="default: ours, without --out")
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
     folder, out = args.results.resolve(), args.out.resolve()
     readme = args.readme or (_README if out == _PAGE else None)
     try:
-        runs = read(folder)
+        runs = {path.stem: Run.read(path) for path in sorted(folder.glob("*.json"))}
+        if not runs:
+            raise ValueError(f"{folder} has no files of results")
         pages = {out: results_page(runs, folder, out)}
         if readme is not None:
-            block = readme_block(runs, folder, out, readme.resolve())
-            pages[readme] = with_block(readme.read_text(), block)
+            pages[readme] = readme_page(runs, folder, out, readme.resolve())
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     differ = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
-    for path in differ if args.check else ():
-        print(f"{path} is not what the results give: run python -m benchmarks.report")
-    for path, text in pages.items() if not args.check else ():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    for path in differ:
+        if args.check:
+            print(f"{path} is not what the results give: run python -m benchmarks.report")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(pages[path])
     widths = [None, 20, 44, 32, 24, None, None, None]
     for name, run in runs.items():
         if not args.check:
-            charts.draw(run.frame, out.parent / "charts", name)
+            draw(run.frame, out.parent / "charts", name)
         table = _markdown(goals(prepared(run)), tablefmt="simple", maxcolwidths=widths)
-        print(f"{name}\n{table}", *(f"{name}: {text}" for text in left_out(run)), sep="\n")
-    return int(bool(args.check and differ))
+        print(f"{name}\n{table}", *(f"{name}: {text}" for text in run.left_out), sep="\n")
+    return int(args.check and bool(differ))
 
 
 if __name__ == "__main__":

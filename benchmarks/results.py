@@ -6,7 +6,7 @@ import datetime
 import json
 import operator
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ import pandas as pd
 import peft
 import torch
 import transformers
+import triton
 from pytest_benchmark import plugin, utils
 
 import adalora_kernels
@@ -24,15 +25,12 @@ HERE = Path(__file__).parent.resolve()
 FOLDER = HERE / "results"
 _MEETS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
-# One figure of one provider. It always has
-#   work, case, settings      what is done, on what as one text, and the same by name,
-#   provider, kind            who does it: "floor", "theirs", "plain" (PyTorch) or "ours",
-#   measure, value            such as "time / F.linear" or "dispatched ops",
-# and where they apply
-#   p25, p75                  the quartiles of `value`, which is then a median over the rounds,
-#   seconds, clock, rounds    what a ratio was taken from,
-#   goal                      as "<= 1.12", of design.md, section 6,
-#   curve, point              the setting that varies over some cases, and its value here.
+# One figure of one provider. It has `work`, and the `settings` on what, which `case` has as a text;
+# the `provider`, whose `kind` is "floor", "theirs", "plain" (PyTorch) or "ours"; and the `value` of
+# a `measure`, such as "time / F.linear" or "dispatched ops". Where they apply it also has
+# `p25` and `p75`, the quartiles of `value`, which is then a median over the `rounds`; the `seconds`
+# by which `clock` it was taken from; a `goal`, as "<= 1.12", of design.md, section 6; and `curve`,
+# the setting that varies over some cases, with its value here, `point`.
 Row: TypeAlias = dict[str, Any]
 _COLUMNS = ("work", "case", "provider", "kind", "measure", "value")
 _OPTIONAL = ("p25", "p75", "seconds", "goal", "curve", "point")
@@ -66,13 +64,16 @@ class Run:
 
     def write(self, path: Path) -> None:
         """Write JSON with a line per row; an old file stays whole until the new one is."""
-        contents = {key: value for key, value in vars(self).items() if key != "rows"}
-        head = json.dumps(contents, indent=1, ensure_ascii=False).removesuffix("\n}")
-        rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".partial")
-        unfinished.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
+        unfinished.write_text(as_json(**vars(self)))
         unfinished.replace(path)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Say whose results were wrong, and which cases were not reached."""
+        wrong = ["WRONG {provider}, {case}: {why}".format(**entry) for entry in self.wrong]
+        return wrong + [f"not reached: {case}" for case in self.not_reached]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -86,22 +87,24 @@ class Run:
         return run
 
 
+def as_json(*, rows: Iterable[Row], **head: Any) -> str:
+    """Write JSON with a line for each of the rows, which are the last of it."""
+    lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)
+    text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return f'{text},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the commit and the versions."""
     commit, machine = utils.get_commit_info(), plugin.pytest_benchmark_generate_machine_info()
-    modules = [adalora_kernels, torch, peft, transformers]
-    found: dict[str, Any] = {
+    modules = (adalora_kernels, torch, peft, transformers, triton)
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": str(commit["id"])[:7] + ("-dirty" if commit["dirty"] else ""),
-        "device": "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": machine["cpu"].get("brand_raw", "unknown"),
         "threads": torch.get_num_threads(),
         "compiled library": ops.library.built_for or f"none: {ops.library.why_not}",
         "python": platform.python_version(),
+        "packages": {module.__name__: str(module.__version__) for module in modules},
     }
-    if device.type == "cuda":
-        import triton
-
-        modules.append(triton)
-        found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found | {"packages": {module.__name__: str(module.__version__) for module in modules}}

@@ -13,26 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
 from torch import Tensor, nn
 
 import adalora_kernels
 import adalora_kernels.peft
-from benchmarks.adapted_models import with_adapters
+from adalora_kernels.kernels.svd_linear import plans
+from adalora_kernels.ops import dropout_seed
 from benchmarks.harness import check, kind_of
-
-try:
-    from adalora_kernels.kernels.svd_linear import plans
-except ImportError:  # Where the kernels of a layer are one module.
-    from adalora_kernels.kernels import plans
+from benchmarks.whole_models import with_adapters
 
 ALPHA = 16
 BASELINE, PEFT, COMPILED, LORALIB = "F.linear", "PEFT", "PEFT compiled", "loralib"
-REFERENCE, LAYER, APPLIED, AUTO = "reference.py", "SVDLinear", "peft.apply", "auto"
+LAYER, APPLIED, AUTO = "SVDLinear", "peft.apply", "auto"
 FORWARD, BACKWARD = "forward", "forward + backward"
-# The few entries of dE in a single set of inputs say too little about an error.
-_LEAST_CHECKED_RANKS = 8
-_LARGEST_RANK = 256
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,9 @@ class Layer:
     Attributes:
         on_gpu: ours are the paths of the Triton kernels by name, over float32 adapters (PEFT's
             default); otherwise our layers, and all adapters have the dtype of x.
-        compiled: torch.compile is one of the providers.
+        compiled: torch.compile is one of the providers; on a GPU loralib, and PEFT and "auto" over
+            adapters in the dtype of x, are others.
         counted: memory and ops are looked at, too, which takes its time.
-        narrow: PEFT and "auto" take part over adapters in the dtype of x, too.
     """
 
     K: int
@@ -57,7 +50,6 @@ class Layer:
     on_gpu: bool = True
     compiled: bool = False
     counted: bool = False
-    narrow: bool = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,21 +78,19 @@ class Layer:
 
     @property
     def paths(self) -> list[str]:
-        """The paths of our kernels that this layer can take; one_pass is one of the forward."""
-        few = self.M <= plans.ONE_PASS_ROWS and self.r <= plans.ONE_PASS_RANKS
-        one_pass = few and self.dtype != torch.float32 and self.direction == FORWARD
-        return [path for path in plans.PATHS if one_pass or path != "one_pass"]
+        """The paths of our kernels that this layer can take."""
+        product, r_pad = "y" if self.direction == FORWARD else "dx", plans.padded_rank(self.r)
+        problem = plans.Problem(self.dtype, self.M, self.K, self.N, r_pad, product)
+        return [path for path in plans.PATHS if plans.is_allowed(path, problem)]
 
     @property
     def providers(self) -> list[str]:
         compiled = [COMPILED] if self.compiled else []
         if not self.on_gpu:
-            return [BASELINE, PEFT, *compiled, LORALIB, REFERENCE, LAYER, APPLIED]
-        if self.dropout:
-            return [BASELINE, AUTO, PEFT]
-        narrow = [self.in_dtype(AUTO), self.in_dtype(PEFT)] if self.narrow else []
-        others = [*compiled, LORALIB, REFERENCE] if compiled else []
-        return [BASELINE, AUTO, *self.paths, PEFT, *narrow, *others]
+            return [BASELINE, PEFT, *compiled, LORALIB, LAYER, APPLIED]
+        paths = [] if self.dropout else self.paths
+        narrow = [self.in_dtype(AUTO), self.in_dtype(PEFT), LORALIB] if compiled else []
+        return [BASELINE, AUTO, *paths, PEFT, *compiled, *narrow]
 
 
 @dataclass(frozen=True)
@@ -126,11 +116,13 @@ def make_inputs(layer: Layer, device: torch.device) -> Inputs:
     values = [0.1 * new(*s) for s in ((layer.r, layer.K), (layer.r, 1), (layer.N, layer.r))]
     dtypes = {layer.adapters, layer.dtype}
     factors = {dtype: [nn.Parameter(v.to(dtype, copy=True)) for v in values] for dtype in dtypes}
-    narrow, names = layer.in_dtype(PEFT), (PEFT, layer.in_dtype(PEFT), APPLIED, LAYER)
-    layers = {}
-    for name in (name for name in names if name in layer.providers):
-        dtype = layer.dtype if name in (narrow, LAYER) else layer.adapters
-        layers[name] = _adapted(name, layer, linear, factors[dtype])
+    wide = {PEFT: layer.adapters, APPLIED: layer.adapters}
+    of_layers = {**wide, LAYER: layer.dtype, layer.in_dtype(PEFT): layer.dtype}
+    layers = {
+        name: _adapted(name, layer, linear, factors[dtype])
+        for name, dtype in of_layers.items()
+        if name in layer.providers
+    }
     x = new(layer.M, layer.K).requires_grad_()
     return Inputs(x, new(layer.M, layer.N), linear, factors, layers)
 
@@ -147,8 +139,6 @@ def _adapted(name: str, layer: Layer, linear: nn.Linear, factors: Any) -> Any:
         # PEFT's default is float32; this is what `autocast_adapter_dtype=False` gives.
         model.to(layer.dtype)
     made = model.base_model.model[0]
-    if type(made) is not PeftSVDLinear:
-        raise TypeError(f"the provider is a {type(made).__name__}, not PEFT's SVDLinear")
     for factor, parameter in zip(("lora_A", "lora_E", "lora_B"), factors, strict=True):
         getattr(made, factor)["default"] = parameter
     if name == APPLIED:
@@ -182,14 +172,14 @@ def _compiled(backend: str) -> Callable[[nn.Module, Tensor], Tensor]:
 
 def providers_of(layer: Layer, device: torch.device) -> dict[str, Provider]:
     """Make the providers by name, the baseline first."""
+    wide, narrow = layer.adapters, layer.dtype
 
     def of_layer(name: str, adapters: torch.dtype) -> Provider:
         return Provider(lambda inputs: inputs.layers[name](inputs.x), adapters)
 
-    def functional(impl: str, adapters: torch.dtype) -> Provider:
-        return Provider(partial(_functional, layer, impl, adapters), adapters)
+    def ours(path: str, adapters: torch.dtype) -> Provider:
+        return Provider(partial(_ours, layer, path, adapters), adapters)
 
-    wide, narrow = layer.adapters, layer.dtype
     # With the cases for a GPU on a CPU only the code is tried.
     compiled = _compiled("eager" if layer.on_gpu and device.type != "cuda" else "inductor")
     providers = {
@@ -198,12 +188,10 @@ def providers_of(layer: Layer, device: torch.device) -> dict[str, Provider]:
         layer.in_dtype(PEFT): of_layer(layer.in_dtype(PEFT), narrow),
         COMPILED: Provider(lambda inputs: compiled(inputs.layers[PEFT], inputs.x), wide),
         LORALIB: Provider(partial(_loralib, layer), narrow),
-        REFERENCE: functional("reference", wide),
         LAYER: of_layer(LAYER, narrow),
         APPLIED: of_layer(APPLIED, wide),
-        AUTO: functional("auto", wide),
-        layer.in_dtype(AUTO): functional("auto", narrow),
-        **{path: Provider(partial(_by_path, layer, path), wide) for path in plans.PATHS},
+        layer.in_dtype(AUTO): ours(AUTO, narrow),
+        **{path: ours(path, wide) for path in (AUTO, *plans.PATHS)},
     }
     return {name: providers[name] for name in layer.providers}
 
@@ -217,23 +205,15 @@ def _loralib(layer: Layer, inputs: Inputs) -> Tensor:
     return y
 
 
-def _functional(layer: Layer, impl: Any, adapters: torch.dtype, inputs: Inputs) -> Tensor:
-    tensors = (inputs.x, inputs.linear.weight, *inputs.factors[adapters])
-    options: Any = {"scaling": layer.scaling, "dropout_p": layer.dropout, "impl": impl}
-    return adalora_kernels.svd_linear(*tensors, bias=inputs.linear.bias, **options)
-
-
-def _by_path(layer: Layer, path: str, inputs: Inputs) -> Tensor:
-    """Ask the op, since the functional API knows no paths."""
-    linear, factors = inputs.linear, inputs.factors[layer.adapters]
-    tensors = (inputs.x, linear.weight, linear.bias, *factors, None)
-    y: Tensor = torch.ops.adalora.svd_linear(*tensors, layer.scaling, 0.0, None, path)[0]
-    return y
-
-
-def checked_sets(layer: Layer) -> int:
-    """How many sets of inputs a `Check` has to be given."""
-    return max(2 if layer.on_gpu else 1, math.ceil(_LEAST_CHECKED_RANKS / layer.r))
+def _ours(layer: Layer, path: str, adapters: torch.dtype, inputs: Inputs) -> Tensor:
+    """Compute y by the functional API, or by the op, since the API knows no paths."""
+    x, weight, bias = inputs.x, inputs.linear.weight, inputs.linear.bias
+    factors = inputs.factors[adapters]
+    if path == AUTO:
+        options: Any = {"scaling": layer.scaling, "dropout_p": layer.dropout}
+        return adalora_kernels.svd_linear(x, weight, *factors, bias=bias, **options)
+    options = (None, layer.scaling, 0.0, None, path)
+    return torch.ops.adalora.svd_linear(x, weight, bias, *factors, *options)[0]
 
 
 class Check:
@@ -252,33 +232,33 @@ class Check:
         if provider.adapters is None:
             return  # The frozen layer, which is another function.
         theirs = kind_of(name) == "theirs"
-        impl = "" if theirs else "reference" if name == REFERENCE else "auto"
-        self._train(PEFT if name == COMPILED else name, not theirs)
+        # Not all layers: in evaluation ours may merge their adapters into the weight.
+        modules = nn.ModuleList(one.linear for one in self.inputs)
+        layer = PEFT if name == COMPILED else name
+        modules.extend(one.layers[layer] for one in self.inputs if layer in one.layers)
+        modules.train(not theirs)
         try:
-            actual = self._pooled(partial(_seeded, provider, self.layer.direction))
+            actual = self._pooled(partial(provider.call, self.layer.direction))
         finally:
-            self._train(PEFT if name == COMPILED else name, True)
-        exact = self.plain(self.layer.adapters, impl, torch.float64)
+            modules.train()
+        exact = self.plain(self.layer.adapters, not theirs, torch.float64)
         # Of an error in float64 an oracle in float64 knows nothing.
-        by_rule = impl and self.layer.dtype != torch.float64
-        eager = self.plain(provider.adapters, impl, None) if by_rule else [None] * len(exact)
-        for what, *results in zip(
-            ("y", "dx", "dA", "dE", "dB"), actual, exact, eager, strict=False
-        ):
+        by_rule = not theirs and self.layer.dtype != torch.float64
+        eager = self.plain(provider.adapters, True, None) if by_rule else [None] * len(exact)
+        whats = ("y", "dx", "dA", "dE", "dB")
+        for what, *results in zip(whats, actual, exact, eager, strict=False):
             check(what, *results)
 
-    def _train(self, name: str, on: bool) -> None:
-        # Not all layers: in evaluation ours may merge their adapters into the weight.
-        for one in self.inputs:
-            for module in filter(None, (one.linear, one.layers.get(name))):
-                module.train(on)
-
     def _pooled(self, results: Callable[[Inputs], Sequence[Tensor]]) -> list[Tensor]:
-        """Put each result of all sets of inputs into one vector."""
-        drawn = zip(*map(results, self.inputs), strict=True)
-        return [torch.cat([t.detach().flatten() for t in same]) for same in drawn]
+        """Put each result of all sets of inputs into one vector; all are seeded alike."""
+        found = []
+        for one in self.inputs:
+            torch.manual_seed(1)
+            found.append(results(one))
+        same = zip(*found, strict=True)
+        return [torch.cat([tensor.detach().flatten() for tensor in each]) for each in same]
 
-    def _plain(self, adapters: Any, impl: str, dtype: torch.dtype | None) -> list[Tensor]:
+    def _plain(self, adapters: Any, dropped: bool, dtype: torch.dtype | None) -> list[Tensor]:
         """What a provider has to give, by autograd on the definition, in `dtype` if given."""
 
         def results(one: Inputs) -> list[Tensor]:
@@ -286,32 +266,26 @@ class Check:
             copies = (None if t is None else t.detach().to(dtype or t.dtype) for t in tensors)
             weight, bias, g, *leaves = copies
             x, A, E, B = (t.requires_grad_() for t in leaves)
-            dropped = x.to(A.dtype)
-            if self.layer.dropout and impl:
-                dropped = dropped * _dropout_mask(self.layer.dropout, one.x.detach(), impl)
+            into_A = x.to(A.dtype)
+            if self.layer.dropout and dropped:
+                into_A = into_A * _dropout_mask(self.layer.dropout, one.x.detach())
             options: Any = {"scaling": self.layer.scaling, "impl": "reference"}
-            base = F.linear(x, weight, bias)
-            y = adalora_kernels.svd_delta(base, dropped, A, E, B, **options)
+            y = adalora_kernels.svd_delta(F.linear(x, weight, bias), into_A, A, E, B, **options)
             return [y, *torch.autograd.grad(y, [x, A, E, B], g)]
 
         return self._pooled(results)
 
 
-def _seeded(provider: Provider, direction: str, inputs: Inputs) -> list[Tensor]:
-    torch.manual_seed(1)
-    return provider.call(direction, inputs)
-
-
-def _dropout_mask(p: float, x: Tensor, impl: Any) -> Tensor:
+def _dropout_mask(p: float, x: Tensor) -> Tensor:
     """Find out what the seed drops from x: with ones for x and unit matrices, y shows it."""
-    K, kept = x.shape[1], []
-    for first in range(0, K, _LARGEST_RANK):
-        r = min(_LARGEST_RANK, K - first)
-        unit = torch.eye(r, dtype=x.dtype, device=x.device)
-        A, E, weight = F.pad(unit, (first, K - first - r)), unit[:, :1] * 0 + 1, x.new_zeros(r, K)
-        torch.manual_seed(1)
-        options: Any = {"dropout_p": p, "impl": impl}
-        kept.append(adalora_kernels.svd_linear(x * 0 + 1, weight, A, E, unit, **options) != 0)
+    torch.manual_seed(1)
+    K, kept, seed = x.shape[1], [], dropout_seed(x)
+    ones, op = torch.ones_like(x), torch.ops.adalora.svd_linear
+    # The kernels take at most 256 ranks.
+    for unit in torch.eye(K, dtype=x.dtype, device=x.device).split(256):
+        r = len(unit)
+        E, B, weight = unit.new_ones(r, 1), torch.eye(r).to(unit), unit.new_zeros(r, K)
+        kept.append(op(ones, weight, None, unit, E, B, None, 1.0, p, seed)[0] != 0)
     mask = torch.cat(kept, 1)
     rate = 1 - float(mask.double().mean())
     if abs(rate - p) > 5 * math.sqrt(p * (1 - p) / mask.numel()):

@@ -1,65 +1,160 @@
-"""Who provides the importance update, the allocation and the regulariser of a whole model.
+"""Models with PEFT's adapters on every matrix, and who does the work on all of them.
 
-PEFT's, ours, the authors' formulas (the twin of loralib that the tests have), and the most that
-plain PyTorch can do for the update. In float64 the authors' formulas are what all are held to.
+A model is what its adapters need of it. The importance update, the allocation and the regulariser
+are PEFT's and ours, and the most that plain PyTorch can do for the update. In float64 the authors'
+formulas, the twin of loralib that the tests have, are what all are held to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import adalora_kernels
 import adalora_kernels.peft
 from adalora_kernels import RankAllocator
-from benchmarks import adapted_models as models
-from benchmarks.adapted_models import ORTH_REG_WEIGHT, adapters_of, parameters_of
+from adalora_kernels.adapters import Adapter, find_adapters
 from tests.loralib_twin import TwinAllocator, twin_orth
 
-PEFT, APPLIED, LORALIB = "PEFT", "peft.apply", "loralib"
+PEFT, APPLIED = "PEFT", "peft.apply"
 STEP, UPDATE = "RankAllocator.step", "RankAllocator.update"
-CAPTURED, FOREACH = "RankAllocator.update, captured", "torch._foreach, no gate"
-GRAD_OF_ADAPTERS = "orth_reg_grad_(adapters)"
+FOREACH, GRAD_OF_ADAPTERS = "torch._foreach, no gate", "orth_reg_grad_(adapters)"
+SCHEDULE = {"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 1}
+TARGET_R, BETA, ORTH_REG_WEIGHT = 8, 0.85, 0.5
+# With that schedule: a step that only updates the importance, and one that masks, too.
+UPDATES, MASKS = 5, 50
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model as far as its adapters need it: the matrices of one layer, as (out, in).
+
+    `curve` is set for one point of a curve: the key of its settings that varies.
+    """
+
+    name: str
+    layers: int
+    shapes: Mapping[str, tuple[int, int]]
+    r: int
+    curve: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        sizes = {"matrices": self.layers * len(self.shapes), "r": self.r, "dtype": "float32"}
+        return {"model": self.name, **sizes, "shapes": dict(self.shapes)}
+
+    @property
+    def entries(self) -> int:
+        """How many entries all lora_A, lora_E and lora_B have."""
+        return self.layers * sum(self.r * (i + o + 1) for o, i in self.shapes.values())
+
+
+def _square(count: int, side: int, r: int, curve: str) -> Architecture:
+    return Architecture(f"{side}x{side}", count, {"matrix": (side, side)}, r, curve)
+
+
+# The six matrices that the paper adapts.
+_ATTENTION = dict.fromkeys(("query", "key", "value", "attention_output"), (768, 768))
+DEBERTA_BASE = Architecture(
+    "DeBERTa-base", 12, {**_ATTENTION, "intermediate": (3072, 768), "output": (768, 3072)}, r=12
+)
+_LLAMA = {
+    **dict.fromkeys(("q", "o"), (4096, 4096)),
+    **dict.fromkeys(("k", "v"), (1024, 4096)),
+    **dict.fromkeys(("gate", "up"), (14336, 4096)),
+    "down": (4096, 14336),
+}
+LLAMA_8B = Architecture("Llama-8B", 32, _LLAMA, r=16)
+# As many adapters as Llama-8B has, with next to no entries: what is left is the host's work, which
+# is what an eager step costs where a GPU does the rest.
+HOST_ALONE = Architecture("224 matrices of 4x4", 32, dict.fromkeys(_LLAMA, (4, 4)), r=16)
+CURVES = (
+    *(_square(count, 256, 12, "matrices") for count in (1, 10, 100, 1000)),
+    *(_square(24, 768, r, "r") for r in (1, 4, 16, 64, 256)),
+)
+# Only to try the code that is meant for the others.
+SMOKE = (
+    Architecture("tiny", 2, {"wide": (48, 32), "tall": (32, 64)}, r=12),
+    *(_square(count, 16, 4, "matrices") for count in (1, 3)),
+)
+
+
+class _Matrices(nn.Module):
+    """All adapted matrices, whose weights take no memory, with a forward that only has a loss."""
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        super().__init__()
+        self.zero = torch.zeros((), device=device)
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(architecture.layers))
+        for layer, (name, shape) in itertools.product(self.layers, architecture.shapes.items()):
+            layer[name] = nn.Linear(*shape[::-1], bias=False, device="meta")
+            layer[name].weight = nn.Parameter(self.zero.expand(shape), False)
+
+    def forward(self) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.zero.clone())
+
+
+def with_adapters(model: nn.Module, target_modules: list[str], **options: Any) -> PeftModel:
+    """Call `get_peft_model` for AdaLoRA."""
+    options = {"target_r": TARGET_R, **SCHEDULE, **options}
+    return get_peft_model(model, AdaLoraConfig(target_modules=target_modules, **options))
+
+
+def adapted_model(architecture: Architecture, device: torch.device) -> PeftModel:
+    """Put an adapter on every matrix, with random factors and gradients, equal in every call."""
+    # What is so small that PEFT's default would prune nothing, PEFT can't prune.
+    options: Any = {"init_r": architecture.r, "target_r": min(TARGET_R, architecture.r - 1)}
+    # Not initialized: that follows.
+    options |= {"orth_reg_weight": ORTH_REG_WEIGHT, "init_lora_weights": False}
+    matrices = _Matrices(architecture, device)
+    model = with_adapters(matrices, list(architecture.shapes), **options)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in parameters_of(model):
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+        parameter.grad = torch.empty_like(parameter).normal_(std=1e-3, generator=generator)
+    return model
+
+
+def adapters_of(model: PeftModel) -> list[Adapter]:
+    """Find the adapters, named as in PEFT's allocator."""
+    return find_adapters(model.base_model.model)
+
+
+def parameters_of(model: PeftModel) -> list[Tensor]:
+    """List A_0, E_0, B_0, A_1, …; PEFT's `ranknum`, trainable on a GPU, is none of them."""
+    return [p for adapter in adapters_of(model) for p in adapter.parameters]
 
 
 class Provider(NamedTuple):
     """A way to do the work on one model: a step takes its number, a regulariser nothing.
 
-    `call` is timed; `results` does the work and returns what is to be checked, and puts back what
-    it writes.
+    `call` is timed. `results` does the work and returns what is checked; it writes `written`.
     """
 
     call: Callable[..., Any]
     results: Callable[[], Sequence[Tensor]]
+    written: Sequence[Tensor]
 
 
-def _put_back(tensors: Sequence[Tensor], work: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    before = [tensor.detach().clone() for tensor in tensors]
-    try:
-        return work()
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(tensors), before)
-
-
-def _triplets(parameters: Sequence[Tensor]) -> nn.ModuleList:
+def _as_modules(parameters: Sequence[Tensor]) -> nn.ModuleList:
     """Make what the authors' formulas ask for: modules with lora_A, lora_E and lora_B."""
-    layers = nn.ModuleList()
-    for i, parameter in enumerate(parameters):
-        layers.extend([nn.Module()] if i % 3 == 0 else [])
-        setattr(layers[-1], ("lora_A", "lora_E", "lora_B")[i % 3], parameter)
-    return layers
+    triplets = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
+    names = ("lora_A", "lora_E", "lora_B")
+    return nn.ModuleList(nn.ParameterDict(zip(names, each, strict=True)) for each in triplets)
 
 
-def _in_double(model: Any, grads: bool) -> list[Tensor]:
+def _in_double(model: Any) -> list[Tensor]:
     copies: list[Tensor] = []
     for parameter in parameters_of(model):
         copies.append(nn.Parameter(parameter.detach().double()))
-        copies[-1].grad = parameter.grad.double() if grads else None
+        copies[-1].grad = parameter.grad.double()
     return copies
 
 
@@ -69,28 +164,26 @@ def _step(parameters: Sequence[Tensor], call: Any, averages: Any, masks: bool = 
     `averages` are exp_avg_ipt of A_0, E_0, B_0, A_1, …, and then exp_avg_unc of the same.
     """
 
-    def work() -> Sequence[Tensor]:
-        call(models.UPDATES)
-        call(models.MASKS)
+    def results() -> Sequence[Tensor]:
+        call(UPDATES)
+        call(MASKS)
         kept = torch.cat([E.detach().flatten() != 0 for E in parameters[1::3]])
         return [*averages(), *([kept] if masks else [])]
 
-    return Provider(call, partial(_put_back, parameters[1::3], work))
+    return Provider(call, results, parameters[1::3])
 
 
 def _peft_step(model: Any) -> Provider:
     allocator, factors = model.base_model.rankallocator, ("lora_A", "lora_E", "lora_B")
     names = [a.name.replace("lora_E", factor) for a in adapters_of(model) for factor in factors]
-
-    def averages() -> list[Tensor]:
-        return [state[n] for state in (allocator.exp_avg_ipt, allocator.exp_avg_unc) for n in names]
-
-    return _step(parameters_of(model), model.base_model.update_and_allocate, averages)
+    both = (allocator.exp_avg_ipt, allocator.exp_avg_unc)
+    call = model.base_model.update_and_allocate
+    return _step(parameters_of(model), call, lambda: [avg[name] for avg in both for name in names])
 
 
 def allocator_of(model: Any) -> RankAllocator:
     """Make our allocator, with the budget, the schedule and the betas of PEFT's."""
-    options = {"beta1": models.BETA, "beta2": models.BETA, **models.SCHEDULE}
+    options = {"beta1": BETA, "beta2": BETA, **SCHEDULE}
     target_r = model.peft_config["default"].target_r
     return RankAllocator(model.base_model.model, target_r=target_r, **options)
 
@@ -111,97 +204,61 @@ def _applied_step(model: Any) -> Provider:
     return our_step(model, allocator, model.base_model.update_and_allocate)
 
 
-def _captured_step(model: Any) -> Provider:
-    """What is left of `allocator.step` where the step is part of a CUDA graph.
-
-    The graph is captured here; what that changes is put back. On a CPU there is none.
-    """
-    allocator = allocator_of(model)
-    replay: Callable[[], object] = allocator.update
-    if allocator.adapters[0].lora_E.is_cuda:
-        before, graph = allocator.state_dict(), torch.cuda.CUDAGraph()
-        allocator.advance(models.UPDATES)
-        allocator.update()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            allocator.update()
-        allocator.load_state_dict(before)
-        replay = graph.replay
-    return our_step(model, allocator, lambda step: (allocator.advance(step), replay()))
-
-
-def authors_step(model: Any, parameters: Sequence[Tensor]) -> Provider:
-    """The authors' loops, over the parameters of a model or over copies of them."""
-    s, target_r = models.SCHEDULE, model.peft_config["default"].target_r
-    times = (s["tinit"], s["tfinal"], s["deltaT"], models.BETA, models.BETA, s["total_step"])
-    allocator = TwinAllocator(_triplets(parameters), target_r, *times)
-
-    def averages() -> list[Tensor]:
-        return [allocator.state[p][which] for which in (0, 1) for p in parameters]
-
-    return _step(parameters, allocator.update_and_mask, averages)
-
-
 def _foreach_step(model: Any) -> Provider:
     """The update in `torch._foreach_*` over all parameters, without scores or a look for NaN."""
     parameters = parameters_of(model)
-    averages = [torch.zeros_like(p) for p in parameters * 2]
-    exp_avg_ipt, exp_avg_unc = averages[: len(parameters)], averages[len(parameters) :]
+    exp_avg_ipt, exp_avg_unc = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
 
     @torch.no_grad()
     def call(step: int) -> None:
         ipt = torch._foreach_mul(parameters, [p.grad for p in parameters])
         torch._foreach_abs_(ipt)
-        torch._foreach_lerp_(exp_avg_ipt, ipt, 1.0 - models.BETA)
+        torch._foreach_lerp_(exp_avg_ipt, ipt, 1.0 - BETA)
         torch._foreach_sub_(ipt, exp_avg_ipt)
         torch._foreach_abs_(ipt)
-        torch._foreach_lerp_(exp_avg_unc, ipt, 1.0 - models.BETA)
+        torch._foreach_lerp_(exp_avg_unc, ipt, 1.0 - BETA)
 
-    return _step(parameters, call, lambda: averages, masks=False)
+    return _step(parameters, call, lambda: exp_avg_ipt + exp_avg_unc, masks=False)
 
 
 def regulariser(model: Any, call: Callable[[], Tensor]) -> Provider:
     """Provide the value, and gradients that are added to those that are there already."""
     grads = [p.grad for i, p in enumerate(parameters_of(model)) if i % 3 != 1]
 
-    def work() -> Sequence[Tensor]:
+    def results() -> Sequence[Tensor]:
         torch._foreach_zero_(grads)
         return [call(), *(grad.clone() for grad in grads)]
 
-    return Provider(call, partial(_put_back, grads, work))
+    return Provider(call, results, grads)
 
 
-def _backward(loss_of: Callable[[], Tensor]) -> Tensor:
-    loss = loss_of()
-    loss.backward()
-    return loss
-
-
-def _through_model(model: Any, applied: bool) -> Provider:
-    """The real `AdaLoraModel.forward`, around a model that only returns a loss of 0."""
-    if applied:
-        adalora_kernels.peft.apply(model)
-    # Not `model()`: without a task type PeftModel goes past AdaLoraModel, hence the regulariser.
-    return regulariser(model, partial(_backward, lambda: model.base_model().loss))
-
-
-def _our_regulariser(model: Any, search: bool = False, graph: bool = False) -> Provider:
-    """With `search` it looks for the adapters in every call; with `graph` it is differentiated."""
-    where = model if search else adapters_of(model)
-    penalty = partial(adalora_kernels.orth_reg, where, ORTH_REG_WEIGHT)
-    direct = partial(adalora_kernels.orth_reg_grad_, where, ORTH_REG_WEIGHT)
-    return regulariser(model, partial(_backward, penalty) if graph else direct)
-
-
-def _authors_penalty(parameters: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """The authors' formula, differentiated by autograd."""
-    triplets = _triplets(parameters)
-
+def _differentiated(model: Any, loss_of: Callable[[], Tensor]) -> Provider:
     def call() -> Tensor:
-        with parameters[0].device:
-            return _backward(partial(twin_orth, triplets, ORTH_REG_WEIGHT))
+        loss = loss_of()
+        loss.backward()
+        return loss
 
-    return call
+    return regulariser(model, call)
+
+
+def _through_model(model: Any) -> Provider:
+    # Not `model()`: without a task type PeftModel goes past AdaLoraModel, hence the regulariser.
+    return _differentiated(model, lambda: model.base_model().loss)
+
+
+def _applied(model: Any) -> Provider:
+    adalora_kernels.peft.apply(model)
+    return _through_model(model)
+
+
+def _penalty(model: Any) -> Provider:
+    where = adapters_of(model)
+    return _differentiated(model, lambda: adalora_kernels.orth_reg(where, ORTH_REG_WEIGHT))
+
+
+def _direct(model: Any) -> Provider:
+    where = adapters_of(model)
+    return regulariser(model, lambda: adalora_kernels.orth_reg_grad_(where, ORTH_REG_WEIGHT))
 
 
 STEPS: dict[str, Callable[[Any], Provider]] = {
@@ -209,27 +266,31 @@ STEPS: dict[str, Callable[[Any], Provider]] = {
     APPLIED: _applied_step,
     STEP: our_step,
     UPDATE: our_step,
-    CAPTURED: _captured_step,
     FOREACH: _foreach_step,
-    LORALIB: lambda model: authors_step(model, parameters_of(model)),
 }
 REGULARISERS: dict[str, Callable[[Any], Provider]] = {
-    PEFT: partial(_through_model, applied=False),
-    APPLIED: partial(_through_model, applied=True),
-    "orth_reg(adapters)": partial(_our_regulariser, graph=True),
-    "orth_reg_grad_(model)": partial(_our_regulariser, search=True),
-    GRAD_OF_ADAPTERS: _our_regulariser,
-    LORALIB: lambda model: regulariser(model, _authors_penalty(parameters_of(model))),
+    PEFT: _through_model,
+    APPLIED: _applied,
+    "orth_reg(adapters)": _penalty,
+    GRAD_OF_ADAPTERS: _direct,
 }
 
 
 def exact_step(model: Any) -> Sequence[Tensor]:
-    """What an update and a masking step have to give, in float64."""
-    return authors_step(model, _in_double(model, grads=True)).results()
+    """What an update and a masking step have to give, by the authors' loops, in float64."""
+    parameters, s = _in_double(model), SCHEDULE
+    times = (s["tinit"], s["tfinal"], s["deltaT"], BETA, BETA, s["total_step"])
+    twin = TwinAllocator(_as_modules(parameters), model.peft_config["default"].target_r, *times)
+    twin.update_and_mask(UPDATES)
+    twin.update_and_mask(MASKS)
+    kept = torch.cat([E.detach().flatten() != 0 for E in parameters[1::3]])
+    return [*(twin.state[p][i] for i in (0, 1) for p in parameters), kept]
 
 
 def exact_regulariser(model: Any) -> Sequence[Tensor]:
     """The value and the gradients of lora_A and lora_B that a regulariser has to give."""
-    copies = _in_double(model, grads=False)
-    value = _authors_penalty(copies)()
-    return [value, *(copy.grad for copy in copies if copy.grad is not None)]
+    copies = _in_double(model)
+    with copies[0].device:
+        value = twin_orth(_as_modules(copies), ORTH_REG_WEIGHT)
+    factors = [copy for i, copy in enumerate(copies) if i % 3 != 1]
+    return [value, *torch.autograd.grad(value, factors)]
