@@ -29,8 +29,8 @@ from torch import Tensor
 Call: TypeAlias = Callable[[], object]
 # All calls of a provider as one, and how many there are.
 Work: TypeAlias = tuple[Call, int]
-# What a sample takes at least: below it a clock's grain, or the gap before a graph, would count.
-_LEAST_GRAPH_SECONDS, _LEAST_CPU_SECONDS = 300e-6, 5e-3
+# What a graph takes at least: below it the gap before it would count.
+_LEAST_GRAPH_SECONDS = 300e-6
 # Before a capture: lazy loading, handles and workspaces, and whatever is compiled at its first use.
 _WARM_UP_CALLS = 8
 _GRAPH, _HOST = "CUDA graph", "wall clock, eager, device synchronized"
@@ -193,7 +193,7 @@ class Outcome:
         if context.smoke:
             seconds, rounds = 0.0, (2, 2)
         self.device = device = context.device
-        self.clock, prepare = _HOST if context.on_gpu else _CPU, partial(_eager, device)
+        self.clock, prepare = _HOST if context.on_gpu else _CPU, _eager
         one_round, work = partial(_round, device), {}
         if context.on_gpu and not by_host:
             self.clock, prepare, one_round = _GRAPH, _capturer(device), _round_of_graphs
@@ -299,12 +299,9 @@ def _call_all(calls: Sequence[Call]) -> None:
         call()
 
 
-def _eager(device: torch.device, calls: Sequence[Call]) -> Work:
-    """Repeat the calls on a CPU until a sample is long enough."""
+def _eager(calls: Sequence[Call]) -> Work:
+    """Call once, so that all is there. In a round each finds the caches as the others left them."""
     _call_all(calls)
-    if device.type != "cuda":
-        seconds = _timed(device, partial(_call_all, calls))
-        calls = [*calls] * math.ceil(_LEAST_CPU_SECONDS / max(seconds, 1e-6))
     return partial(_call_all, calls), len(calls)
 
 

@@ -18,9 +18,8 @@ def round_(tmp_path):
     script.parent.mkdir()
     script.write_text((ROOT / "benchmarks" / "gpu_round.sh").read_text())
     say = 'echo "library=$ADALORA_KERNELS_LIBRARY build=$ADALORA_KERNELS_BUILD: $*"'
-    python.write_text(
-        f'#!/bin/sh\n[ "$1" = -c ] && exit $NO_LIBRARY\n{say}\n[ "$1" != setup.py ]\n'
-    )
+    no_library = '[ "$1" = -c ] && exit $NO_LIBRARY'
+    python.write_text(f'#!/bin/sh\n{no_library}\n{say}\n[ "$1" != setup.py ]\n')
     python.chmod(0o755)
 
     def run(*stages, no_library=0, seconds="520"):
@@ -55,7 +54,7 @@ def test_round_runs_every_bench_within_its_time_and_ends_with_the_report(round_,
     assert limits["train_step"] == "300" and 300 >= int(limits["svd_linear"]) > 285
     results = tmp_path / "out" / "results"
     seconds = dict(re.findall(rf"--out {results}/(\w+)\.json --seconds (\d+)", log))
-    assert seconds.keys() == set(stages[2:5]) and seconds["allocation"] == "60"
+    assert seconds.keys() == {*stages[2:5]} and seconds["allocation"] == "60"
     benches = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(re.findall(r"benchmarks/(bench_\w+\.py)", log)) == benches
     # What it prints is the end of the output, but for the line about the whole round.
