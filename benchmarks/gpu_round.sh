@@ -107,7 +107,7 @@ memcheck() {
   sanitizer "$tool" tests/test_svd_linear_kernels.py \
     "${SANITIZED:-test_every_path and not unaligned}" \
     _{down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
-  sanitizer "$tool" "${CSRC_TESTS:-tests/test_csrc.py}" "${CSRC_SANITIZED:-cuda}" adalora
+  sanitizer "$tool" tests/test_importance.py "${CSRC_SANITIZED:-library-cuda}" adalora
 }
 
 racecheck() { memcheck racecheck; }
@@ -121,7 +121,7 @@ profile() {
     --metrics "$metrics" --log-file "$out/profile.csv" "$python" -m benchmarks.bench_svd_linear
 }
 
-# Measures the plans of the goal shapes; what it writes is for adalora_kernels/kernels.
+# Measures the plans of the goal shapes; what it writes is for kernels/svd_linear/launch_table.json.
 tune() {
   optional tune 60 env ADALORA_KERNELS_CACHE="$out" \
     "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
