@@ -1,7 +1,9 @@
 """An allocator that optimizers step."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -185,6 +187,26 @@ def test_an_optimizer_keeps_the_allocator_that_nobody_else_has():
     for step in range(1, 6):
         one_step(model, optimizer, step)
     assert sum(int((layer.lora_E != 0).sum()) for layer in model.layers) == 9
+
+
+def test_an_optimizer_does_not_keep_a_model_that_keeps_its_allocator():
+    class Kept(RankAllocator):
+        _is_kept_by_model = True
+
+    model = Mlp()
+    model.allocator = Kept(model, target_r=3, total_step=5)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    model.allocator.attach(optimizer)
+    one_step(model, optimizer)
+    assert model.allocator.global_step == 1
+    weight = weakref.ref(model.layers[0].weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+    optimizer.step()
 
 
 class Wrapper:
