@@ -192,8 +192,8 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
     missing = _missing(found[-1], adapters)
     if missing is not None:
         raise ValueError(
-            f"optimizer must have all trainable adapter parameters, lacks one of those "
-            f"beside {missing.name}"
+            f"optimizer must have all trainable adapter parameters, lacks one of those beside "
+            f"{missing.name}: where several optimizers share them, call step() after the last one"
         )
     return found
 
