@@ -213,7 +213,8 @@ class SVDLinear(nn.Linear):
         A merged layer is merged anew if something was written to its parameters.
 
         Raises:
-            TypeError: the weight or the adapter is of a tensor subclass.
+            TypeError: the weight or the adapter is of a tensor subclass, or the weight is computed
+                from other parameters.
         """
         if self.r > 0:
             self._check_mergeable()
@@ -230,14 +231,18 @@ class SVDLinear(nn.Linear):
         self.merged = True
 
     def _is_mergeable(self) -> bool:
-        return self.r == 0 or all(map(is_plain_tensor, (self.weight, *self._factors)))
+        """Whether the weight is a parameter, not computed from others (weight_norm, pruning)."""
+        if self.r == 0:
+            return True
+        tensors = (self._parameters.get("weight"), *self._factors)
+        return all(t is not None and is_plain_tensor(t) for t in tensors)
 
     def _check_mergeable(self) -> None:
         if not self._is_mergeable():
             kinds = ", ".join(type(t).__name__ for t in (self.weight, *self._factors))
             raise TypeError(
-                "a layer can be merged only if weight, lora_A, lora_E and lora_B are plain "
-                f"tensors, got {kinds}"
+                "only a layer whose weight is a parameter of its own can be merged, and no tensor "
+                f"of a subclass: weight, lora_A, lora_E and lora_B are {kinds}"
             )
 
     def unmerge(self) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Mlp, batch, trainable
 from torch import nn
+from torch.nn.utils import prune
 
 from adalora_kernels import SVDLinear, lora_state_dict, reference
 
@@ -251,7 +252,7 @@ def test_opaque_weights():
     torch.testing.assert_close(y, linear(x) + F.linear(x, module.delta_weight()))
     y.square().sum().backward()
     assert all(t.grad.isfinite().all() for t in (x, module.lora_A, module.lora_E, module.lora_B))
-    with pytest.raises(TypeError, match=r"merged only if .*Int8"):
+    with pytest.raises(TypeError, match=r"only a layer .*Int8"):
         module.merge()
     again = SVDLinear.from_linear(linear, 3)
     again.load_state_dict(module.state_dict())
@@ -266,5 +267,18 @@ def test_a_weight_that_is_quantised_after_merging():
     y = module.eval()(x)
     ao.quantize_(module, ao.Int8WeightOnlyConfig())
     torch.testing.assert_close(module(x), y, rtol=0.1, atol=0.1)
-    with pytest.raises(TypeError, match="merged only if"):
+    with pytest.raises(TypeError, match="only a layer"):
         module.train()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+    ids=["weight_norm", "pruned"],
+)
+def test_a_weight_that_is_computed_from_others_is_not_merged(wrap):
+    module, x = wrap(layer()), torch.randn(7, 5)
+    y = module(x)
+    torch.testing.assert_close(module.eval()(x), y)
+    with pytest.raises(TypeError, match="parameter of its own"):
+        module.merge()
