@@ -191,6 +191,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
         module.lora_E.mul_(2.0)
         torch.testing.assert_close(module(x), function_of(module, x))
         module.eval()
+    assert takes_merged_weight(module)
     module(x.requires_grad_()).sum().backward()
     module.train()(x).sum().backward()
     assert module.lora_E.grad is not None

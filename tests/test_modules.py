@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Mlp, batch, trainable
+from helpers import CountOps, Mlp, batch, trainable
 from torch import nn
 from torch.nn.utils import prune
 
@@ -248,7 +248,9 @@ def test_opaque_weights():
     nn.init.normal_(module.lora_E)
     module.eval()
     assert not module.merged and module.weight is linear.weight
-    y = module(x)
+    with CountOps() as counted:
+        y = module(x)
+    assert counted.counts["adalora::svd_delta"] == 1
     torch.testing.assert_close(y, linear(x) + F.linear(x, module.delta_weight()))
     y.square().sum().backward()
     assert all(t.grad.isfinite().all() for t in (x, module.lora_A, module.lora_E, module.lora_B))
