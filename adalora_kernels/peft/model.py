@@ -17,9 +17,9 @@ from .. import functional
 from ..adapters import find_adapters
 from ..allocator import RankAllocator
 from .allocator import PeftRankAllocator
-from .config import allocator_in
+from .config import AllocatedConfig, allocator_in
 from .layers import adalora_layers, freeze_ranknums, swap_forward
-from .saving import FACTORS, adapted_layers, module_name
+from .saving import FACTORS, adapted_layers, module_name, state_for_file
 
 
 @dataclasses.dataclass
@@ -133,22 +133,20 @@ def _new_allocator(adapted: AdaptedModel, adapter_name: str) -> PeftRankAllocato
 def _resize_state_dict(
     adapted: AdaptedModel, rank_pattern: Any, state_dict: dict[str, Tensor], adapter_name: str
 ) -> dict[str, Tensor]:
-    """PEFT's resize_state_dict_by_rank_pattern: cut what it is about to save.
+    """PEFT's resize_state_dict_by_rank_pattern: choose what it is about to save.
 
-    PEFT's own goes by the names in the pattern, which it garbles where an adapter is called like a
-    module; this goes by the allocator. Without one, the parameters have the pattern's ranks.
+    PEFT's own cuts by the names in the pattern, which it garbles where an adapter is called like a
+    module, and writes what only `PeftModel` reads; this goes by the allocator (`state_for_file`).
     """
-    allocator = allocator_in(adapted.configs[adapter_name])
-    if allocator is None:
-        return state_dict
-    result = dict(state_dict)
-    for layer in adapted_layers(allocator.adapters, allocator):
-        chosen = layer.chosen(checkpoint=allocator.saves_all)
-        for factor, dim in FACTORS:
-            key = f"{layer.name}.{factor}.{adapter_name}"
-            key = key if key in result else f"base_model.model.{key}"
-            result[key] = layer.select(result[key], dim, chosen)
-    return result
+    config = adapted.configs[adapter_name]
+    if not isinstance(config, AllocatedConfig):
+        return state_dict  # It is cut as PEFT has cut it, and its config says so.
+    allocator = config.allocator
+    adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
+    layers = adapted_layers(adapters, allocator, int(config.init_r), config.first_rank_pattern)
+    return state_for_file(
+        layers, state_dict, checkpoint=allocator is not None and allocator.saves_all
+    )
 
 
 @torch.no_grad()
