@@ -106,7 +106,7 @@ def test_target_above_the_initial_budget_prunes_nothing():
         ({"deltaT": 0}, ValueError, "deltaT .*0"),
         ({"total_step": 0}, ValueError, "total_step .*0"),
         ({"tfinal": -1}, ValueError, "tfinal .*-1"),
-        ({"total_step": 10.0}, TypeError, "total_step .*float"),
+        ({"total_step": 10.5}, ValueError, r"total_step .*10\.5"),
         ({"total_step": "10"}, TypeError, "total_step .*str"),
         ({"target_budget": True}, TypeError, "target_budget .*bool"),
     ],
@@ -519,7 +519,7 @@ on_two_devices = nn.ModuleList([SVDLinear(3, 3, r=2), SVDLinear(3, 3, r=2, devic
     ("change", "error", "says"),
     [
         ({"target_r": -1}, ValueError, "target_r .*-1"),
-        ({"target_r": 1.5}, TypeError, "target_r .*float"),
+        ({"target_r": 1.5}, ValueError, r"target_r .*whole .*1\.5"),
         ({"target_total_rank": -1}, ValueError, "target_total_rank .*-1"),
         ({"beta1": 1.0}, ValueError, r"beta1 .*1\.0"),
         ({"beta2": 0.0}, ValueError, r"beta2 .*0\.0"),
@@ -541,8 +541,8 @@ def test_allocator_refuses(change, error, says):
 
 def test_step_refuses():
     _, _, allocator = setup()
-    with pytest.raises(TypeError, match=r"global_step .*float"):
-        allocator.step(1.0)
+    with pytest.raises(ValueError, match=r"global_step .*whole .*1\.5"):
+        allocator.step(1.5)
     with pytest.raises(ValueError, match=r"global_step .*-1"):
         allocator.step(-1)
     model, _, allocator = setup()
@@ -951,7 +951,7 @@ def test_a_schedule_without_an_end():
     with pytest.raises(RuntimeError, match="total_step is not known"):
         allocator.step(1)
     assert allocator.global_step == 0 and allocator.summary()["phase"] == "initial"
-    for wrong, error in ((0, ValueError), (1.0, TypeError), (None, TypeError)):
+    for wrong, error in ((0, ValueError), (1.5, ValueError), (None, TypeError)):
         with pytest.raises(error, match="total_step"):
             allocator.set_total_step(wrong)
     with pytest.raises(ValueError, match="tinit must be less"):

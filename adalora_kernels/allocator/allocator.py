@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import find_adapters
-from ..checks import as_grad_scale, check_beta, check_int, check_weight
+from ..checks import as_beta, as_grad_scale, as_int, as_weight
 from ..orthogonality import orth_reg_grad_
 from . import attach
 from .schedule import BudgetSchedule
@@ -77,17 +77,15 @@ class RankAllocator:
         state_dtype: torch.dtype = torch.float32,
         orth_reg_weight: float = 0.0,
     ) -> None:
-        check_int("target_r", target_r, 0)
+        target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
-            check_int("target_total_rank", target_total_rank, 0)
-        check_beta("beta1", beta1)
-        check_beta("beta2", beta2)
-        check_weight("orth_reg_weight", orth_reg_weight)
+            target_total_rank = as_int("target_total_rank", target_total_rank, 0)
+        self.beta1 = as_beta("beta1", beta1)
+        self.beta2 = as_beta("beta2", beta2)
+        orth_reg_weight = as_weight("orth_reg_weight", orth_reg_weight)
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
-        self.beta1 = float(beta1)
-        self.beta2 = float(beta2)
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(self._parameters(), state_dtype)
         self.schedule = BudgetSchedule(
@@ -120,7 +118,7 @@ class RankAllocator:
         Raises:
             TypeError, ValueError: as `BudgetSchedule`.
         """
-        check_int("total_step", total_step, 1)
+        total_step = as_int("total_step", total_step, 1)
         self.schedule = replace(self.schedule, total_step=total_step)
 
     @property
@@ -210,7 +208,7 @@ class RankAllocator:
             RuntimeError: no adapter has a gradient, before the pattern is frozen; or an optimizer
                 does this already (`attach`).
         """
-        check_int("global_step", global_step, 0)
+        global_step = as_int("global_step", global_step, 0)
         if self.attached:
             raise RuntimeError("attached to an optimizer, whose step() has done this: see attach()")
         return self._step(global_step, as_grad_scale(grad_scale, self._device))
@@ -258,7 +256,7 @@ class RankAllocator:
         Raises:
             TypeError, ValueError: global_step is not an int ≥ 0.
         """
-        check_int("global_step", global_step, 0)
+        global_step = as_int("global_step", global_step, 0)
         return self._advance(global_step, self._parameters())
 
     def _advance(self, global_step: int, parameters: list[nn.Parameter]) -> int:

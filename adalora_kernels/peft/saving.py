@@ -312,7 +312,10 @@ def config_for_file(config: AdaLoraConfig, total_step: int | None = None) -> Ada
         total_step: the steps of the schedule, if the config does not know them.
     """
     written = AdaLoraConfig.__new__(AdaLoraConfig)
-    written.__dict__.update({name: _plain(value) for name, value in vars(config).items()})
+    for name, field in vars(config).items():
+        # Read like this, rank_pattern would be what has been pruned by now.
+        value = field if name == "rank_pattern" else getattr(config, name)
+        setattr(written, name, _plain(value))
     for name in _INTEGERS:
         value = getattr(written, name)
         if isinstance(value, float) and value.is_integer():
