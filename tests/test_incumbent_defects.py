@@ -46,7 +46,7 @@ from transformers import (
 )
 
 import adalora_kernels.loralib as loralib
-from adalora_kernels.export import export_lora
+from adalora_kernels.export import export_lora, save_adapter
 from adalora_kernels.peft import allocator_of, apply, disable, enable
 from adalora_kernels.trainer import AdaLoraCallback
 
@@ -524,10 +524,11 @@ def test_06_resume_ours(tmp_path, way):
 
 
 def save_a_pruned_adapter(path):
+    """In PEFT's own form, with a rank_pattern."""
     model = make(tinit=3, tfinal=5)
     apply(model)
     train(model, optimizer_of(model, "adamw"), range(1, 31))
-    model.save_pretrained(path)
+    save_adapter(model, path)
 
 
 def load_to_go_on(path, takes_over=None, **options):

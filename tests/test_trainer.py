@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from helpers import triplets_in
 from loralib_twin import twin_orth
 from torch import nn
 from trainer_runs import (
@@ -108,11 +109,6 @@ def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
             loss = model.base_model.model(**batch).loss / accumulation
             loss.backward()
             total += loss.item()
-        if step > config.total_step - config.tfinal:
-            # Design: what is pruned for good has no gradient, which PEFT would clip along.
-            for name, p in trainable(model).items():
-                if "lora_E" in name:
-                    p.grad.masked_fill_(p == 0, 0.0)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         twin_orth(model, weight).backward()
@@ -158,9 +154,7 @@ def test_trains_to_the_budget_and_saves_it(name, accumulation, tmp_path):
     assert allocator.frozen and allocator.global_step == steps and not allocator.attached
     assert sum(allocator.ranks().values()) == budget == total_rank(model)
     trainer.save_model(tmp_path / "final")
-    pattern = adapter_config(tmp_path / "final")["rank_pattern"]
-    assert sum(map(sum, pattern.values())) == budget
-    assert {len(alive) for alive in pattern.values()} == {4}
+    assert sum(triplets_in(tmp_path / "final").values()) == budget
     torch.testing.assert_close(in_plain_peft(tmp_path / "final", name), logits_of(model, name))
 
 

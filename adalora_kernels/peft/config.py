@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from .saving import (
     adapted_layers,
     by_module,
-    make_loadable_,
+    config_for_file,
     module_name,
     over_first_triplets,
     rank_pattern_for_file,
@@ -119,22 +118,23 @@ class AllocatedConfig(AdaLoraConfig):
         if self.allocator is None or not self.allocator.begun:
             self.__dict__["rank_pattern"] = pattern
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, with the rank_pattern that says which triplets are in the file.
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's, as it goes to files (`save_pretrained`, diffusers' metadata): what loads again.
 
-        Its names are those in PEFT's files: without the adapter's. A checkpoint that holds all
-        triplets has the pattern that the run has begun with.
+        What PEFT's own functions save of the model has all init_r rows, so there is no
+        rank_pattern; but for a checkpoint of a run that has begun with a pruned adapter, which has
+        the triplets of that.
         """
-        allocator, written = self.allocator, copy.copy(self)
-        if allocator is not None:
-            chosen = {
-                layer.name: layer.chosen(checkpoint=allocator.saves_all)
-                for layer in adapted_layers(allocator.adapters, allocator)
-            }
-            before = by_module(self.first_rank_pattern, allocator.adapter_name)
-            written.rank_pattern = rank_pattern_for_file(chosen, before)
-        make_loadable_(written)
-        super(AllocatedConfig, written).save_pretrained(save_directory, **kwargs)
+        allocator, written = self.allocator, config_for_file(self)
+        written.rank_pattern = None
+        if allocator is not None and allocator.saves_all:
+            layers = adapted_layers(
+                allocator.adapters, allocator, written.init_r, self.first_rank_pattern
+            )
+            written.rank_pattern = rank_pattern_for_file(
+                {layer.name: layer.first for layer in layers}
+            )
+        return written.to_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dict__}

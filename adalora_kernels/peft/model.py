@@ -20,7 +20,7 @@ from ..allocator import RankAllocator
 from .allocator import PeftRankAllocator
 from .config import AllocatedConfig, allocator_in, refuse_lora_ranks
 from .layers import adalora_layers, freeze_ranknums, swap_forward
-from .saving import FACTORS, adapted_layers, by_module, module_name
+from .saving import FACTORS, adapted_layers, by_module, module_name, state_for_file
 
 
 @dataclasses.dataclass
@@ -129,7 +129,11 @@ class AdaptedModel:
     def take_over(self, allocator: PeftRankAllocator | None) -> None:
         """Make ours what is not ours yet; `allocator` is what `make_allocator` has returned."""
         for name, config in self.configs.items():
-            if allocator_in(config) not in (None, self.allocator):  # It comes from another model.
+            is_ours = isinstance(config, AllocatedConfig)
+            # It may come from another model.
+            if isinstance(config, AdaLoraConfig) and (
+                not is_ours or allocator_in(config) not in (None, self.allocator)
+            ):
                 self.configs[name] = AllocatedConfig.beside(config)
         for layer in adalora_layers(self.root).values():
             swap_forward(layer)
@@ -189,22 +193,18 @@ def _load_averages(allocator: PeftRankAllocator, theirs: Any, adapter_name: str)
 def _resize_state_dict(
     adapted: AdaptedModel, rank_pattern: Any, state_dict: dict[str, Tensor], adapter_name: str
 ) -> dict[str, Tensor]:
-    """PEFT's resize_state_dict_by_rank_pattern: cut what it is about to save.
+    """PEFT's resize_state_dict_by_rank_pattern: choose what it is about to save.
 
-    PEFT's own goes by the names in the pattern, which it garbles where an adapter is called like a
-    module; this goes by the allocator. Without one, the parameters have the pattern's ranks.
+    PEFT's own cuts by the names in the pattern, which it garbles where an adapter is called like a
+    module, and writes what only `PeftModel` reads; this goes by the allocator (`state_for_file`).
     """
-    allocator = allocator_in(adapted.configs[adapter_name])
-    if allocator is None:
-        return state_dict
-    result = dict(state_dict)
-    for layer in adapted_layers(allocator.adapters, allocator):
-        chosen = layer.chosen(checkpoint=allocator.saves_all)
-        for factor, dim in FACTORS:
-            key = f"{layer.name}.{factor}.{adapter_name}"
-            key = key if key in result else f"base_model.model.{key}"
-            result[key] = layer.select(result[key], dim, chosen)
-    return result
+    config: AllocatedConfig = adapted.configs[adapter_name]
+    allocator = config.allocator
+    adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
+    layers = adapted_layers(adapters, allocator, int(config.init_r), config.first_rank_pattern)
+    return state_for_file(
+        layers, state_dict, checkpoint=allocator is not None and allocator.saves_all
+    )
 
 
 @torch.no_grad()
