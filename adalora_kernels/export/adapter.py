@@ -15,6 +15,7 @@ from ..adapters import Adapter, find_adapters
 from ..allocator import RankAllocator
 from ..modules import SVDLinear
 from ..peft import allocator_of
+from ..peft.model import AdaptedModel
 from ..peft.saving import (
     AdaptedLayer,
     adapted_layers,
@@ -135,7 +136,7 @@ def open_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = _without_wrappers(model)
+    model = _adapted_model_in(_without_wrappers(model))
     root = model.get_submodule(_prefix(model).removesuffix("."))
     configs: Any = getattr(model, "peft_config", None)
     if configs:
@@ -155,6 +156,18 @@ def open_adapter(
     pattern = getattr(config, "first_rank_pattern", written.rank_pattern)
     layers = adapted_layers(adapters, allocator, written.init_r, pattern)
     return OpenedAdapter(model, root, key, _as_loaded(written, root), layers, allocator)
+
+
+def _adapted_model_in(model: nn.Module) -> nn.Module:
+    """The only PEFT model in `model`, or the model that has an injected adapter; else itself."""
+    names = list(AdaptedModel.find_all(model))
+    if len(names) > 1:
+        listed = ", ".join(repr(name) if name else "the model itself" for name in names)
+        raise ValueError(
+            f"model has several AdaLoRA models, each an adapter of its own: {listed}. "
+            "Give them one by one"
+        )
+    return model.get_submodule(names[0]) if names else model
 
 
 def _as_loaded(config: AdaLoraConfig, root: nn.Module) -> dict[str, Any]:

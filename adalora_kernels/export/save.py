@@ -56,7 +56,8 @@ def save_adapter(
         model: a PEFT model (ours or plain, or with injected layers), or one of `SVDLinear` layers,
             which is written for the same model of `nn.Linear` layers: with the biases beside an
             adapter if they are trainable, and without whatever else was trained. DDP's and
-            torch.compile's wrappers may be around it; sharded parameters (FSDP, ZeRO-3) have to
+            torch.compile's wrappers may be around it, or any module in which it is the only one
+            with AdaLoRA (a SentenceTransformer); sharded parameters (FSDP, ZeRO-3) have to
             be gathered first.
         path: a folder; it is created.
         full_rank: a checkpoint to train on from: all triplets, and with an allocator its state in
@@ -66,8 +67,8 @@ def save_adapter(
 
     Raises:
         TypeError: `model` is not a module, or a layer is neither PEFT's nor ours.
-        ValueError: no such adapter in the model; an allocator of another model; SVDLinear layers
-            with different r or lora_alpha.
+        ValueError: no such adapter in the model, or several adapted models; an allocator of
+            another model; SVDLinear layers with different r or lora_alpha.
     """
     opened = open_adapter(model, adapter_name, allocator)
     if opened.key is None:
