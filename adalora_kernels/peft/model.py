@@ -68,9 +68,14 @@ class AdaptedModel:
         is_there = self.configs.get(allocator.adapter_name) is allocator.config
         return allocator if is_there else None
 
-    def _has_own(self, config: AdaLoraConfig) -> bool:
-        """Whether a config of ours belongs to this model, and not to another one as well."""
-        return isinstance(config, AllocatedConfig) and config.allocator in (None, self.allocator)
+    def _must_replace(self, config: Any) -> bool:
+        """Whether a config that has no allocator here is another model's, or of a pruned adapter.
+
+        Any other one is left to PEFT, which gives its user the same object back.
+        """
+        if isinstance(config, AllocatedConfig):
+            return config.allocator not in (None, self.allocator)
+        return isinstance(config, AdaLoraConfig) and config.rank_pattern is not None
 
     def trainable_adapter(self) -> str | None:
         """The name of the adapter to allocate, if there is one."""
@@ -138,7 +143,7 @@ class AdaptedModel:
     def take_over(self, allocator: PeftRankAllocator | None) -> None:
         """Make ours what is not ours yet; `allocator` is what `make_allocator` has returned."""
         for name, config in self.configs.items():
-            if isinstance(config, AdaLoraConfig) and not self._has_own(config):
+            if self._must_replace(config):
                 self.configs[name] = AllocatedConfig.beside(config)
         for layer in adalora_layers(self.root).values():
             swap_forward(layer)
@@ -203,7 +208,9 @@ def _resize_state_dict(
     PEFT's own cuts by the names in the pattern, which it garbles where an adapter is called like a
     module, and writes what only `PeftModel` reads; this goes by the allocator (`state_for_file`).
     """
-    config: AllocatedConfig = adapted.configs[adapter_name]
+    config = adapted.configs[adapter_name]
+    if not isinstance(config, AllocatedConfig):
+        return state_dict  # The pattern has been set since, and the parameters were cut to it.
     allocator = config.allocator
     adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
     layers = adapted_layers(adapters, allocator, int(config.init_r), config.first_rank_pattern)
