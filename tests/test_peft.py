@@ -225,13 +225,6 @@ def test_layers_that_are_left_are_reported_and_allocated():
     assert sum(report.allocator.ranks().values()) == 2
 
 
-def test_not_an_adalora_model():
-    lora = get_peft_model(Net(), LoraConfig(target_modules=["fc0"]))
-    for wrong in (lora, Net(), None):
-        with pytest.raises(TypeError, match="AdaLoraConfig"):
-            adalora_kernels.peft.apply(wrong)
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_the_regulariser_is_in_the_training_loss_only(weight):
     model = make(orth_reg_weight=weight)

@@ -23,6 +23,7 @@ class PeftRankAllocator(RankAllocator):
     instead is for this model only, because other models may have the same config.
 
     Attributes:
+        adapter_name: PEFT's name of the adapter that is allocated.
         config: the config of this model, whose fields are those of the user's.
         saves_all: whether PEFT's save writes all triplets: a checkpoint to go on from.
     """
@@ -30,6 +31,7 @@ class PeftRankAllocator(RankAllocator):
     def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
         is_own = allocator_in(config) is self
         self.config = config if is_own else AllocatedConfig.beside(config)
+        self.adapter_name = adapter_name
         self._schedule: BudgetSchedule
         # The config's numbers from which `_schedule` was made.
         self._schedule_source: tuple[int | None, ...]
@@ -48,11 +50,6 @@ class PeftRankAllocator(RankAllocator):
         )
         self.config.follow(self)
         expect_steps(self)
-
-    @property
-    def adapter_name(self) -> str | None:
-        """PEFT's name of the adapter that is allocated."""
-        return self.adapters[0].key
 
     @property
     def schedule(self) -> BudgetSchedule:
@@ -92,7 +89,7 @@ class PeftRankAllocator(RankAllocator):
     def begin_anew(self, root: nn.Module) -> None:
         """Begin with the ranks that the layers have now, after they have got new parameters."""
         self.detach()
-        PeftRankAllocator.__init__(self, root, self.config, self.adapters[0].key or "")
+        PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`)."""

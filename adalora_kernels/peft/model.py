@@ -65,8 +65,17 @@ class AdaptedModel:
         allocator = getattr(self.root.__dict__.get("update_and_allocate"), "__self__", None)
         if not isinstance(allocator, PeftRankAllocator):
             return None
-        is_there = self.configs.get(allocator.adapters[0].key or "") is allocator.config
+        is_there = self.configs.get(allocator.adapter_name) is allocator.config
         return allocator if is_there else None
+
+    def _must_replace(self, config: Any) -> bool:
+        """Whether a config that has no allocator here is another model's, or of a pruned adapter.
+
+        Any other one is left to PEFT, which gives its user the same object back.
+        """
+        if isinstance(config, AllocatedConfig):
+            return config.allocator not in (None, self.allocator)
+        return isinstance(config, AdaLoraConfig) and config.rank_pattern is not None
 
     def trainable_adapter(self) -> str | None:
         """The name of the adapter to allocate, if there is one."""
@@ -106,22 +115,27 @@ class AdaptedModel:
         if name is None or theirs is None or theirs.exp_avg_ipt:
             return False
         pattern = by_module(vars(self.configs[name]).get("rank_pattern"), name)
-        alive, used = [], []
+        kept, used = [], []
         for adapter in find_adapters(self.root, name):
-            alive += pattern.get(module_name(adapter.name, name), [])
+            alive = pattern.get(module_name(adapter.name, name), [])
+            if len(alive) != len(adapter.lora_E) or adapter.lora_E.is_meta:
+                return False
+            kept += alive
             used += (adapter.lora_E.detach().flatten() != 0).tolist()
-        pruned = len(alive) == len(used) and not all(alive)
-        return pruned and any(used) and not any(map(operator.gt, used, alive))
+        return any(used) and not all(kept) and all(map(operator.le, used, kept))
 
     def make_allocator(self) -> PeftRankAllocator | None:
         """The trainable adapter's allocator: the one of this model, or one for `take_over`.
 
         A new one starts from the averages of PEFT's, if there are any.
         """
-        name, own, theirs = self.trainable_adapter(), self.allocator, self.pefts_allocator()
-        if name is None or (own is not None and own.adapter_name == name):
-            return None if name is None else own
+        name, own = self.trainable_adapter(), self.allocator
+        if name is None:
+            return None
+        if own is not None and own.adapter_name == name:
+            return own
         allocator = PeftRankAllocator(self.root, self.configs[name], name)
+        theirs = self.pefts_allocator()
         if theirs is not None and theirs.exp_avg_ipt:
             _load_averages(allocator, theirs, name)
         return allocator
@@ -129,11 +143,7 @@ class AdaptedModel:
     def take_over(self, allocator: PeftRankAllocator | None) -> None:
         """Make ours what is not ours yet; `allocator` is what `make_allocator` has returned."""
         for name, config in self.configs.items():
-            is_ours = isinstance(config, AllocatedConfig)
-            # It may come from another model.
-            if isinstance(config, AdaLoraConfig) and (
-                not is_ours or allocator_in(config) not in (None, self.allocator)
-            ):
+            if self._must_replace(config):
                 self.configs[name] = AllocatedConfig.beside(config)
         for layer in adalora_layers(self.root).values():
             swap_forward(layer)
@@ -146,11 +156,11 @@ class AdaptedModel:
             setattr(self.root, method, _MethodOfRoot(function, self.root))
         if allocator is None:
             return
-        name = allocator.adapters[0].key or ""
-        self.configs[name] = allocator.config
+        self.configs[allocator.adapter_name] = allocator.config
         self.root.update_and_allocate = allocator.update_and_allocate  # type: ignore[assignment]
         if self.tuner is not None:
-            self.tuner.rankallocator, self.tuner.trainable_adapter_name = allocator, name
+            self.tuner.rankallocator = allocator
+            self.tuner.trainable_adapter_name = allocator.adapter_name
 
 
 def the_trained(adapted: dict[str, AdaptedModel]) -> AdaptedModel | None:
@@ -198,7 +208,9 @@ def _resize_state_dict(
     PEFT's own cuts by the names in the pattern, which it garbles where an adapter is called like a
     module, and writes what only `PeftModel` reads; this goes by the allocator (`state_for_file`).
     """
-    config: AllocatedConfig = adapted.configs[adapter_name]
+    config = adapted.configs[adapter_name]
+    if not isinstance(config, AllocatedConfig):
+        return state_dict  # The pattern has been set since, and the parameters were cut to it.
     allocator = config.allocator
     adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
     layers = adapted_layers(adapters, allocator, int(config.init_r), config.first_rank_pattern)
