@@ -1,5 +1,6 @@
 """What we save goes through the loaders of PEFT, transformers, sentence-transformers, diffusers."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from transformers import (
 
 import adalora_kernels.peft
 from adalora_kernels.export import export_lora, load_adapter, save_adapter
+from adalora_kernels.trainer import AdaLoraCallback
 
 STEPS = 12
 SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "total_step": STEPS}
@@ -233,6 +235,101 @@ def test_training_on_in_plain_peft(saved):
         optimizer.zero_grad()
     left = {n: int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n}
     assert sum(left.values()) == 12
+
+
+FAST = {
+    ("whole", "apply", "attached"),
+    ("whole", "enable", "documented"),
+    ("whole", "enable", "Trainer"),
+    ("whole", "load_adapter", "documented"),
+    ("compact", "load_adapter", "Trainer"),
+    ("compact", "apply", "documented"),
+}
+WAYS = itertools.product(
+    ("whole", "compact"),
+    ("apply", "enable", "load_adapter"),
+    ("attached", "documented", "Trainer"),
+)
+
+
+@pytest.mark.parametrize("saved", ["peft"], indirect=True)
+@pytest.mark.parametrize(
+    ("form", "how", "loop"),
+    [pytest.param(*way, marks=() if way in FAST else full) for way in WAYS],
+)
+def test_training_on_with_ours(form, how, loop, saved, tmp_path):
+    """The budget counts from the triplets that are there, whatever the form of the file."""
+    folder = saved.folder / "saved"
+    if form == "compact":
+        folder = tmp_path / "compact"
+        save_adapter(saved.model, folder)
+    if how == "enable":
+        adalora_kernels.peft.enable()
+    try:
+        if how == "load_adapter":
+            model = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
+            adalora_kernels.peft.apply(model)
+            load_adapter(model, folder)
+        else:
+            model = PeftModel.from_pretrained(based(saved.base), folder, is_trainable=True)
+    finally:
+        adalora_kernels.peft.disable()
+    torch.testing.assert_close(logits(model), saved.expected)
+    model.peft_config["default"].target_r = 2
+    model.train()
+    if loop == "Trainer":
+        trainer = trainer_of(model, tmp_path, callbacks=[AdaLoraCallback()])
+        trainer.train()
+        budgets = [log["adalora/budget"] for log in trainer.state.log_history if "loss" in log]
+        assert budgets[:2] == [12, 12] and budgets[-1] == 8
+    else:
+        report = adalora_kernels.peft.apply(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+        if loop == "attached":
+            report.allocator.attach(optimizer)
+        for step in range(1, STEPS + 1):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    allocator = adalora_kernels.peft.allocator_of(model)
+    assert allocator.schedule.init_budget == 12 and allocator.summary()["total_rank"] == 8
+    assert sum(allocator.ranks().values()) == 8
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "second")
+    assert sum(triplets_in(tmp_path / "second").values()) == 8
+    torch.testing.assert_close(logits(LOADERS["AutoModel"](saved, tmp_path / "second")), expected)
+
+
+def trainer_of(model, folder, **options):
+    data = [{"input_ids": IDS[i % 2], "labels": IDS[i % 2]} for i in range(4 * STEPS)]
+    arguments = {"max_steps": STEPS, "learning_rate": 2e-2, "logging_steps": 1, "report_to": []}
+    callbacks = options.pop("callbacks")
+    args = TrainingArguments(folder / "out", use_cpu=True, seed=0, **arguments, **options)
+    return Trainer(model, args, train_dataset=data, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("saved", ["peft"], indirect=True)
+@pytest.mark.parametrize("form", ["whole", "compact"])
+def test_resuming_what_was_trained_on(form, saved, tmp_path):
+    """Its checkpoints have all values of the triplets that it has begun with, and load as such."""
+    folder = saved.folder / "saved"
+    if form == "compact":
+        folder = tmp_path / "compact"
+        save_adapter(saved.model, folder)
+    results = []
+    for checkpoint in (None, tmp_path / "out" / "checkpoint-6"):
+        model = PeftModel.from_pretrained(based(saved.base), folder, is_trainable=True)
+        model.peft_config["default"].target_r = 2
+        trainer = trainer_of(
+            model, tmp_path, callbacks=[AdaLoraCallback()], save_strategy="steps", save_steps=6
+        )
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        results.append({n: p.detach() for n, p in model.named_parameters() if "lora_" in n})
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+    checkpoint = PeftModel.from_pretrained(based(saved.base), tmp_path / "out" / "checkpoint-12")
+    torch.testing.assert_close(logits(checkpoint), logits(model))
 
 
 # Hosts
