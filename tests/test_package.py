@@ -25,9 +25,14 @@ LAYERS = [
     {"cpu"},
     {"importance", "reference", "adapters", "checks", "fusing", "kernels", "_extension"},
 ]
-ALLOCATOR = [{"allocator"}, {"state", "shrink", "attach", "schedule"}]
+ALLOCATOR = [
+    {"allocator"},
+    {"report"},
+    {"state", "shrink", "attach", "reminder", "schedule"},
+    {"members"},
+]
 KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]
-PEFT = [{"model"}, {"allocator"}, {"config", "layers", "reminder"}, {"saving"}]
+PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 

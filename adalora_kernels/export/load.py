@@ -78,6 +78,8 @@ def load_adapter(
                 parameter.index_copy_(dim, rows.to(parameter.device), part.to(parameter))
         for key, tensor in other_tensors.items():
             tensor.copy_(tensors[key])
+    if opened.allocator is not None:
+        opened.allocator.count_triplets()
     for layer in merged:
         layer.module.unmerge()
         layer.module.merge()

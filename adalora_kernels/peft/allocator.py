@@ -10,7 +10,6 @@ from torch import nn
 
 from ..allocator import BudgetSchedule, RankAllocator
 from .config import AllocatedConfig, allocator_in
-from .reminder import expect_steps
 
 # What an AdaLoraConfig and a BudgetSchedule have in common.
 _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
@@ -27,6 +26,8 @@ class PeftRankAllocator(RankAllocator):
         config: the config of this model, whose fields are those of the user's.
         saves_all: whether PEFT's save writes all triplets: a checkpoint to go on from.
     """
+
+    _is_kept_by_model = True
 
     def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
         is_own = allocator_in(config) is self
@@ -49,7 +50,6 @@ class PeftRankAllocator(RankAllocator):
             orth_reg_weight=config.orth_reg_weight,
         )
         self.config.follow(self)
-        expect_steps(self)
 
     @property
     def schedule(self) -> BudgetSchedule:
@@ -92,8 +92,13 @@ class PeftRankAllocator(RankAllocator):
         PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`)."""
+        """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`).
+
+        Before the first one it finds out which triplets are there: weights may have been loaded
+        since the allocator was made, and those that are not there still aren't after a step.
+        """
         if not self.attached:
+            self.count_triplets()
             self.step(global_step)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +107,6 @@ class PeftRankAllocator(RankAllocator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A config that is copied has the rank_pattern that one reads; it needs this one now.
         first_rank_pattern = state.pop("first_rank_pattern")
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self.config.__dict__["rank_pattern"] = first_rank_pattern
         self.config.follow(self)
-        if self.global_step == 0:
-            expect_steps(self)
