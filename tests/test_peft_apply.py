@@ -7,15 +7,19 @@ from peft import (
     AdaLoraConfig,
     IA3Config,
     LoraConfig,
+    PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from peft.tuners.adalora import SVDLinear as PeftSVDLinear
 from test_peft import Net, batch, enabled, make, optimizer_of, train, trained  # noqa: F401
 from torch import nn
 
 import adalora_kernels.peft
-from adalora_kernels.peft import apply
+from adalora_kernels.export import save_adapter
+from adalora_kernels.peft import allocator_of, apply
 
 LAYERS = ["fc0", "fc1", "fc2"]
 
@@ -111,6 +115,60 @@ def test_total_step_none():
     assert (
         sum(map(sum, train(model, optimizer_of(model, "adamw"), range(1, 31))[1][-1].values())) == 9
     )
+
+
+def test_only_what_is_trained_is_counted():
+    model = make(task_type="FEATURE_EXTRACTION")
+    for parameter in model.base_model.model.fc1.parameters():
+        parameter.requires_grad_(False)
+    report = apply(model)
+    assert "budget 12 -> 6 triplets over 2 matrices" in str(report)
+    assert len(report.notes) == 1 and report.notes[0].endswith("budget: fc1.lora_E.default")
+    for parameter in model.base_model.model.fc1.parameters():
+        parameter.requires_grad_(True)
+    assert report.notes == [] and "budget 18 -> 9 triplets over 3 matrices" in str(report)
+
+
+# Files of pruned adapters
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_training_goes_on_with_what_is_in_the_file(save, low_cpu_mem_usage, tmp_path, enabled):  # noqa: F811
+    first = make(tinit=3, tfinal=5)
+    trained(first)
+    save(first, tmp_path)
+    options = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(Net(), tmp_path, **options).train()
+    x, _ = batch(1)
+    torch.testing.assert_close(model.eval()(x).logits, first.eval()(x).logits)
+    allocator = allocator_of(model)
+    assert allocator.schedule.init_budget == allocator.summary()["total_rank"] == 9
+    model.peft_config["default"].target_r = 2
+    assert "budget 9 -> 6 triplets" in str(apply(model))
+    train(model.train(), optimizer_of(model, "adamw"), range(1, 31))
+    assert allocator_of(model) is allocator and allocator.summary()["total_rank"] == 6
+
+
+def test_weights_that_are_loaded_after_apply():
+    first = make(tinit=3, tfinal=5)
+    apply(first)
+    trained(first)
+    state = {name: value.clone() for name, value in get_peft_model_state_dict(first).items()}
+    for applied in ("once", "twice"):
+        model = make(tinit=3, tfinal=5, target_r=2)
+        report = apply(model)
+        set_peft_model_state_dict(model, state)
+        if applied == "twice":
+            assert apply(model).allocator is report.allocator
+            assert "budget 9 -> 6 triplets" in str(report)
+        budgets = []
+        optimizer = optimizer_of(model, "adamw")
+        for step in range(1, 31):
+            train(model, optimizer, [step])
+            budgets.append(report.allocator.summary()["budget"])
+        assert budgets[0] == 9 and budgets[-1] == 6, applied
 
 
 # A LoRA's rank_pattern

@@ -196,6 +196,29 @@ def test_the_same_network_is_wrapped_again(how):
     assert train(make(config, how, lambda _, config: get_peft_model(net, config))) == [TARGET]
 
 
+def test_the_network_of_a_mixed_model_is_wrapped_again():
+    """PEFT's class takes the layers out of it, and leaves what we have put into it."""
+    model = make(config_of(), wrap=mixed)
+    net = model.unload()
+    assert allocator_of(net) is None
+    again = make(config_of(), wrap=lambda _, config: get_peft_model(net, config))
+    assert train(again) == [TARGET]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_another_models_config_for_inference(how, tmp_path):
+    one = make(config_of(), how)
+    train(one)
+    config = one.peft_config["default"]
+    config.inference_mode, config.rank_pattern = True, None
+    other = make(config, how)
+    assert not any(p.requires_grad for p in other.parameters())
+    other.save_pretrained(tmp_path)
+    for name, value in PeftModel.from_pretrained(Net(), tmp_path).named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value, other.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("on", ["user's", "model's"])
 def test_total_step_is_set_later_on_either_config(on, how):
@@ -223,6 +246,8 @@ def test_what_is_set_on_an_allocator_is_not_for_other_models():
     assert allocator_of(other).schedule.total_step == STEPS
     for copied in (copy.copy(configs[0]), pickle.loads(pickle.dumps(configs[0]))):
         assert tuple(getattr(copied, name) for name in names) == mine
+    # Whoever is given the first model's config gets what can be read there.
+    assert allocator_of(make(configs[0])).schedule.total_step == 40
     config.total_step = 50  # the last word
     assert configs[0].total_step == configs[1].total_step == 50
     assert [allocator_of(m).schedule.total_step for m in (one, other)] == [50, 50]
@@ -293,6 +318,8 @@ def test_a_teacher_beside_the_model_that_is_trained(teacher):
     report = apply(dual)
     assert report.swapped == [f"{model}.{name}" for model in ("enc", "dec") for name in LAYERS]
     assert report.allocator is allocator_of(dual) is allocator_of(dual.dec)
+    swapped = nn.ModuleDict({"dec": dual.dec, "enc": dual.enc})
+    assert apply(swapped).allocator is allocator_of(swapped) is report.allocator
     before = copy.deepcopy(dual.enc.state_dict())
     train_dual(dual, [report.allocator])
     assert alive(dual.dec) == TARGET
@@ -358,6 +385,18 @@ OUR_LIVES = {
     "attached_merged": lambda model, path: (attached(model), model.merge_and_unload()),
     "shrunk": lambda model, path: shrunk(model),
 }
+
+
+def test_a_model_that_is_unloaded_leaves_its_optimizer():
+    model, _optimizer = attached(make(config_of()))
+    allocator = allocator_of(model)
+    assert allocator.attached
+    model.merge_and_unload()
+    assert not allocator.attached
+    model, _ = attached(make(config_of()))
+    allocator = allocator_of(model)
+    model.delete_adapter("default")
+    assert not allocator.attached
 
 
 @pytest.fixture

@@ -71,6 +71,11 @@ class ApplyReport:
             numbers = f"target_r is {config.target_r}, init_r {config.init_r}"
             swapped = ": are they swapped?" if config.target_r > config.init_r else ""
             notes.append(f"nothing will be pruned, {numbers}{swapped}")
+        if summary["untrained"]:
+            notes.append(
+                "these are not trained, and have no share in the budget: "
+                + ", ".join(summary["untrained"])
+            )
         if config.total_step is None:
             notes.append(
                 "total_step is not known yet: AdaLoraCallback takes the Trainer's; elsewhere set "

@@ -134,6 +134,7 @@ class AdaptedModel:
         if name is None:
             return None
         if own is not None and own.adapter_name == name:
+            own.count_triplets()  # Weights may have been loaded.
             return own
         allocator = PeftRankAllocator(self.root, self.configs[name], name)
         theirs = self.pefts_allocator()
@@ -321,6 +322,9 @@ class AllocatedAdaLoraModel(AdaLoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
         freeze_ranknums(self.model)  # It makes new parameters.
+        allocator = self._own_allocator()
+        if allocator is not None:
+            allocator.count_triplets()  # PEFT calls this when it has loaded an adapter.
 
     def update_and_allocate(self, global_step: int) -> None:
         """Step our allocator: after `optimizer.step()` and before `zero_grad()`, as in PEFT.
