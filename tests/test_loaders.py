@@ -1,5 +1,6 @@
 """What we save goes through the loaders of PEFT, transformers, sentence-transformers, diffusers."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -180,6 +181,27 @@ def test_state_dict_round_trip(saved):
         state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     set_peft_model_state_dict(plain, state)
     torch.testing.assert_close(logits(plain), saved.expected)
+
+
+@pytest.mark.parametrize("whose", ["a copy of the model's", "the user's", "the model's"])
+def test_a_second_model_from_its_config(whose, saved):
+    """A teacher, or the model of another fold: made in the same process, without a file."""
+    of_model = saved.model.peft_config["default"]
+    configs = {
+        "a copy of the model's": copy.deepcopy(of_model),
+        "the user's": config(task_type="CAUSAL_LM"),
+        "the model's": of_model,
+    }
+    model = get_peft_model(based(saved.base), configs[whose])
+    if whose == "the model's":
+        adalora_kernels.peft.apply(model)  # Only then is it another config.
+    state = get_peft_model_state_dict(saved.model)
+    set_peft_model_state_dict(
+        model,
+        {f"base_model.model.{n.removeprefix('base_model.model.')}": t for n, t in state.items()},
+    )
+    torch.testing.assert_close(logits(model), saved.expected)
+    torch.testing.assert_close(logits(saved.model), saved.expected)
 
 
 @pytest.mark.parametrize("writer", ["compact", "checkpoint", "peft"])
