@@ -8,12 +8,14 @@ from peft import (
     IA3Config,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from peft.tuners.adalora import SVDLinear as PeftSVDLinear
+from test_incumbent_defects import tiny_llama
 from test_peft import Net, batch, enabled, make, optimizer_of, train, trained  # noqa: F401
 from torch import nn
 
@@ -35,7 +37,23 @@ def test_another_kind_of_adapter(config, wrap):
     config = config(target_modules=["fc0"], **options)
     model = wrap(Net(), config)
     message = rf"another kind \({type(config).__name__}\): .*use AdaLoraConfig"
-    with pytest.raises(TypeError, match=message):
+    for peft_model in (model, nn.Sequential(model)):
+        with pytest.raises(TypeError, match=message):
+            apply(peft_model)
+
+
+def test_a_prompt():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_llama().unload(), config)
+    with pytest.raises(TypeError, match=r"PromptTuningConfig\): .*use AdaLoraConfig"):
+        apply(model)
+
+
+def test_a_model_whose_adapter_has_been_taken_out():
+    model = make()
+    apply(model)
+    model.unload()
+    with pytest.raises(TypeError, match="with an AdaLoraConfig, got PeftModel"):
         apply(model)
 
 
