@@ -27,6 +27,7 @@ LAYERS = [
 ]
 ALLOCATOR = [
     {"allocator"},
+    {"begin"},
     {"report"},
     {"state", "shrink", "attach", "reminder", "schedule"},
     {"members"},

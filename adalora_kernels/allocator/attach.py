@@ -44,9 +44,9 @@ class FollowsOptimizers:
         """Whether there is an optimizer that steps this; see `attach`."""
         return len(self._hooks) > 0
 
-    def first_lora_E(self) -> Tensor:
-        """What tells these adapters from those of another model."""
-        return self.adapters[0].lora_E
+    @property
+    def _device(self) -> torch.device:
+        return self.adapters[0].lora_E.device
 
     def _followed(self) -> list[torch.optim.Optimizer]:
         return list(self._hooks)
@@ -121,7 +121,7 @@ class FollowsOptimizers:
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        refuse_capture(self.first_lora_E().device)
+        refuse_capture(self._device)
         if self.orth_reg_weight == 0.0:
             return None
         closure = closure_in(args, kwargs)
@@ -142,7 +142,7 @@ class FollowsOptimizers:
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._has_gradients():
-            scale = overflow_as_scale(optimizer, self.first_lora_E().device)
+            scale = overflow_as_scale(optimizer, self._device)
             self._step_after(scale)
 
     def _after_wrapper_step(self, *_: Any) -> None:
@@ -192,8 +192,8 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
     missing = _missing(found[-1], adapters)
     if missing is not None:
         raise ValueError(
-            f"optimizer must have all trainable adapter parameters, lacks one of those "
-            f"beside {missing.name}"
+            f"optimizer must have all trainable adapter parameters, lacks one of those beside "
+            f"{missing.name}: where several optimizers share them, call step() after the last one"
         )
     return found
 
