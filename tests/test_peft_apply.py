@@ -189,6 +189,24 @@ def test_weights_that_are_loaded_after_apply():
         assert budgets[0] == 9 and budgets[-1] == 6, applied
 
 
+def test_layers_that_are_cut_need_a_new_optimizer():
+    """Cutting makes new parameters; the report keeps its allocator, which leaves the old one."""
+    model = make(tinit=3, tfinal=5)
+    report = apply(model)
+    old = optimizer_of(model, "adamw")
+    report.attach(old)
+    pattern = {f"{name}.lora_E": [True, False] * 3 for name in LAYERS}
+    model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+    assert allocator_of(model) is report.allocator and not report.allocator.attached
+    assert "budget 9 -> 9 triplets" in str(report)
+    optimizer = optimizer_of(model, "adamw")
+    report.attach(optimizer)
+    model(*batch(1)).loss.backward()
+    optimizer.step()
+    old.step()
+    assert report.allocator.global_step == 1
+
+
 # A LoRA's rank_pattern
 
 

@@ -128,9 +128,10 @@ def test_a_model_per_fold(how, tmp_path):
     assert changed == ({"rank_pattern"} if how == "peft" else set())
 
 
-def test_apply_to_a_model_whose_config_plain_peft_has_used():
+@pytest.mark.parametrize("init_lora_weights", [True, False])
+def test_apply_to_a_model_whose_config_plain_peft_has_used(init_lora_weights):
     """The final rank_pattern in it is that of the first model."""
-    config = config_of()
+    config = config_of(init_lora_weights=init_lora_weights)
     train(make(config, "peft"))
     assert config.rank_pattern is not None
     assert train(make(config)) == [TARGET]
