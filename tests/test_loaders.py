@@ -1,5 +1,6 @@
 """What we save goes through the loaders of PEFT, transformers, sentence-transformers, diffusers."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -173,13 +174,32 @@ save_file({{"a": y, "b": other(input_ids=ids).logits}}, {str(saved.folder / "y")
         torch.testing.assert_close(y, saved.expected)
 
 
-def test_state_dict_round_trip(saved):
+def put_into(model, saved):
+    """What PEFT's function reads of the saved model; an injected adapter has no prefix."""
     state = get_peft_model_state_dict(saved.model)
-    plain = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
-    if not any(name.startswith("base_model") for name in state):
-        state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-    set_peft_model_state_dict(plain, state)
-    torch.testing.assert_close(logits(plain), saved.expected)
+    prefix = "" if isinstance(saved.model, PeftModel) else "base_model.model."
+    set_peft_model_state_dict(model, {prefix + name: tensor for name, tensor in state.items()})
+    torch.testing.assert_close(logits(model), saved.expected)
+
+
+def test_state_dict_round_trip(saved):
+    put_into(get_peft_model(based(saved.base), config(task_type="CAUSAL_LM")), saved)
+
+
+@pytest.mark.parametrize("whose", ["a copy of the model's", "the user's", "the model's"])
+def test_a_second_model_from_its_config(whose, saved):
+    """A teacher, or the model of another fold: made in the same process, without a file."""
+    of_model = saved.model.peft_config["default"]
+    configs = {
+        "a copy of the model's": copy.deepcopy(of_model),
+        "the user's": config(task_type="CAUSAL_LM"),
+        "the model's": of_model,
+    }
+    model = get_peft_model(based(saved.base), configs[whose])
+    if whose == "the model's":
+        adalora_kernels.peft.apply(model)  # Only then is it another config.
+    put_into(model, saved)
+    torch.testing.assert_close(logits(saved.model), saved.expected)
 
 
 @pytest.mark.parametrize("writer", ["compact", "checkpoint", "peft"])
@@ -264,8 +284,9 @@ def test_training_on_with_ours(form, how, loop, saved, tmp_path):
     try:
         if how == "load_adapter":
             model = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
-            adalora_kernels.peft.apply(model)
+            allocator = adalora_kernels.peft.apply(model).allocator
             load_adapter(model, folder)
+            assert allocator.schedule.init_budget == 12  # also for who steps it by hand
         else:
             model = PeftModel.from_pretrained(based(saved.base), folder, is_trainable=True)
     finally:
@@ -344,15 +365,23 @@ def test_several_adapted_models_in_one(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter, export_lora])
-def test_numbers_in_a_config_are_plain(save, tmp_path):
+@pytest.mark.parametrize(
+    ("save", "applied"),
+    [
+        (PeftModel.save_pretrained, True),
+        (save_adapter, True),
+        (save_adapter, False),
+        (export_lora, False),
+    ],
+)
+def test_numbers_in_a_config_are_plain(save, applied, tmp_path):
     """JSON knows none of NumPy's, and PEFT would read 24 / 2 back as 12.0."""
     options = {
         "init_r": np.int64(4),
         "target_r": torch.tensor(2),
         "total_step": 24 / 2,
         "tinit": np.float64(2.0),
-        "lora_alpha": np.float32(8),
+        "lora_alpha": np.float32(16),
         "layers_to_transform": [np.int64(0)],
         "beta1": np.float32(0.5),
         "orth_reg_weight": torch.tensor(0.25),
@@ -363,11 +392,13 @@ def test_numbers_in_a_config_are_plain(save, tmp_path):
         if "lora_E" in name:
             torch.nn.init.normal_(parameter)
     expected = logits(model)
-    adalora_kernels.peft.apply(model)
+    if applied:
+        adalora_kernels.peft.apply(model)
     save(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     if save is not export_lora:
-        for name, number in {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2}.items():
+        numbers = {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2, "lora_alpha": 16}
+        for name, number in numbers.items():
             assert written[name] == number and type(written[name]) is int, name
         assert (written["beta1"], written["orth_reg_weight"]) == (0.5, 0.25)
         assert written["layers_to_transform"] == [0]

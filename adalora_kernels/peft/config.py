@@ -126,7 +126,9 @@ class AllocatedConfig(AdaLoraConfig):
         return adapted_layers(allocator.adapters, allocator, init_r, self.first_rank_pattern)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dict__}
+        # A copy has the rank_pattern that this run has begun with: it may be for another model,
+        # into which PEFT then loads what was saved of this one, with all its rows.
+        return {n: v if n == "rank_pattern" else getattr(self, n) for n, v in vars(self).items()}
 
 
 def allocator_in(config: Any) -> PeftRankAllocator | None:
