@@ -27,9 +27,9 @@ LAYERS = [
 ]
 ALLOCATOR = [
     {"allocator"},
-    {"begin"},
+    {"attach", "begin"},
     {"report"},
-    {"state", "shrink", "attach", "reminder", "schedule"},
+    {"state", "shrink", "reminder", "schedule"},
     {"members"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]

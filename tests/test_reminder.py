@@ -192,6 +192,7 @@ def test_an_optimizer_that_trains_no_lora_E_just_now(said):
         head(features).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert said() == []
     steps(model, optimizer, 2)
     assert len(said()) == 1
 

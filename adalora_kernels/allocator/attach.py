@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
 from ..orthogonality import orth_reg_grad_
+from .report import Reports
 
 Closure: TypeAlias = Callable[[], Any]
 # What a step hook of torch gets beside the optimizer; the first of the tuple is the optimizer too.
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers:
+class FollowsOptimizers(Reports):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
         was_attached: whether it has ever been attached, and not been detached.
     """
 
-    adapters: list[Adapter]
     orth_reg_weight: float
     orth_reg: Tensor | None
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
@@ -43,10 +43,6 @@ class FollowsOptimizers:
     def attached(self) -> bool:
         """Whether there is an optimizer that steps this; see `attach`."""
         return len(self._hooks) > 0
-
-    @property
-    def _device(self) -> torch.device:
-        return self.adapters[0].lora_E.device
 
     def _followed(self) -> list[torch.optim.Optimizer]:
         return list(self._hooks)
@@ -109,14 +105,6 @@ class FollowsOptimizers:
         for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
             hook.remove()
         self._start_following()
-
-    def _has_gradients(self) -> bool:
-        # Without a list of all: as a rule the first one answers it.
-        return any(
-            p.grad is not None and p.requires_grad
-            for adapter in self.adapters
-            for p in adapter.parameters
-        )
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

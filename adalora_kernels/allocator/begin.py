@@ -36,7 +36,10 @@ class BeginsRuns(Reports):
         """
         if self.global_step > 0 or self.frozen:
             return
-        self._count_triplets(restarted=self._state.members.restarted)
+        restarted = self._state.members.restarted
+        if restarted and self._has_gradients():
+            return  # An optimizer may just have moved what `restart` has left out.
+        self._count_triplets(restarted=restarted)
 
     def _count_triplets(self, *, restarted: bool) -> None:
         parameters = self._parameters()
@@ -55,7 +58,8 @@ class BeginsRuns(Reports):
         Or with all, if all are 0, because the adapters have been initialised again. An adapter
         that the last run has not touched, because it had no gradient, has all of its triplets.
         The budget begins with the number of those that are there; what is left out stays at 0.
-        Averages, scores, step and pattern are new. Reads the device.
+        Averages, scores, step and pattern are new. Weights that the run is to begin with have to
+        be loaded before. Reads the device.
 
         Raises:
             RuntimeError: `shrink` has dropped triplets: make a new `RankAllocator` then.
