@@ -59,8 +59,6 @@ class AllocatedConfig(AdaLoraConfig):
         """Make one with the fields of `config`: what is set on either is read from both."""
         result = cls.__new__(cls)
         result.__dict__ = config.__dict__  # type: ignore[misc]
-        if isinstance(config, AllocatedConfig):
-            result._own_numbers = dict(config._own_numbers)
         return result
 
     def follow(self, allocator: PeftRankAllocator) -> None:
