@@ -23,7 +23,10 @@ LAYERS = [
     {"orthogonality"},
     {"ops"},
     {"cpu"},
-    {"importance", "reference", "adapters", "checks", "fusing", "kernels", "_extension"},
+    {
+        *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
+        "_extension",
+    },
 ]
 ALLOCATOR = [
     {"allocator"},
