@@ -43,8 +43,9 @@ class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]
     `fit` begins, also if `configure_model` makes it. With manual optimization every step of an
     optimizer that holds the adapters counts.
 
-    Both packages' Trainers are served, `lightning` and `pytorch_lightning`. A checkpoint of a model
-    that has been shrunk during training can't be loaded by Lightning: shrink after it.
+    Both packages' Trainers are served, `lightning` and `pytorch_lightning`. Lightning loads weights
+    before it asks any callback, so that a checkpoint of a model that `shrink` has cut fits only a
+    model that has been cut alike: shrink after the training.
 
     Args:
         allocator: for models that are not PEFT's; by default the model's own, from its config.

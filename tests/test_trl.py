@@ -1,5 +1,7 @@
 """TRL's own trainers, which make the PEFT model themselves from an AdaLoraConfig."""
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -23,7 +25,7 @@ from trainer_runs import (
     total_rank,
 )
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import adalora_kernels.peft
 from adalora_kernels.peft import allocator_of
@@ -48,6 +50,10 @@ def sentences(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(4, len(WORDS), (n, 8), generator=generator)
     return [" ".join(WORDS[i] for i in row) for row in numbers.tolist()]
+
+
+def distinct_letters(completions, **kwargs):
+    return [float(len(set(text))) for text in completions]
 
 
 class PeftByHand(TrainerCallback):
@@ -134,6 +140,21 @@ def test_follows_plain_peft(make_trainer, tmp_path):
     ours.save_model(tmp_path / "final")
     saved = in_plain_peft(tmp_path / "final", dtype=torch.float64)
     torch.testing.assert_close(saved, logits_of(ours.model))
+
+
+@pytest.mark.parametrize("beta", [0.1, pytest.param(0.0, marks=full)])
+def test_grpo(beta, tmp_path):
+    # With beta the model without its adapters is the reference, in the middle of a step.
+    trainer = trl_trainer(
+        functools.partial(GRPOTrainer, reward_funcs=distinct_letters), GRPOConfig, tmp_path,
+        [{"prompt": text} for text in sentences(STEPS * BATCH)], beta=beta, num_generations=2,
+        max_completion_length=4,
+    )  # fmt: skip
+    trainer.train()
+    assert_at_target(trainer.model)
+    records = [r for r in trainer.state.log_history if "adalora/budget" in r]
+    schedule = allocator_of(trainer.model).schedule
+    assert [r["adalora/budget"] for r in records] == [schedule.budget(s) for s in range(1, 13)]
 
 
 @pytest.mark.parametrize("make_trainer", [sft, pytest.param(dpo, marks=full)])
