@@ -284,9 +284,29 @@ def test_lora_export_takes_exactly_its_modules(dead, tmp_path):
     assert sorted(ranks.values()) == ([4, 4, 4] if dead == "model.fc" else [3, 4, 4])
 
 
-def test_lora_export_of_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no triplet is left"):
-        export_lora(make(), tmp_path / "lora")
+@pytest.mark.parametrize("who", ["plain", "applied", "pruned", "pefts", "loaded"])
+def test_lora_export_of_nothing(who, tmp_path):
+    """An adapter that nobody has trained is not one of which nothing is left."""
+    model, message = make(), "adapter is untrained"
+    if who == "applied":
+        adalora_kernels.peft.apply(model)
+    elif who != "plain":
+        message = "no triplet is left"
+        model = make(target_r=0, lora_dropout=0.0)
+        step = model.base_model.update_and_allocate
+        if who != "pefts":
+            step = adalora_kernels.peft.apply(model).allocator.step
+        optimizer = adamw(model)
+        for i in range(1, STEPS + 1):
+            model(batch(i)[0]).square().mean().backward()
+            optimizer.step()
+            step(i)
+            optimizer.zero_grad()
+    if who == "loaded":
+        model.save_pretrained(tmp_path / "a")
+        model = loaded(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

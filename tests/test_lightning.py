@@ -434,6 +434,13 @@ def test_not_an_adalora_model():
         fit(lightning_trainer(), module)
 
 
+def test_two_models_to_be_trained_are_refused():
+    two = Module()
+    two.other = make(seed=2)
+    with pytest.raises(ValueError, match=r"model.*other"):
+        fit(lightning_trainer(), two)
+
+
 def test_callback_arguments():
     model = make()
     report = adalora_kernels.peft.apply(model)

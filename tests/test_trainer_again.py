@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from trainer_runs import (
     BUDGET,
     FINAL_STEP,
@@ -163,6 +164,22 @@ def test_an_allocator_that_somebody_has_attached(tmp_path):
     assert allocator.global_step == STEPS
 
 
+class Two(nn.Module):
+    """An encoder and a decoder, each a PEFT model."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = make(), make(seed=2)
+
+    def forward(self, **batch):
+        return {"loss": self.encoder(**batch).loss + self.decoder(**batch).loss}
+
+
+def test_two_models_to_be_trained_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"encoder.*decoder"):
+        trainer_of(Two(), tmp_path)
+
+
 def test_total_step_of_the_callback_and_of_the_config(tmp_path):
     cases = {
         "callback": (make(total_step=100), AdaLoraCallback(total_step=10), 10),
@@ -217,7 +234,7 @@ def test_a_schedule_that_does_not_fit_is_told_in_its_users_numbers(
 def test_what_the_user_has_written_is_remembered(tmp_path):
     # Trainings of different lengths: each has its own number where the config has none.
     model = make(total_step=None)
-    for steps in (STEPS, 20, 10):
+    for steps in (STEPS, 20):
         trainer_of(model, tmp_path, max_steps=steps, data=rows(2 * steps)).train()
         assert model.peft_config["default"].total_step == steps
     model = make(total_step=100)

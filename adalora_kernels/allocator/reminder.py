@@ -123,7 +123,7 @@ def _what_is_missing(allocator: RankAllocator) -> str:
         )
     return (
         "the optimizer has stepped twice, but nobody has stepped the rank allocator. In a Trainer "
-        "add callbacks=[AdaLoraCallback()], transformers' from adalora_kernels.trainer, Lightning's "
-        "from adalora_kernels.lightning; elsewhere call allocator.attach(optimizer), or "
-        "update_and_allocate(step) in every step"
+        "add callbacks=[AdaLoraCallback()], transformers' from adalora_kernels.trainer, "
+        "Lightning's from adalora_kernels.lightning; elsewhere call allocator.attach(optimizer), "
+        "or update_and_allocate(step) in every step"
     )
