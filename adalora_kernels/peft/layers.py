@@ -7,13 +7,27 @@ from typing import Any
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.adalora import SVDLinear, SVDQuantLinear
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.layer import SVDConv2d as PeftSVDConv2d
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
+from ..fusing import fused_dropout_p, is_unhooked
+from .saving import fit_rows_
 
 
-class FusedLayer:
+class ReadingLayer:
+    """A PEFT layer that has fewer triplets takes a file that has zeros for the others."""
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for adapter_name, lora_E in self.lora_E.items():
+            fit_rows_(state_dict, prefix, adapter_name, len(lora_E))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedLayer(ReadingLayer):
     """The forward of a PEFT layer over `functional.svd_linear` and `svd_delta`."""
 
     # ranknum + 1e-5 as floats: read from the device once, not in every forward.
@@ -25,16 +39,12 @@ class FusedLayer:
         return self.scaling[adapter_name] / self._ranknums[adapter_name]
 
     def _arguments_of(self: Any, adapter_name: str) -> dict[str, Any]:
-        """What `svd_linear` and `svd_delta` have to know about one adapter."""
-        dropout = self.lora_dropout[adapter_name]
-        active = isinstance(dropout, nn.Dropout) and dropout.training
+        """What `svd_linear` and `svd_delta` have to know about one adapter, but for its dropout."""
         return {
             "lora_A": self.lora_A[adapter_name],
             "lora_E": self.lora_E[adapter_name],
             "lora_B": self.lora_B[adapter_name],
-            "mask": getattr(self, f"_mask_{adapter_name}", None),
             "scaling": self._scaling_of(adapter_name),
-            "dropout_p": dropout.p if active else 0.0,
         }
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -42,25 +52,43 @@ class FusedLayer:
         self._ranknums.pop(adapter_name, None)
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
 
-    def set_mask(self: Any, mask: Tensor | None, key: str | None) -> None:
-        """The allocator's frozen pattern (r,) bool for the adapter `key`."""
-        self.register_buffer(f"_mask_{key}", mask, persistent=False)
-
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, with the base layer and the adapter in one op where that is possible."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = self.base_layer
-        first, *further = (self._arguments_of(name) for name in names)
-        if not args and not kwargs and _is_plain(base):
+        dropout_p = fused_dropout_p(self.lora_dropout[names[0]])
+        if dropout_p is not None and not args and not kwargs and _is_plain(base):
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-            result = functional.svd_linear(x, weight, bias=base.bias, **first)
+            arguments = self._arguments_of(names.pop(0))
+            result = functional.svd_linear(
+                x, weight, bias=base.bias, dropout_p=dropout_p, **arguments
+            )
         else:
-            result = functional.svd_delta(base(x, *args, **kwargs), x, **first)
-        for arguments in further:
-            result = functional.svd_delta(result, x, **arguments)
+            result = base(x, *args, **kwargs)
+        for name in names:
+            result = self._add_adapter(name, result, x)
         return result
+
+    def _add_adapter(self: Any, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
+        arguments = self._arguments_of(adapter_name)
+        dropout = self.lora_dropout[adapter_name]
+        dropout_p = fused_dropout_p(dropout)
+        if dropout_p is None:
+            # What is called sees what it sees in PEFT.
+            x = dropout(self._cast_input_dtype(x, arguments["lora_A"].dtype))
+            dropout_p = 0.0
+        return functional.svd_delta(result, x, dropout_p=dropout_p, **arguments)
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for adapter_name, own in self.ranknum.items():
+            ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
+            if ranknum is not None and not ranknum.is_meta:
+                self._ranknums[adapter_name] = float(ranknum.to(own.dtype)) + 1e-5
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class FusedSVDLinear(FusedLayer, SVDLinear):
@@ -71,7 +99,15 @@ class FusedSVDQuantLinear(FusedLayer, SVDQuantLinear):
     """PEFT's layer over GPTQ's, with our forward."""
 
 
-_FUSED_CLASSES: dict[type, type] = {SVDLinear: FusedSVDLinear, SVDQuantLinear: FusedSVDQuantLinear}
+class SVDConv2d(ReadingLayer, PeftSVDConv2d):
+    """PEFT's layer over Conv2d, which keeps its forward."""
+
+
+_OUR_CLASSES: dict[type, type] = {
+    SVDLinear: FusedSVDLinear,
+    SVDQuantLinear: FusedSVDQuantLinear,
+    PeftSVDConv2d: SVDConv2d,
+}
 
 if is_bnb_available():
     from peft.tuners.adalora import SVDLinear8bitLt
@@ -79,7 +115,7 @@ if is_bnb_available():
     class FusedSVDLinear8bitLt(FusedLayer, SVDLinear8bitLt):
         """PEFT's layer over bitsandbytes' 8-bit ones, with our forward."""
 
-    _FUSED_CLASSES[SVDLinear8bitLt] = FusedSVDLinear8bitLt
+    _OUR_CLASSES[SVDLinear8bitLt] = FusedSVDLinear8bitLt
 
 if is_bnb_4bit_available():
     from peft.tuners.adalora import SVDLinear4bit
@@ -87,7 +123,7 @@ if is_bnb_4bit_available():
     class FusedSVDLinear4bit(FusedLayer, SVDLinear4bit):
         """PEFT's layer over bitsandbytes' 4-bit ones, with our forward."""
 
-    _FUSED_CLASSES[SVDLinear4bit] = FusedSVDLinear4bit
+    _OUR_CLASSES[SVDLinear4bit] = FusedSVDLinear4bit
 
 
 def adalora_layers(root: nn.Module) -> dict[str, AdaLoraLayer]:
@@ -97,10 +133,12 @@ def adalora_layers(root: nn.Module) -> dict[str, AdaLoraLayer]:
 
 def swap_forward(layer: Any) -> None:
     """Make a layer of PEFT's one of ours, in place; without effect if there is no such class."""
-    fused = _FUSED_CLASSES.get(type(layer))
-    if fused is None:
+    ours = _OUR_CLASSES.get(type(layer))
+    if ours is None:
         return
-    layer.__class__ = fused
+    layer.__class__ = ours
+    if not issubclass(ours, FusedLayer):
+        return
     layer._ranknums = {}
     for adapter_name, ranknum in layer.ranknum.items():
         if not ranknum.is_meta:
@@ -118,11 +156,14 @@ def freeze_ranknums(root: nn.Module) -> None:
 
 
 def _is_plain(base: Any) -> bool:
-    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward."""
+    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward.
+
+    Its weight must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of x
+    is for the subclass to say.
+    """
     return (
         type(base) in (nn.Linear, Conv1D)
-        and "forward" not in base.__dict__
-        and not (base._forward_hooks or base._forward_pre_hooks)
-        and not (base._backward_hooks or base._backward_pre_hooks)
+        and is_unhooked(base)
+        and type(base.weight) in (Tensor, nn.Parameter)
         and base.weight.is_floating_point()
     )
