@@ -1,5 +1,7 @@
 """The examples of README and docs run as they stand, and links lead somewhere."""
 
+import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -28,8 +30,38 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def missing_imports(code):
+    """Names that an example uses and never binds, and modules of ours that it does not import."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    modules = set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.asname is None}
+    used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    ours = {match[0] for u in used if (match := re.match(r"adalora_kernels\.\w+", u))}
+    return ({node.id for node in names} - bound) | (ours - modules)
+
+
 def test_every_example_is_found():
-    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values()) == 8
+    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values()) == 9
+    tags = {tag for page in PAGES.values() for tag in re.findall(r"^```(\w*)$", page, re.MULTILINE)}
+    assert tags == {"", "python", "bash"}, "code under another name would not be run"
+
+
+@pytest.mark.parametrize("code", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_examples_have_their_imports(code):
+    """Also those that another module happens to have imported."""
+    assert missing_imports(code) == set()
+    imports = [i for i, line in enumerate(code.splitlines()) if re.match("import |from ", line)]
+    for i in imports:
+        lines = code.splitlines()
+        assert missing_imports("\n".join(lines[:i] + lines[i + 1 :])), lines[i]
 
 
 def test_examples_of_loops_are_short():

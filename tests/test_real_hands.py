@@ -1,0 +1,279 @@
+"""Models, configs and weights as scripts of real users handle them.
+
+Plain PEFT and ours run the same script side by side, wherever PEFT is right; where it is not, the
+test says so. The other files of this name have optimizers and trainings, what happens in the
+middle of one, other tools, and torch's own.
+"""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from hands import (
+    ALL,
+    FINAL,
+    STEPS,
+    TARGET,
+    adamw,
+    adapted,
+    assert_one_function,
+    both_sides,
+    config,
+    enabled,
+    llama,
+    logits,
+    perturbed,
+    rank,
+    singular_values,
+    take_over,
+    tokens,
+    train,
+)
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from adalora_kernels.peft import apply
+
+HALF = TARGET // 2  # triplets at the end in each of the two decoder layers
+PREFIX = "base_model.model."  # of PEFT's names in a PeftModel
+
+
+# One allocator per model, whoever shares the config
+
+
+@pytest.mark.parametrize("side", ["peft", "ours", "enable"])
+def test_models_of_one_config_side_by_side(side):
+    """A teacher and a student, a GAN, an ensemble: made up front, trained in turns."""
+    shared = config()
+    with enabled() if side == "enable" else warnings.catch_warnings():
+        models = [get_peft_model(llama(), shared) for _ in range(2)]
+    optimizers = [adamw(model) for model in models]
+    if side == "ours":
+        for model in models:
+            apply(model)
+    for step in range(1, STEPS + 1):
+        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            model(**tokens(step + 50 * i)).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    assert [rank(model) for model in models] == [TARGET, TARGET]
+    first, second = (model.base_model.rankallocator for model in models)
+    assert first is not second
+
+
+@both_sides
+@pytest.mark.parametrize("source", ["object", "model"])
+def test_a_model_per_fold(side, source, tmp_path):
+    """Folds one after the other, from one config object or from that of the last fold's model."""
+    shared = config()
+    for fold in range(3):
+        model = get_peft_model(llama(), shared)
+        optimizer = adamw(model)
+        take_over(side, model, optimizer)
+        train(side, model, optimizer, seed=100 * fold)
+        assert rank(model) == TARGET
+        assert_one_function(model, logits(model), tmp_path / str(fold))
+        if source == "model":
+            shared = model.peft_config["default"]
+
+
+def initialise_again(model):
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+
+
+def test_models_of_one_config_are_saved_after_all_are_trained_ours(tmp_path):
+    """PEFT keeps the rank_pattern on the shared config, and cuts each by that of the last."""
+    shared = config()
+    models = [get_peft_model(llama(), shared) for _ in range(2)]
+    for i, model in enumerate(models):
+        if i == 1:
+            initialise_again(model)
+        optimizer = adamw(model)
+        take_over("ours", model, optimizer)
+        train("ours", model, optimizer)
+    first, second = (singular_values(model).values() for model in models)
+    assert any((a != 0).ne(b != 0).any() for a, b in zip(first, second, strict=True))
+    for i, model in enumerate(models):
+        assert_one_function(model, logits(model), tmp_path / str(i))
+
+
+@both_sides
+def test_the_config_stays_the_users(side):
+    shared = config()
+    model = get_peft_model(llama(), shared)
+    take_over(side, model)
+    shared.total_step = 20
+    assert type(shared) is AdaLoraConfig
+    assert model.peft_config["default"].total_step == 20
+    model.peft_config["default"].total_step = 24
+    assert shared.total_step == 24
+    pickle.dumps(shared)
+
+
+@both_sides
+def test_a_copy_in_the_middle_of_a_training(side):
+    """The copy goes on by itself, exactly as the original, and neither sees the other."""
+    model = adapted()
+    optimizer = adamw(model)
+    take_over(side, model, optimizer)
+    train(side, model, optimizer, range(1, 6))
+    twin = copy.deepcopy(model)
+    before = singular_values(twin)
+    train(side, model, optimizer, range(6, STEPS + 1))
+    assert all(torch.equal(v, before[n]) for n, v in singular_values(twin).items())
+    other = adamw(twin)
+    take_over(side, twin, other)
+    train(side, twin, other, range(6, STEPS + 1), seed=200)
+    assert rank(model) == rank(twin) == TARGET
+
+
+# What is not trained is not pruned
+
+
+def continued(folder):
+    """A model with a trained adapter, of which the first decoder layer is frozen."""
+    perturbed(adapted()).save_pretrained(folder)
+    model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    freeze(model)
+    return model.train()
+
+
+def freeze(model, frozen=True):
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name and "lora_" in name and "ranknum" not in name:
+            parameter.requires_grad_(not frozen)
+
+
+def of_layer(model, layer):
+    return {n: v for n, v in singular_values(model).items() if f"layers.{layer}." in n}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frozen_adapters_keep_their_values_ours(when, tmp_path):
+    """PEFT raises a TypeError here: it multiplies by gradients that are None."""
+    model = continued(tmp_path)
+    freeze(model, when == "before")
+    allocator = take_over("ours", model)
+    freeze(model)
+    optimizer = adamw(model)
+    allocator.attach(optimizer)
+    before = of_layer(model, 0)
+    train("ours", model, optimizer)
+    assert all(torch.equal(v, before[n]) for n, v in of_layer(model, 0).items())
+    summary = allocator.summary()
+    assert sum(int(v.count_nonzero()) for v in of_layer(model, 1).values()) == HALF
+    assert (summary["total_rank"], summary["init_budget"]) == (HALF, ALL // 2)
+    assert sorted(PREFIX + name for name in summary["untrained"]) == sorted(before)
+    assert_one_function(model, logits(model), tmp_path / "saved")
+
+
+def test_adapters_are_thawed_in_the_middle_ours(tmp_path):
+    model = continued(tmp_path)
+    freeze(model, False)
+    optimizer = adamw(model)
+    allocator = take_over("ours", model, optimizer)
+    freeze(model)
+    train("ours", model, optimizer, range(1, 5))
+    assert all(v.all() for v in of_layer(model, 0).values())
+    freeze(model, False)
+    train("ours", model, optimizer, range(5, STEPS + 1))
+    assert rank(model) == TARGET and allocator.summary()["untrained"] == []
+
+
+class Experts(nn.Module):
+    """Two experts, of which only the first is ever asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_expert_that_is_never_asked_stays_ours(set_to_none):
+    """PEFT raises a TypeError here."""
+    options = {"init_r": 4, "target_r": 2, "tfinal": 2, "total_step": 8}
+    model = get_peft_model(Experts(), AdaLoraConfig(target_modules=["used", "idle"], **options))
+    perturbed(model)
+    before = singular_values(model)
+    optimizer = adamw(model)
+    allocator = take_over("ours", model, optimizer)
+    for _ in range(8):
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    after = singular_values(model)
+    idle = "base_model.model.idle.lora_E.default"
+    assert torch.equal(after[idle], before[idle])
+    assert [PREFIX + name for name in allocator.summary()["untrained"]] == [idle]
+    assert rank(model) == 4 + 2
+
+
+# One model, one function
+
+
+@pytest.mark.parametrize("loaded_with", ["load_state_dict", "assign", "copy_"])
+def test_the_best_weights_are_restored_ours(loaded_with, tmp_path):
+    """PEFT's file has other ranks than its model then: it cuts by the pattern of the last step."""
+    model = adapted()
+    optimizer = adamw(model, lr=5e-2)
+    take_over("ours", model, optimizer)
+    train("ours", model, optimizer, range(1, 5))
+    best, expected = copy.deepcopy(model.state_dict()), logits(model)
+    train("ours", model, optimizer, range(5, STEPS + 1))
+    assert (logits(model) - expected).abs().max() > 1e-3
+    if loaded_with == "copy_":
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(best[name])
+    else:
+        model.load_state_dict(best, assign=loaded_with == "assign")
+    assert torch.equal(logits(model), expected)
+    assert_one_function(model, expected, tmp_path)
+
+
+@both_sides
+def test_average_weights_are_swapped_in_and_out(side, tmp_path):
+    """An EMA over the state dict, as timm and diffusers keep it, evaluated after the freeze."""
+    model = adapted()
+    optimizer = adamw(model, lr=5e-2)
+    take_over(side, model, optimizer)
+    average = copy.deepcopy(model.state_dict())
+    for step in range(1, STEPS + 1):
+        train(side, model, optimizer, [step])
+        for name, tensor in model.state_dict().items():
+            average[name].lerp_(tensor, 0.3)
+        if step == FINAL + 1:
+            raw, now = copy.deepcopy(model.state_dict()), logits(model)
+            model.load_state_dict(average)
+            assert rank(model) > TARGET
+            merged = copy.deepcopy(model).merge_and_unload()
+            torch.testing.assert_close(logits(merged), logits(model))
+            if side == "ours":  # PEFT saves the average cut by the raw pattern.
+                assert_one_function(model, logits(model), tmp_path)
+            model.load_state_dict(raw)
+            assert torch.equal(logits(model), now)
+    # A training that goes on is pruned as before.
+    assert rank(model) == TARGET
+
+
+@both_sides
+def test_training_goes_on_after_other_weights_in_the_final_phase(side):
+    """A triplet that was pruned stays so, whatever was loaded in between."""
+    model = adapted()
+    optimizer = adamw(model)
+    take_over(side, model, optimizer)
+    train(side, model, optimizer, range(1, 4))
+    early = copy.deepcopy(model.state_dict())
+    train(side, model, optimizer, range(4, FINAL + 2))
+    pattern = {name: values != 0 for name, values in singular_values(model).items()}
+    model.load_state_dict(early)
+    train(side, model, optimizer, range(FINAL + 2, STEPS + 1))
+    assert all(torch.equal(v != 0, pattern[n]) for n, v in singular_values(model).items())
