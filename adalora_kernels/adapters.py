@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -14,46 +14,64 @@ _SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-@dataclass(frozen=True)
 class Adapter:
     """Knows where the three parameters of one AdaLoRA adapter live.
 
-    They are looked up at every access, so that a module may replace them.
+    They are looked up at every access, so that a layer may replace them. An adapter of PEFT's does
+    not keep its layer alive, which holds the base model's weight: whoever keeps an allocator keeps
+    no more than an optimizer does.
 
-    Attributes:
+    Args:
         name: the name of its lora_E among the model's parameters, without wrapper prefixes.
         module: the layer that owns the parameters.
         key: None where lora_A is a Parameter of the layer (ours, loralib); else the adapter name
             under which the layer's ParameterDicts hold it (PEFT).
     """
 
-    name: str
-    module: nn.Module
-    key: str | None
+    def __init__(self, name: str, module: nn.Module, key: str | None) -> None:
+        self.name = name
+        self.key = key
+        self._module: Callable[[], nn.Module | None]
+        self._module = weakref.ref(module) if key is not None else (lambda: module)
+        # PEFT's ParameterDicts, which stay the same.
+        self._owners = [] if key is None else [getattr(module, factor) for factor in _FACTORS]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A weak reference can be neither copied nor pickled.
+        return type(self), (self.name, self.module, self.key)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that owns the parameters.
+
+        Raises:
+            ValueError: it is gone, with its model.
+        """
+        module = self._module()
+        if module is None:
+            raise ValueError(f"the model of {self.name} has been deleted")
+        return module
 
     @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """The triple (lora_A, lora_E, lora_B)."""
-        module: Any = self.module
-        # This runs in every step for every matrix: the module's own tables take a tenth of the
+        # This runs in every step for every matrix: the modules' own tables take a tenth of the
         # time of getattr.
         try:
             if self.key is None:
-                table = module._parameters
+                table: Any = self.module._parameters
                 return table["lora_A"], table["lora_E"], table["lora_B"]
-            owners, key = module._modules, self.key
-            return (
-                owners["lora_A"]._parameters[key],
-                owners["lora_E"]._parameters[key],
-                owners["lora_B"]._parameters[key],
-            )
+            a, e, b = (owner._parameters[self.key] for owner in self._owners)
+            return a, e, b
         except KeyError:  # FSDP, for instance, puts views into their place for a while.
             return self._views()
 
     def _views(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         try:
-            owned = [getattr(self.module, factor) for factor in _FACTORS]
-            a, e, b = owned if self.key is None else [owner[self.key] for owner in owned]
+            if self.key is None:
+                a, e, b = (getattr(self.module, factor) for factor in _FACTORS)
+            else:
+                a, e, b = (owner[self.key] for owner in self._owners)
         except (AttributeError, KeyError):
             raise ValueError(f"{self.name} has been deleted, or {_SHARDED}") from None
         return a, e, b
