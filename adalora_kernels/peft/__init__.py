@@ -1,7 +1,9 @@
 """Makes the AdaLoRA layers, allocator and regulariser of PEFT models ours, in place.
 
 A swapped object keeps its identity and everything in it; only its class becomes a subclass of the
-PEFT class it had. Hence `isinstance`, names, `state_dict`, hooks, copies and pickles all work.
+PEFT class it had. Hence `isinstance`, names, `state_dict`, hooks, copies and pickles all work. The
+config is the exception: several models may have it, so it stays as it is, and each model gets one
+of its own beside it.
 """
 
 from __future__ import annotations
