@@ -55,7 +55,7 @@ class Adapter:
             owned = [getattr(self.module, factor) for factor in _FACTORS]
             a, e, b = owned if self.key is None else [owner[self.key] for owner in owned]
         except (AttributeError, KeyError):
-            raise ValueError(f"{self.name} is not there: {_SHARDED}") from None
+            raise ValueError(f"{self.name} has been deleted, or {_SHARDED}") from None
         return a, e, b
 
     @property

@@ -67,11 +67,11 @@ class RankAllocator:
         self.log_interval = as_int("tb_writter_loginterval", tb_writter_loginterval, 1)
         self.allocator = _RankAllocator(
             model,
-            target_r=target_rank,
+            target_r=as_int("target_rank", target_rank, 0),
             total_step=total_step,
-            tinit=init_warmup,
-            tfinal=final_warmup,
-            deltaT=mask_interval,
+            tinit=as_int("init_warmup", init_warmup, 0),
+            tfinal=as_int("final_warmup", final_warmup, 0),
+            deltaT=as_int("mask_interval", mask_interval, 1),
             beta1=beta1,
             beta2=beta2,
             target_total_rank=target_total_rank,

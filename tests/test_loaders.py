@@ -1,5 +1,6 @@
 """What we save goes through the loaders of PEFT, transformers, sentence-transformers, diffusers."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -17,13 +18,9 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -177,13 +174,32 @@ save_file({{"a": y, "b": other(input_ids=ids).logits}}, {str(saved.folder / "y")
         torch.testing.assert_close(y, saved.expected)
 
 
-def test_state_dict_round_trip(saved):
+def put_into(model, saved):
+    """What PEFT's function reads of the saved model; an injected adapter has no prefix."""
     state = get_peft_model_state_dict(saved.model)
-    plain = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
-    if not any(name.startswith("base_model") for name in state):
-        state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-    set_peft_model_state_dict(plain, state)
-    torch.testing.assert_close(logits(plain), saved.expected)
+    prefix = "" if isinstance(saved.model, PeftModel) else "base_model.model."
+    set_peft_model_state_dict(model, {prefix + name: tensor for name, tensor in state.items()})
+    torch.testing.assert_close(logits(model), saved.expected)
+
+
+def test_state_dict_round_trip(saved):
+    put_into(get_peft_model(based(saved.base), config(task_type="CAUSAL_LM")), saved)
+
+
+@pytest.mark.parametrize("whose", ["a copy of the model's", "the user's", "the model's"])
+def test_a_second_model_from_its_config(whose, saved):
+    """A teacher, or the model of another fold: made in the same process, without a file."""
+    of_model = saved.model.peft_config["default"]
+    configs = {
+        "a copy of the model's": copy.deepcopy(of_model),
+        "the user's": config(task_type="CAUSAL_LM"),
+        "the model's": of_model,
+    }
+    model = get_peft_model(based(saved.base), configs[whose])
+    if whose == "the model's":
+        adalora_kernels.peft.apply(model)  # Only then is it another config.
+    put_into(model, saved)
+    torch.testing.assert_close(logits(saved.model), saved.expected)
 
 
 @pytest.mark.parametrize("writer", ["compact", "checkpoint", "peft"])
@@ -268,8 +284,9 @@ def test_training_on_with_ours(form, how, loop, saved, tmp_path):
     try:
         if how == "load_adapter":
             model = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
-            adalora_kernels.peft.apply(model)
+            allocator = adalora_kernels.peft.apply(model).allocator
             load_adapter(model, folder)
+            assert allocator.schedule.init_budget == 12  # also for who steps it by hand
         else:
             model = PeftModel.from_pretrained(based(saved.base), folder, is_trainable=True)
     finally:
@@ -332,120 +349,6 @@ def test_resuming_what_was_trained_on(form, saved, tmp_path):
     torch.testing.assert_close(logits(checkpoint), logits(model))
 
 
-# Hosts
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]
-    (path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=21, intermediate_size=24, **sizes)).save_pretrained(path)
-    return path
-
-
-def test_sentence_transformers(bert, tmp_path):
-    library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
-    models = pytest.importorskip("sentence_transformers.models")
-    words = ["a b c", "n o p"]
-
-    def make():
-        transformer = models.Transformer(str(bert))
-        return library.SentenceTransformer(
-            modules=[transformer, models.Pooling(transformer.get_word_embedding_dimension())]
-        )
-
-    model = make()
-    model.add_adapter(config(target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
-    allocator = train(
-        model, lambda: model(model.tokenize(words))["sentence_embedding"].square().mean()
-    )
-    assert sum(allocator.ranks().values()) == 12
-    expected = model.encode(words)
-    assert np.abs(expected - make().encode(words)).max() > 1e-3
-    model.save(str(tmp_path / "saved"))
-    assert sum(triplets_in(tmp_path / "saved").values()) == 12
-    whole = library.SentenceTransformer(str(tmp_path / "saved"))
-    save_adapter(model, tmp_path / "compact")
-    save_adapter(model, tmp_path / "checkpoint", full_rank=True)
-    export_lora(model, tmp_path / "lora")
-    results = [whole]
-    for folder in ("saved", "checkpoint", "lora"):
-        results.append(make())
-        results[-1].load_adapter(str(tmp_path / folder))
-    for other in results:
-        np.testing.assert_allclose(other.encode(words), expected, atol=1e-6)
-    # Only PEFT's own loader reads that form.
-    with pytest.raises(RuntimeError, match="mismatch"):
-        make().load_adapter(str(tmp_path / "compact"))
-    plain = PeftModel.from_pretrained(BertModel.from_pretrained(bert), tmp_path / "compact").eval()
-    tokens = {n: t for n, t in model.tokenize(words).items() if isinstance(t, torch.Tensor)}
-    ours = model[0](dict(tokens))["token_embeddings"]
-    torch.testing.assert_close(plain(**tokens).last_hidden_state, ours)
-
-
-def unet(library):
-    torch.manual_seed(0)
-    return library.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
-
-
-def test_diffusers(tmp_path):
-    library = pytest.importorskip("diffusers", reason="needs diffusers")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 2])
-    x = *x, torch.randn(2, 3, 8, generator=generator)
-
-    def sample(model):
-        with torch.no_grad():
-            return model.eval()(*x).sample
-
-    model = unet(library).requires_grad_(False)
-    model.add_adapter(config(target_modules=["to_q", "to_v"]))
-    allocator = train(model, lambda: model(*x).sample.square().mean())
-    expected = sample(model)
-    assert (expected - sample(unet(library))).abs().max() > 1e-3
-    # diffusers writes an AdaLoRA adapter, ours like PEFT's, and reads only LoRA.
-    model.save_lora_adapter(tmp_path / "own")
-    name = "pytorch_lora_weights.safetensors"
-    with pytest.raises(TypeError, match="LoraConfig"):
-        unet(library).load_lora_adapter(tmp_path / "own", prefix=None, weight_name=name)
-    with safe_open(tmp_path / "own" / name, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    other = unet(library)
-    other.add_adapter(AdaLoraConfig(**metadata))
-    set_peft_model_state_dict(other, load_file(tmp_path / "own" / name))
-    torch.testing.assert_close(sample(other), expected)
-    assert metadata["rank_pattern"] is None
-    assert sum(triplets_in(load_file(tmp_path / "own" / name)).values()) == sum(
-        allocator.ranks().values()
-    )
-    # As LoRA it reads them.
-    export_lora(model, tmp_path / "lora")
-    other = unet(library)
-    other.load_lora_adapter(
-        tmp_path / "lora", prefix="base_model.model", weight_name="adapter_model.safetensors"
-    )
-    torch.testing.assert_close(sample(other), expected)
-    for folder, save in (("compact", save_adapter), ("lora", export_lora)):
-        save(model, tmp_path / folder)
-        plain = PeftModel.from_pretrained(unet(library), tmp_path / folder)
-        torch.testing.assert_close(sample(plain), expected)
-
-
 def test_several_adapted_models_in_one(tmp_path):
     pair = torch.nn.ModuleDict(
         {name: get_peft_model(llama(), config()) for name in ("teacher", "student")}
@@ -462,18 +365,23 @@ def test_several_adapted_models_in_one(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-# Configs
-
-
-@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter, export_lora])
-def test_numbers_in_a_config_are_plain(save, tmp_path):
+@pytest.mark.parametrize(
+    ("save", "applied"),
+    [
+        (PeftModel.save_pretrained, True),
+        (save_adapter, True),
+        (save_adapter, False),
+        (export_lora, False),
+    ],
+)
+def test_numbers_in_a_config_are_plain(save, applied, tmp_path):
     """JSON knows none of NumPy's, and PEFT would read 24 / 2 back as 12.0."""
     options = {
         "init_r": np.int64(4),
         "target_r": torch.tensor(2),
         "total_step": 24 / 2,
         "tinit": np.float64(2.0),
-        "lora_alpha": np.float32(8),
+        "lora_alpha": np.float32(16),
         "layers_to_transform": [np.int64(0)],
         "beta1": np.float32(0.5),
         "orth_reg_weight": torch.tensor(0.25),
@@ -484,11 +392,13 @@ def test_numbers_in_a_config_are_plain(save, tmp_path):
         if "lora_E" in name:
             torch.nn.init.normal_(parameter)
     expected = logits(model)
-    adalora_kernels.peft.apply(model)
+    if applied:
+        adalora_kernels.peft.apply(model)
     save(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     if save is not export_lora:
-        for name, number in {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2}.items():
+        numbers = {"init_r": 4, "target_r": 2, "total_step": 12, "tinit": 2, "lora_alpha": 16}
+        for name, number in numbers.items():
             assert written[name] == number and type(written[name]) is int, name
         assert (written["beta1"], written["orth_reg_weight"]) == (0.5, 0.25)
         assert written["layers_to_transform"] == [0]

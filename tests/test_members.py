@@ -135,7 +135,9 @@ def test_freezing_and_thawing_in_the_middle():
                     p.copy_(before[name])  # AdamW has a stale gradient of it, too.
         allocator.step(step)
         assert_unchanged(first, before)
-        assert allocator.summary()["untrained"] == ["layers.0.lora_E"]
+        summary = allocator.summary()
+        assert summary["untrained"] == ["layers.0.lora_E"]
+        assert summary["total_rank"] == summary["budget"], "its scores compete with nobody's"
     assert all(map(torch.equal, averages[:3], allocator.state_dict()["exp_avg_ipt"][:3]))
     for factor in (first.lora_A, first.lora_E, first.lora_B):
         factor.requires_grad_(True)

@@ -27,8 +27,9 @@ LAYERS = [
 ]
 ALLOCATOR = [
     {"allocator"},
+    {"attach", "begin"},
     {"report"},
-    {"state", "shrink", "attach", "reminder", "schedule"},
+    {"state", "shrink", "reminder", "schedule"},
     {"members"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]

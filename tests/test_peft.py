@@ -453,9 +453,10 @@ def test_copies_and_pickles():
     train(model, optimizer, range(1, 11))
     config = model.peft_config["default"]
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert copied.rank_pattern == config.rank_pattern
+        assert copied.rank_pattern is None  # It may be for another model; this one's copy reads it.
         assert copied.to_dict() == config.to_dict()
     other = copy.deepcopy(model)
+    assert other.peft_config["default"].rank_pattern == config.rank_pattern is not None
     x, _ = batch(1)
     assert torch.equal(other(x).logits, model(x).logits)
     other_optimizer = optimizer_of(other, "sgd")

@@ -8,12 +8,14 @@ from peft import (
     IA3Config,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from peft.tuners.adalora import SVDLinear as PeftSVDLinear
+from test_incumbent_defects import tiny_llama
 from test_peft import Net, batch, enabled, make, optimizer_of, train, trained  # noqa: F401
 from torch import nn
 
@@ -35,7 +37,23 @@ def test_another_kind_of_adapter(config, wrap):
     config = config(target_modules=["fc0"], **options)
     model = wrap(Net(), config)
     message = rf"another kind \({type(config).__name__}\): .*use AdaLoraConfig"
-    with pytest.raises(TypeError, match=message):
+    for peft_model in (model, nn.Sequential(model)):
+        with pytest.raises(TypeError, match=message):
+            apply(peft_model)
+
+
+def test_a_prompt():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_llama().unload(), config)
+    with pytest.raises(TypeError, match=r"PromptTuningConfig\): .*use AdaLoraConfig"):
+        apply(model)
+
+
+def test_a_model_whose_adapter_has_been_taken_out():
+    model = make()
+    apply(model)
+    model.unload()
+    with pytest.raises(TypeError, match="with an AdaLoraConfig, got PeftModel"):
         apply(model)
 
 
@@ -169,6 +187,24 @@ def test_weights_that_are_loaded_after_apply():
             train(model, optimizer, [step])
             budgets.append(report.allocator.summary()["budget"])
         assert budgets[0] == 9 and budgets[-1] == 6, applied
+
+
+def test_layers_that_are_cut_need_a_new_optimizer():
+    """Cutting makes new parameters; the report keeps its allocator, which leaves the old one."""
+    model = make(tinit=3, tfinal=5)
+    report = apply(model)
+    old = optimizer_of(model, "adamw")
+    report.attach(old)
+    pattern = {f"{name}.lora_E": [True, False] * 3 for name in LAYERS}
+    model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+    assert allocator_of(model) is report.allocator and not report.allocator.attached
+    assert "budget 9 -> 9 triplets" in str(report)
+    optimizer = optimizer_of(model, "adamw")
+    report.attach(optimizer)
+    model(*batch(1)).loss.backward()
+    optimizer.step()
+    old.step()
+    assert report.allocator.global_step == 1
 
 
 # A LoRA's rank_pattern

@@ -192,6 +192,7 @@ def test_an_optimizer_that_trains_no_lora_E_just_now(said):
         head(features).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert said() == []
     steps(model, optimizer, 2)
     assert len(said()) == 1
 
@@ -302,6 +303,17 @@ def test_nothing_is_to_be_allocated_after_shrink(said):
     steps(model, optimizer, 4, counter(allocator))
     allocator.shrink(optimizer)
     steps(model, optimizer, 5)
+
+
+def test_adapters_that_have_been_deleted(said):
+    model, _, _allocator = make()
+    optimizer = torch.optim.AdamW(trainable(model))
+    for layer in model.layers:
+        del layer.lora_A, layer.lora_E, layer.lora_B
+    other, other_optimizer, _other_allocator = make()
+    steps(other, other_optimizer, 3)
+    assert len(said()) == 1
+    optimizer.step()
 
 
 def test_what_is_gone_is_not_expected(said):

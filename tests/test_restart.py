@@ -70,10 +70,43 @@ def test_adapters_that_have_been_initialised_again_have_all_triplets():
     assert alive(model) == 9
 
 
+def test_an_adapter_that_was_not_used_in_the_last_run_is_whole_in_the_next():
+    model, optimizer, allocator = setup(target_r=2)
+    model.layers[1].requires_grad_(False)
+    train(model, optimizer, allocator, range(1, STEPS + 1), orth=0)
+    assert alive(model) == 4 and not model.layers[1].lora_E.any()
+    for name, p in model.layers[1].named_parameters():
+        p.requires_grad_(name.startswith("lora"))
+    allocator.restart()
+    assert allocator.summary()["total_rank"] == 4 + 6
+    allocator.attach(optimizer)
+    assert allocator.summary()["total_rank"] == 4 + 6
+    for step in range(1, STEPS + 1):
+        model.loss(*batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert alive(model) <= allocator.summary()["total_rank"] <= 10
+    assert alive(model) == 6
+
+
+def test_counting_after_the_first_step_of_the_optimizer_leaves_out_what_was_left_out():
+    model, optimizer, allocator = finished()
+    allocator.restart()
+    for step in range(1, 8):
+        optimizer.zero_grad()
+        model.loss(*batch(step)).backward()
+        optimizer.step()
+        assert alive(model) == 18, "momentum and gradients move what is 0"
+        allocator.count_triplets()
+        allocator.step(step)
+        assert allocator.schedule.init_budget == 9 >= alive(model)
+
+
 def test_weights_that_are_loaded_after_a_restart_are_counted_in_attach():
     model, _, allocator = finished()
     allocator.restart()
     model.load_state_dict(Mlp().state_dict())
+    model.zero_grad()
     allocator.attach(torch.optim.AdamW(trainable(model)))
     assert allocator.schedule.init_budget == 18
 

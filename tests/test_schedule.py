@@ -1,6 +1,10 @@
 """The budget schedule."""
 
+from dataclasses import asdict, replace
+
+import numpy as np
 import pytest
+import torch
 from allocator_runs import setup
 from helpers import batch
 from hypothesis import given, settings
@@ -65,6 +69,50 @@ def test_schedule_refuses(change, error, says):
     good = {"init_budget": 18, "target_budget": 9, "tinit": 2, "tfinal": 3, "deltaT": 1}
     with pytest.raises(error, match=says):
         BudgetSchedule(**{**good, "total_step": 10, **change})
+
+
+def test_numbers_as_scripts_have_them():
+    plain = BudgetSchedule(18, 9, tinit=2, tfinal=3, deltaT=1, total_step=12)
+    others = [
+        BudgetSchedule(18.0, np.int64(9), 0.2 * 10, torch.tensor(3), np.float32(1), 24 / 2),
+        replace(plain, total_step=np.array(12), tinit=torch.tensor(2.0)),
+    ]
+    for schedule in others:
+        assert schedule == plain
+        assert {type(value) for value in asdict(schedule).values()} == {int}
+        for step in (3, 3.0, np.int32(3), torch.tensor(3)):
+            assert schedule.budget(step) == plain.budget(3) and type(schedule.budget(step)) is int
+            assert schedule.masks_at(step) is True and schedule.phase(step) == "budgeting"
+    with pytest.raises(ValueError, match="step must be a whole number"):
+        plain.budget(2.5)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, torch.tensor, float], ids=str)
+def test_an_allocator_takes_any_kind_of_number(number):
+    kinds = {"total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 1, "target_r": 3}
+    runs = []
+    for convert in (int, number):
+        fraction = (lambda x: x) if convert is int else np.float64
+        model, optimizer, allocator = setup(
+            **{name: convert(value) for name, value in kinds.items()},
+            beta1=fraction(0.85),
+            beta2=fraction(0.85),
+            orth_reg_weight=fraction(0.1),
+        )
+        allocator.set_total_step(convert(12))
+        for step in range(1, 12):
+            optimizer.zero_grad()
+            model.loss(*batch(step)).backward()
+            optimizer.step()
+            budget = allocator.step(convert(step), grad_scale=fraction(1.0))
+            assert type(budget) is int
+        allocator.skip(convert(12))
+        allocator.advance(convert(12))
+        assert type(allocator.state_dict()["global_step"]) is int
+        assert type(allocator.beta1) is float and type(allocator.orth_reg_weight) is float
+        runs.append(allocator)
+    assert runs[0].rank_pattern == runs[1].rank_pattern
+    assert runs[0].schedule == runs[1].schedule
 
 
 def test_a_schedule_without_an_end():

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..adapters import describe, find_adapters, refuse_sharded
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
 from .attach import FollowsOptimizers, chain, check_is_optimizer
+from .begin import BeginsRuns
 from .reminder import Reminder, expect_steps
-from .report import Reports
 from .schedule import BudgetSchedule
 from .shrink import shrink_
 from .state import FORMAT, AllocatorState
 
 
-class RankAllocator(FollowsOptimizers, Reports):
+class RankAllocator(FollowsOptimizers, BeginsRuns):
     """Scores every triplet of every adapter, and keeps the best ones within the budget.
 
     Either `attach` it to the optimizer, or call `step` once per optimizer step, after
@@ -33,8 +33,16 @@ class RankAllocator(FollowsOptimizers, Reports):
     In a CUDA graph: `step` is `advance` (what only the host knows: the step's number and budget,
     written to the device) and then `update` (what runs on the device). Capture `update` with the
     rest of the training step, and before each replay call `advance`. One graph serves all steps
-    before `schedule.final_step`; at that step call `step`, which freezes the pattern and gives the
-    layers their masks, and capture anew for the steps after it.
+    before `schedule.final_step`; at that step call `step`, which freezes the pattern, and capture
+    anew for the steps after it: there `update` only writes the zeros of the pattern again, for an
+    optimizer with momentum moves them.
+
+    An adapter takes part if its lora_E requires a gradient and, once any adapter has had one, has
+    had a gradient since the run began. Others (frozen ones, experts and towers that are not used)
+    are not scored, written to or counted: the schedule's budget is shared out to those that take
+    part, from the sum of their ranks to their share of the target. That may change in a run, and
+    `summary()` names who is left out. Nor does a triplet count that is 0 altogether, which is what
+    a pruned one is in a file: see `count_triplets`.
 
     Args:
         model: where to look for adapters (`find_adapters`); all on one device.
@@ -51,15 +59,16 @@ class RankAllocator(FollowsOptimizers, Reports):
             this is attached to gets; see `orth_reg_grad_`. Without `attach` it has no effect.
 
     Attributes:
-        schedule: the `BudgetSchedule`; may be replaced by one with the same init_budget.
+        schedule: the `BudgetSchedule` of all adapters together, which begins with the triplets
+            that are there; may be replaced by one with the same init_budget.
         adapters: the adapters, in module order. Ties between triplets go to the earlier one.
         orth_reg: the regulariser at the last step of an optimizer that this is attached to, a
             scalar on the device; None before that, or at weight 0.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no adapter in the model, adapters on different devices, or a number out of
-            its range.
+        ValueError: no adapter in the model, adapters on different devices, sharded or flattened
+            ones (FSDP), or a number out of its range.
     """
 
     def __init__(
@@ -105,8 +114,7 @@ class RankAllocator(FollowsOptimizers, Reports):
         self.shrunk = False
         self.orth_reg_weight = orth_reg_weight
         self.orth_reg: Tensor | None = None
-        # The budget of the pattern that is frozen, while it is.
-        self._final_budget: int | None = None
+        self._final_budget = None
         self._start_following()
         self.reminder = Reminder()
         self.count_triplets()
@@ -122,17 +130,6 @@ class RankAllocator(FollowsOptimizers, Reports):
         self._start_following()
         self.reminder = Reminder()
         expect_steps(self)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.adapters[0].lora_E.device
-
-    def _whole_parameters(self) -> list[nn.Parameter]:
-        """Those, or ValueError if FSDP has made something else of them."""
-        parameters = self._parameters()
-        if not all(type(E) is nn.Parameter and E.dim() == 2 for E in parameters[1::3]):
-            refuse_sharded(self.adapters)
-        return parameters
 
     def set_total_step(self, total_step: int) -> None:
         """Set the number of training steps in the schedule.
@@ -154,12 +151,12 @@ class RankAllocator(FollowsOptimizers, Reports):
             grad_scale: see `update`.
 
         Returns:
-            The budget at this step.
+            The budget at this step, over the adapters that take part.
 
         Raises:
-            TypeError, ValueError: global_step is not an int ≥ 0, or what `update` raises.
+            TypeError, ValueError: as `advance` and `update`.
             RuntimeError: no adapter has a gradient, before the pattern is frozen; or an optimizer
-                does this already (`attach`).
+                does this already (`attach`); or as `advance`.
         """
         global_step = as_int("global_step", global_step, 0)
         if self.attached:
@@ -226,7 +223,7 @@ class RankAllocator(FollowsOptimizers, Reports):
                 stacklevel=4,
             )
         self._state.follow(parameters)
-        self._state.members.look(parameters[1::3])
+        self._state.members.take_step(parameters[1::3])
         budget = self._schedule_of_members().budget(global_step)
         if self._final_budget is not None:
             # The schedule may have been changed since.
@@ -236,9 +233,6 @@ class RankAllocator(FollowsOptimizers, Reports):
         self._state.budget.fill_(budget)
         self._state.prunes.fill_(self.schedule.masks_at(global_step))
         return budget
-
-    def _goes_back(self, global_step: int) -> bool:
-        return self.frozen and global_step < min(self.global_step, self.schedule.final_step)
 
     @torch.no_grad()
     def update(self, *, grad_scale: float | Tensor | None = None) -> None:
@@ -250,7 +244,8 @@ class RankAllocator(FollowsOptimizers, Reports):
 
         Raises:
             TypeError: grad_scale is neither.
-            ValueError: it is a tensor of another shape, dtype or device.
+            ValueError: it is a tensor of another shape, dtype or device; or the adapters are
+                sharded.
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
         scale = as_grad_scale(grad_scale, self._device)
@@ -301,50 +296,6 @@ class RankAllocator(FollowsOptimizers, Reports):
     def _write_zeros(self) -> None:
         if (self.frozen or self.schedule.masks_at(self.global_step)) and not self.shrunk:
             self._state.prune(self._parameters()[1::3], again=True)
-
-    @torch.no_grad()
-    def count_triplets(self) -> None:
-        """Find out which triplets are there, and let the schedule begin with their number.
-
-        A triplet whose row of lora_A, lora_E and column of lora_B are all 0 can't learn: it does
-        not exist. An adapter that was saved pruned is loaded with such triplets. This is done
-        when the allocator is made, in `attach` and in `restart`; otherwise call it after weights
-        have been loaded. Without effect when something has been stepped. Reads the device.
-        """
-        if self.global_step > 0 or self.frozen:
-            return
-        self._count_triplets(restarted=self._state.members.restarted)
-
-    def _count_triplets(self, *, restarted: bool) -> None:
-        parameters = self._parameters()
-        self._state.follow(parameters)
-        self._state.count_triplets(parameters, restarted=restarted)
-        self._begin_with(sum(self._state.members.counts))
-
-    def _begin_with(self, init_budget: int) -> None:
-        if self.schedule.init_budget != init_budget:
-            self.schedule = replace(self.schedule, init_budget=init_budget)
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Begin a new run with the triplets that are there: those whose lora_E is not 0.
-
-        Or with all, if all are 0, because the adapters have been initialised again. The budget
-        begins with their number; what is left out stays at 0. Averages, scores, step and pattern
-        are new. Reads the device.
-
-        Raises:
-            RuntimeError: `shrink` has dropped triplets: make a new `RankAllocator` then.
-        """
-        if self.shrunk:
-            raise RuntimeError(
-                "restart() needs adapters that shrink() has not cut: make a new RankAllocator"
-            )
-        self.global_step, self.frozen, self._final_budget, self.orth_reg = 0, False, None, None
-        parameters = self._whole_parameters()
-        self._state.follow(parameters)
-        self._state.begin(parameters)
-        self._count_triplets(restarted=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as tensors (copied), ints, bools and strings."""

@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
 from ..orthogonality import orth_reg_grad_
+from .report import Reports
 
 Closure: TypeAlias = Callable[[], Any]
 # What a step hook of torch gets beside the optimizer; the first of the tuple is the optimizer too.
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers:
+class FollowsOptimizers(Reports):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
         was_attached: whether it has ever been attached, and not been detached.
     """
 
-    adapters: list[Adapter]
     orth_reg_weight: float
     orth_reg: Tensor | None
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
@@ -43,10 +43,6 @@ class FollowsOptimizers:
     def attached(self) -> bool:
         """Whether there is an optimizer that steps this; see `attach`."""
         return len(self._hooks) > 0
-
-    def first_lora_E(self) -> Tensor:
-        """What tells these adapters from those of another model."""
-        return self.adapters[0].lora_E
 
     def _followed(self) -> list[torch.optim.Optimizer]:
         return list(self._hooks)
@@ -110,18 +106,10 @@ class FollowsOptimizers:
             hook.remove()
         self._start_following()
 
-    def _has_gradients(self) -> bool:
-        # Without a list of all: as a rule the first one answers it.
-        return any(
-            p.grad is not None and p.requires_grad
-            for adapter in self.adapters
-            for p in adapter.parameters
-        )
-
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
-        refuse_capture(self.first_lora_E().device)
+        refuse_capture(self._device)
         if self.orth_reg_weight == 0.0:
             return None
         closure = closure_in(args, kwargs)
@@ -142,7 +130,7 @@ class FollowsOptimizers:
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._has_gradients():
-            scale = overflow_as_scale(optimizer, self.first_lora_E().device)
+            scale = overflow_as_scale(optimizer, self._device)
             self._step_after(scale)
 
     def _after_wrapper_step(self, *_: Any) -> None:
@@ -192,8 +180,8 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
     missing = _missing(found[-1], adapters)
     if missing is not None:
         raise ValueError(
-            f"optimizer must have all trainable adapter parameters, lacks one of those "
-            f"beside {missing.name}"
+            f"optimizer must have all trainable adapter parameters, lacks one of those beside "
+            f"{missing.name}: where several optimizers share them, call step() after the last one"
         )
     return found
 

@@ -33,9 +33,10 @@ class Members:
         in_play: which are there, and of an adapter that takes part, (n,) bool.
         out_of_play: the others, (n,) bool.
         kept_at_0: those of adapters that take part which a restart has left out, (n,) bool.
+        untouched: those of adapters that had no gradient in the run before, (n,) bool.
     """
 
-    _TENSORS = ("there", "in_play", "out_of_play", "kept_at_0", "_takes_part")
+    _TENSORS = ("there", "in_play", "out_of_play", "kept_at_0", "untouched", "_takes_part")
 
     def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
         self._ranks = list(ranks)
@@ -45,27 +46,30 @@ class Members:
         self.restarted = False
         self.there = torch.ones(sum(ranks), dtype=torch.bool, device=device)
         self.in_play, self._takes_part = self.there.clone(), self.there.clone()
-        self.out_of_play, self.kept_at_0 = ~self.there, ~self.there
+        self.out_of_play, self.kept_at_0, self.untouched = (~self.there for _ in range(3))
 
     def move(self, device: torch.device) -> None:
         """Follow the adapters to another device."""
         for name in self._TENSORS:
             setattr(self, name, getattr(self, name).to(device))
 
-    def look(self, lora_E: Sequence[Tensor]) -> None:
-        """See which adapters take part now. Reads nothing from the device."""
-        taking = [E.requires_grad for E in lora_E]
+    def take_step(self, lora_E: Sequence[Tensor]) -> None:
+        """See who has a gradient in this step, and so takes part. Reads nothing from the device."""
         had = self.had_gradient
         if not all(had):
             for i, E in enumerate(lora_E):
-                # FSDP's views are no leaves, and torch warns of their grad.
-                had[i] = had[i] or (E.is_leaf and E.grad is not None)
-            if any(had):
-                # Without a triplet there may be no gradient either.
-                taking = [
-                    takes and (before or rank == 0)
-                    for takes, before, rank in zip(taking, had, self._ranks, strict=True)
-                ]
+                had[i] = had[i] or E.grad is not None
+        self.look(lora_E)
+
+    def look(self, lora_E: Sequence[Tensor]) -> None:
+        """See which adapters take part now. Reads nothing from the device."""
+        taking, had = [E.requires_grad for E in lora_E], self.had_gradient
+        if any(had) and not all(had):
+            # Without a triplet there may be no gradient either.
+            taking = [
+                takes and (before or rank == 0)
+                for takes, before, rank in zip(taking, had, self._ranks, strict=True)
+            ]
         if taking != self.taking:
             self.taking = taking
             self._tell()
@@ -74,11 +78,13 @@ class Members:
         """Take over which triplets are there, (n,) bool. Reads the device."""
         self.there.copy_(there)
         self.restarted = restarted
-        self.counts = [int(part.sum()) for part in self.there.cpu().split_with_sizes(self._ranks)]
+        self.counts = [int(part.sum()) for part in self._split(self.there.cpu())]
         self._tell()
 
     def begin(self) -> None:
-        """Forget who has had a gradient: a new run begins."""
+        """Forget who has had a gradient, but not who has had none: a new run begins."""
+        for part, had in zip(self._split(self.untouched), self.had_gradient, strict=True):
+            part.fill_(not had)
         self.had_gradient = [False] * len(self._ranks)
 
     @property
@@ -86,10 +92,12 @@ class Members:
         """The number of triplets that are in play."""
         return sum(count for count, takes in zip(self.counts, self.taking, strict=True) if takes)
 
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.split_with_sizes(self._ranks)
+
     def _tell(self) -> None:
         """Let the device know."""
-        parts = self._takes_part.split_with_sizes(self._ranks)
-        for part, takes in zip(parts, self.taking, strict=True):
+        for part, takes in zip(self._split(self._takes_part), self.taking, strict=True):
             part.fill_(takes)
         self.in_play.copy_(self._takes_part & self.there)
         self.out_of_play.copy_(~self.in_play)

@@ -60,8 +60,10 @@ class Reminder:
 
     def _held_by(self, optimizer: torch.optim.Optimizer, allocator: RankAllocator) -> list[Tensor]:
         """Each lora_E in the optimizer, without a search in every step."""
-        groups = optimizer.param_groups
-        looked_up_for = sum(len(group["params"]) for group in groups), allocator.first_lora_E()
+        first, groups = _first_lora_E(allocator), optimizer.param_groups
+        if first is None:
+            return []
+        looked_up_for = sum(len(group["params"]) for group in groups), first
         known = self._held.get(optimizer)
         if known is None or known[0][0] != looked_up_for[0] or known[0][1] is not looked_up_for[1]:
             own = {id(adapter.lora_E) for adapter in allocator.adapters}
@@ -104,9 +106,17 @@ def _has_taken_its_place(
     """Whether another allocator takes care of the same adapters."""
     return (
         other is not allocator
-        and other.first_lora_E() is allocator.first_lora_E()
+        and _first_lora_E(other) is _first_lora_E(allocator)
         and (other.follows(optimizer) or not other.reminder.has_lapsed(optimizer))
     )
+
+
+def _first_lora_E(allocator: RankAllocator) -> Tensor | None:
+    """What tells these adapters from others; None once they have been deleted."""
+    try:
+        return allocator.adapters[0].lora_E
+    except ValueError:
+        return None
 
 
 def _what_is_missing(allocator: RankAllocator) -> str:

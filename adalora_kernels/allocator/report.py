@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter
@@ -24,6 +25,18 @@ class Reports:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for adapter in self.adapters for p in adapter.parameters]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.adapters[0].lora_E.device
+
+    def _has_gradients(self) -> bool:
+        # Without a list of all: as a rule the first one answers it.
+        return any(
+            p.grad is not None and p.requires_grad
+            for adapter in self.adapters
+            for p in adapter.parameters
+        )
 
     def _schedule_of_members(self) -> BudgetSchedule:
         """The part of the schedule's budget that is for the adapters that take part."""

@@ -87,14 +87,17 @@ class AllocatorState:
         """Find out which triplets are there, and let these live. Reads the device.
 
         Args:
-            restarted: count what an earlier run has left: the triplets whose lora_E is not 0. If
-                all are 0, the adapters have been initialised again, and it counts as a first run.
+            restarted: count what an earlier run has left: the triplets whose lora_E is not 0, and
+                those that it has not touched. If every lora_E is 0, the adapters have been
+                initialised again, and it counts as a first run.
         """
         if self.scores.is_meta or parameters[0].is_meta:
             return
         nonzero = (torch.cat(list(parameters[1::3])) != 0).squeeze(1)
         leaves = restarted and bool(nonzero.any())
-        there = nonzero if leaves else triplets_with_values(parameters)
+        there = triplets_with_values(parameters)
+        if leaves:
+            there &= nonzero | self.members.untouched
         if not there.any():
             there = torch.ones_like(there)  # Values are to come: no run is about nothing.
         self.members.count(there, restarted=leaves)

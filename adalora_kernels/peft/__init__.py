@@ -1,7 +1,9 @@
 """Makes the AdaLoRA layers, allocator and regulariser of PEFT models ours, in place.
 
 A swapped object keeps its identity and everything in it; only its class becomes a subclass of the
-PEFT class it had. Hence `isinstance`, names, `state_dict`, hooks, copies and pickles all work.
+PEFT class it had. Hence `isinstance`, names, `state_dict`, hooks, copies and pickles all work. The
+config is the exception: several models may have it, so it stays as it is, and each model gets one
+of its own beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import nn
 
@@ -164,12 +166,17 @@ def apply(peft_model: nn.Module) -> ApplyReport:
 
 
 def _why_not_ours(model: object) -> str:
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and configs:
-        kinds = ", ".join(sorted({type(config).__name__ for config in configs.values()}))
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    kinds = {
+        type(config).__name__
+        for configs in (getattr(module, "peft_config", None) for module in modules)
+        for config in (configs.values() if isinstance(configs, dict) else ())
+        if not isinstance(config, AdaLoraConfig)
+    }
+    if kinds:
         return (
-            f"peft_model has adapters of another kind ({kinds}): to train AdaLoRA, use "
-            "AdaLoraConfig in get_peft_model(model, AdaLoraConfig(...))"
+            f"peft_model has adapters of another kind ({', '.join(sorted(kinds))}): to train "
+            "AdaLoRA, use AdaLoraConfig in get_peft_model(model, AdaLoraConfig(...))"
         )
     return f"peft_model must be a model with an AdaLoraConfig, got {type(model).__name__}"
 
@@ -216,7 +223,7 @@ def enable() -> None:
         self: AdaLoraModel, model: nn.Module, config: Any, *args: Any, **kwargs: Any
     ) -> None:
         for new in config.values() if isinstance(config, dict) else [config]:
-            refuse_lora_ranks(vars(new).get("rank_pattern"))
+            refuse_lora_ranks(getattr(new, "rank_pattern", None))
         make_model(self, model, config, *args, **kwargs)
         adapted = AdaptedModel(self.model, self.peft_config, self)
         adapted.take_over(adapted.make_allocator())

@@ -101,12 +101,6 @@ class PeftRankAllocator(RankAllocator):
             self.count_triplets()
             self.step(global_step)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "first_rank_pattern": self.config.first_rank_pattern}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A config that is copied has the rank_pattern that one reads; it needs this one now.
-        first_rank_pattern = state.pop("first_rank_pattern")
         super().__setstate__(state)
-        self.config.__dict__["rank_pattern"] = first_rank_pattern
         self.config.follow(self)

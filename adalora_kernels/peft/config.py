@@ -5,17 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import AdaLoraConfig
 from torch import Tensor
 
-from .saving import (
-    adapted_layers,
-    by_module,
-    config_for_file,
-    module_name,
-    over_first_triplets,
-    rank_pattern_for_file,
-)
+from ..checks import as_int
+from .saving import AdaptedLayer, adapted_layers, config_for_file, rank_pattern_for_file
 
 if TYPE_CHECKING:
     from .allocator import PeftRankAllocator
@@ -64,8 +59,6 @@ class AllocatedConfig(AdaLoraConfig):
         """Make one with the fields of `config`: what is set on either is read from both."""
         result = cls.__new__(cls)
         result.__dict__ = config.__dict__  # type: ignore[misc]
-        if isinstance(config, AllocatedConfig):
-            result._own_numbers = dict(config._own_numbers)
         return result
 
     def follow(self, allocator: PeftRankAllocator) -> None:
@@ -103,14 +96,10 @@ class AllocatedConfig(AdaLoraConfig):
         allocator = self.allocator
         if allocator is None or not allocator.begun:
             return self.first_rank_pattern
-        pattern, adapter_name = allocator.rank_pattern, allocator.adapter_name
-        if all(map(all, pattern.values())):
+        layers = self._layers(allocator)
+        if all(torch.equal(layer.alive, layer.first) for layer in layers):
             return self.first_rank_pattern
-        before = by_module(self.first_rank_pattern, adapter_name)
-        return {
-            name: over_first_triplets(alive, before.get(module_name(name, adapter_name), alive))
-            for name, alive in pattern.items()
-        }
+        return {layer.adapter.name: layer.alive.tolist() for layer in layers}
 
     @rank_pattern.setter
     def rank_pattern(self, pattern: dict[str, Any] | None) -> None:
@@ -128,16 +117,18 @@ class AllocatedConfig(AdaLoraConfig):
         allocator, written = self.allocator, config_for_file(self)
         written.rank_pattern = None
         if allocator is not None and allocator.saves_all:
-            layers = adapted_layers(
-                allocator.adapters, allocator, written.init_r, self.first_rank_pattern
-            )
-            written.rank_pattern = rank_pattern_for_file(
-                {layer.name: layer.first for layer in layers}
-            )
+            first = {layer.name: layer.first for layer in self._layers(allocator)}
+            written.rank_pattern = rank_pattern_for_file(first)
         return written.to_dict()
 
+    def _layers(self, allocator: PeftRankAllocator) -> list[AdaptedLayer]:
+        init_r = as_int("init_r", self.init_r, 1)
+        return adapted_layers(allocator.adapters, allocator, init_r, self.first_rank_pattern)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dict__}
+        # A copy has the rank_pattern that this run has begun with: it may be for another model,
+        # into which PEFT then loads what was saved of this one, with all its rows.
+        return {n: v if n == "rank_pattern" else getattr(self, n) for n, v in vars(self).items()}
 
 
 def allocator_in(config: Any) -> PeftRankAllocator | None:

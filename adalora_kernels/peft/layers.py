@@ -139,13 +139,12 @@ def freeze_ranknums(root: nn.Module) -> None:
 def _is_plain(base: Any) -> bool:
     """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward.
 
-    Its tensors must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of
-    x is for the subclass to say.
+    Its weight must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of x
+    is for the subclass to say.
     """
     return (
         type(base) in (nn.Linear, Conv1D)
         and is_unhooked(base)
         and type(base.weight) in (Tensor, nn.Parameter)
-        and type(base.bias) in (Tensor, nn.Parameter, type(None))
         and base.weight.is_floating_point()
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..adapters import find_adapters
 from ..allocator import RankAllocator
+from ..checks import as_int
 from .allocator import PeftRankAllocator
 from .config import AllocatedConfig, allocator_in, refuse_lora_ranks
 from .layers import adalora_layers, freeze_ranknums, swap_forward
@@ -214,7 +215,9 @@ def _resize_state_dict(
         return state_dict  # The pattern has been set since, and the parameters were cut to it.
     allocator = config.allocator
     adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
-    layers = adapted_layers(adapters, allocator, int(config.init_r), config.first_rank_pattern)
+    layers = adapted_layers(
+        adapters, allocator, as_int("init_r", config.init_r, 1), config.first_rank_pattern
+    )
     return state_for_file(
         layers, state_dict, checkpoint=allocator is not None and allocator.saves_all
     )

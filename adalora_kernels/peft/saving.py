@@ -265,20 +265,6 @@ def by_module(
     }
 
 
-def over_first_triplets(pattern: list[bool], before: list[bool]) -> list[bool]:
-    """Put the pattern of a run that has begun with a pruned adapter into that adapter's pattern.
-
-    Args:
-        pattern: over the triplets that this run has begun with.
-        before: the pattern that it has begun with, whose True entries are those triplets; or an
-            earlier pattern of the same run, to be replaced: then the lengths are equal.
-    """
-    if len(before) == len(pattern):
-        return pattern
-    inner = iter(pattern)
-    return [alive and next(inner) for alive in before]
-
-
 def rank_pattern_for_file(chosen: dict[str, Tensor]) -> dict[str, list[bool]] | None:
     """The rank_pattern of a compact file; None where nothing is left out.
 
