@@ -13,16 +13,19 @@ import torch
 from .allocator import RankAllocator
 from .training import AllocatingCallback, logs_of, written_total_step
 
-# Lightning has two names, and the Trainer of each wants its own Callback. Importing the second of
-# those that are installed costs next to nothing.
-_BASES = tuple(
-    importlib.import_module(name).Callback
-    for name in ("lightning.pytorch", "pytorch_lightning")
-    if find_spec(name.partition(".")[0])
-)
-if not _BASES:
+
+def _callback_class() -> Any:
+    """Lightning's Callback. The package has two names, and the Trainer of each takes either's."""
+    for package, module in (
+        ("lightning", "lightning.pytorch"),
+        ("pytorch_lightning", "pytorch_lightning"),
+    ):
+        if find_spec(package):
+            return importlib.import_module(module).Callback
     raise ModuleNotFoundError("adalora_kernels.lightning needs the package lightning")
-_Callback: Any = type("_Callback", _BASES, {})
+
+
+_Callback: Any = _callback_class()
 
 
 class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]
@@ -36,8 +39,9 @@ class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]
       the LightningModule, every `log_every_n_steps` steps: loggers, the progress bar's metrics and
       a ModelCheckpoint's `monitor` know them.
     - Checkpoints hold the allocator's state, as tensors and plain values, so that
-      `fit(ckpt_path=...)` goes on bitwise. Where `validate`, `test` or `predict` load a checkpoint,
-      the allocator comes to that state too, so that what is saved afterwards has its ranks.
+      `fit(ckpt_path=...)` goes on bitwise where the data and dropout do (Lightning itself keeps no
+      random numbers). Where `validate`, `test` or `predict` load a checkpoint, the allocator comes
+      to that state too, so that what is saved afterwards has its ranks.
 
     A PEFT model in the LightningModule on which nobody has called `peft.apply` is taken over when
     `fit` begins, also if `configure_model` makes it. With manual optimization every step of an

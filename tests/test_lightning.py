@@ -3,6 +3,7 @@
 The oracle is plain PEFT, trained by a loop that calls its allocator and its regulariser by hand.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_runs import Loader, Manual, Module, Records, data, fit, lightning_trainer
 from torch import nn
@@ -27,8 +28,6 @@ from trainer_runs import (
     assert_equal_state,
     assert_same_run,
     base_model,
-    in_plain_peft,
-    logits_of,
     make,
     plain,
     plain_rows,
@@ -39,7 +38,9 @@ from trainer_runs import (
     trainable,
 )
 
+import adalora_kernels.lightning
 import adalora_kernels.peft
+import adalora_kernels.trainer
 from adalora_kernels import RankAllocator
 from adalora_kernels.lightning import AdaLoraCallback
 from adalora_kernels.peft import allocator_of
@@ -88,8 +89,10 @@ class Penalties(pl.Callback):
         self.ranks.append(total_rank(pl_module.model))
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(5, marks=full)])
-def test_logs(every):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=full), 5])
+def test_logs(every, monkeypatch):
+    summary, read = RankAllocator.summary, []
+    monkeypatch.setattr(RankAllocator, "summary", lambda self: read.append(1) or summary(self))
     records, ranks = Records(), Penalties()
     trainer = lightning_trainer(
         callbacks=[AdaLoraCallback(), ranks], logger=records, log_every_n_steps=every
@@ -97,90 +100,13 @@ def test_logs(every):
     module = fit(trainer, Module())
     logged = [(step, row) for step, row in records.rows if "adalora/budget" in row]
     assert [step + 1 for step, _ in logged] == list(range(every, STEPS + 1, every))
+    assert len(read) == len(logged), "the device is read for what is logged only"
     schedule = allocator_of(module.model).schedule
     for step, row in logged:
         assert row["adalora/budget"] == schedule.budget(step + 1)
         assert row["adalora/total_rank"] == row["adalora/budget"] == ranks.ranks[step]
         assert row["adalora/skipped_steps"] == 0 and row["adalora/orth_reg"] > 0
     assert trainer.callback_metrics["adalora/total_rank"] == logged[-1][1]["adalora/total_rank"]
-
-
-@pytest.fixture(scope="module")
-def full_run(tmp_path_factory):
-    """An uninterrupted run with a checkpoint at every step, and dropout: (model, folder)."""
-    out = tmp_path_factory.mktemp("full")
-    torch.manual_seed(5)
-    module = Module(make(lora_dropout=0.1))
-    fit(lightning_trainer(out, callbacks=[AdaLoraCallback(), Seeds()], every=1), module)
-    return module.model, out
-
-
-class Seeds(pl.Callback):
-    """Lightning does not save the state of random numbers: each step has a seed of its own."""
-
-    def on_train_batch_start(self, trainer, pl_module, *_):
-        torch.manual_seed(trainer.global_step)
-
-
-@pytest.mark.parametrize("total_step", [STEPS, None], ids=["total_step", "none"])
-@pytest.mark.parametrize("step", [1, 5, FINAL_STEP, FINAL_STEP + 1])
-def test_resume_is_bitwise_the_uninterrupted_run(step, total_step, full_run, tmp_path):
-    expected, folder = full_run
-    module = Module(make(seed=2, lora_dropout=0.1, total_step=total_step))
-    trainer = lightning_trainer(callbacks=[AdaLoraCallback(), Seeds()])
-    checkpoint = folder / f"step={step}.ckpt"
-    # As Lightning does it where it does not trust the file: tensors and plain values only.
-    fit(trainer, module, ckpt_path=str(checkpoint), weights_only=True)
-    assert trainer.global_step == STEPS
-    assert_same_run(module.model, expected)
-
-
-def test_resume_without_the_allocators_state_is_refused(tmp_path):
-    fit(lightning_trainer(tmp_path, callbacks=[], every=5, max_steps=5), Module())
-    trainer = lightning_trainer()
-    with pytest.raises(RuntimeError, match=r"step=5\.ckpt has no state of an AdaLoraCallback"):
-        fit(trainer, Module(), ckpt_path=str(tmp_path / "step=5.ckpt"))
-
-
-def test_resume_of_a_checkpoint_of_another_model_is_refused(full_run):
-    _, folder = full_run
-    module = Module(make(init_r=6))
-    module.strict_loading = False
-    with pytest.raises((ValueError, RuntimeError), match=r"state is for|size mismatch"):
-        fit(lightning_trainer(), module, ckpt_path=str(folder / "step=5.ckpt"))
-
-
-@pytest.mark.parametrize("fn", ["test", pytest.param("validate", marks=full)])
-@pytest.mark.parametrize("best", [4, pytest.param(10, marks=full)])
-def test_the_best_checkpoint(best, fn, tmp_path):
-    module, states = Module(), {}
-
-    class Keep(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            states[trainer.global_step] = (
-                logits_of(module.model),
-                allocator_of(module.model).ranks(),
-            )
-
-    module.scores = {best: 1.0}
-    keeper = ModelCheckpoint(tmp_path, monitor="score", mode="max")
-    trainer = lightning_trainer(
-        callbacks=[AdaLoraCallback(), Keep(), keeper], enable_checkpointing=True,
-        val_check_interval=2, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(module, data(), data(BATCH))
-    getattr(trainer, fn)(module, data(BATCH), ckpt_path="best")
-    logits, ranks = states[best]
-    # One model, one function: in memory, in the allocator's view and in what is saved.
-    assert torch.equal(logits_of(module.model), logits)
-    assert allocator_of(module.model).ranks() == ranks
-    module.model.save_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(in_plain_peft(tmp_path / "adapter"), logits)
-    # A fresh process has the same from the file.
-    other = Module(make(seed=2))
-    getattr(lightning_trainer(), fn)(other, data(BATCH), ckpt_path=keeper.best_model_path)
-    assert torch.equal(logits_of(other.model), logits)
-    assert allocator_of(other.model).ranks() == ranks
 
 
 def test_bf16_mixed():
@@ -250,6 +176,19 @@ def test_manual_optimization(every, tmp_path):
         checkpoint = str(tmp_path / f"step={2 * step}.ckpt")
         fit(lightning_trainer(**options), module, data(STEPS * BATCH * every), ckpt_path=checkpoint)
         assert_same_run(module.model, expected.model)
+
+
+def test_an_optimizer_that_has_some_of_the_adapters_is_refused():
+    class Halves(Manual):
+        def configure_optimizers(self):
+            parameters = list(trainable(self.model).values())
+            return torch.optim.SGD(parameters), torch.optim.SGD(parameters[:5])
+
+    module = Halves()
+    trainer = lightning_trainer(gradient_clip_val=None)
+    with pytest.raises(ValueError, match="optimizer must have all trainable adapter parameters"):
+        fit(trainer, module)
+    assert not allocator_of(module.model).attached
 
 
 def test_manual_optimization_needs_a_total_step():
@@ -451,6 +390,11 @@ def test_callback_arguments():
     assert AdaLoraCallback(report.allocator, total_step=24 / 2).total_step == 12
 
 
+def test_the_other_trainers_callback():
+    with pytest.raises(AttributeError, match=r"that of adalora_kernels\.trainer, Lightning's"):
+        fit(lightning_trainer(callbacks=[adalora_kernels.trainer.AdaLoraCallback()]), Module())
+
+
 class PlainModule(pl.LightningModule):
     def __init__(self, seed=0):
         super().__init__()
@@ -498,6 +442,17 @@ def test_the_other_package_name():
 
     module = fit(lightning_trainer(cls=other.Trainer), Other())
     assert_same_run(module.model, fit(lightning_trainer(), Module()).model)
+
+
+def test_the_other_package_alone(monkeypatch):
+    other = pytest.importorskip("pytorch_lightning")
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    spec = importlib.util.spec_from_file_location(
+        "adalora_kernels.lightning_again", adalora_kernels.lightning.__file__
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert issubclass(module.AdaLoraCallback, other.Callback)
 
 
 def test_two_processes(tmp_path):
