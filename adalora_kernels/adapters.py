@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
+_SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not supported; DDP is"
 # What DataParallel/DDP, torch.compile, FSDP and activation checkpointing put into parameter names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -47,9 +48,15 @@ class Adapter:
                 owners["lora_B"]._parameters[key],
             )
         except KeyError:  # FSDP, for instance, puts views into their place for a while.
-            owned = [getattr(module, factor) for factor in _FACTORS]
+            return self._views()
+
+    def _views(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        try:
+            owned = [getattr(self.module, factor) for factor in _FACTORS]
             a, e, b = owned if self.key is None else [owner[self.key] for owner in owned]
-            return a, e, b
+        except (AttributeError, KeyError):
+            raise ValueError(f"{self.name} has been deleted, or {_SHARDED}") from None
+        return a, e, b
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -65,15 +72,6 @@ class Adapter:
     def lora_B(self) -> nn.Parameter:
         """The left singular vectors, (out, r)."""
         return self.parameters[2]
-
-    def set_mask(self, mask: Tensor | None) -> None:
-        """Hand the final pattern (r,) bool to the layer, if it can use one.
-
-        Layers that are not ours only read lora_E, which the allocator keeps at 0 where masked.
-        """
-        set_mask = getattr(self.module, "set_mask", None)
-        if set_mask is not None:
-            set_mask(mask, self.key)
 
     def set_rank(self, rank: int) -> None:
         """Tell the layer the number of triplets that its parameters now hold."""
@@ -105,6 +103,31 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
         for module_name, module in _modules_with_adapters(model)
         for adapter in _adapters_of(_unwrapped(module_name), module, adapter_name)
     ]
+
+
+def refuse_sharded(adapters: Sequence[Adapter]) -> None:
+    """Raise ValueError if lora_A is not (r, in), lora_E not (r, 1) or lora_B not (out, r).
+
+    FSDP makes flat parts of them, or views that are no parameters, or another type of tensor.
+    """
+    for adapter in adapters:
+        lora_A, lora_E, lora_B = adapter.parameters
+        rank = lora_A.shape[0] if lora_A.dim() == 2 else -1
+        if (
+            lora_E.shape != (rank, 1)
+            or lora_B.dim() != 2
+            or lora_B.shape[1] != rank
+            or not all(isinstance(p, nn.Parameter) for p in adapter.parameters)
+            or any("DTensor" in type(p).__name__ for p in adapter.parameters)
+        ):
+            shapes = ", ".join(str(tuple(p.shape)) for p in adapter.parameters)
+            raise ValueError(f"the parameters of {adapter.name} are {shapes}: {_SHARDED}")
+
+
+def describe(model: nn.Module) -> str:
+    """The class of a model without adapters, and why FSDP may have taken them away."""
+    flattened = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    return type(model).__name__ + (f": {_SHARDED}" if flattened else "")
 
 
 def _modules_with_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

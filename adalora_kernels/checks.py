@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,28 +24,75 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be floating point, got {t.dtype}")
 
 
-def check_weight(name: str, weight: float) -> None:
-    """Raise TypeError or ValueError if `weight` is not a number ≥ 0."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"{name} must be a number, got {type(weight).__name__}")
+def as_int(name: str, value: object, least: int) -> int:
+    """Return `value` as a plain int of at least `least`.
+
+    Args:
+        name: the argument's name, for messages.
+        value: an int; a NumPy or 0-d tensor integer; or a float that is a whole number, such as
+            24 / 2. A tensor on a device is read.
+        least: the smallest that is allowed.
+
+    Raises:
+        TypeError: it is no number (bool is none).
+        ValueError: it is not a whole number, or less than `least`.
+    """
+    number = _as_number(name, value, "an int")
+    if isinstance(number, float):
+        if not number.is_integer():
+            raise ValueError(f"{name} must be a whole number, got {number}")
+        number = int(number)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def as_float(name: str, value: object) -> float:
+    """Return `value` as a plain float.
+
+    Args:
+        name: the argument's name, for messages.
+        value: a float or an int; or a real number of NumPy's or in a 0-d tensor. A tensor on a
+            device is read.
+
+    Raises:
+        TypeError: it is no real number (bool is none).
+    """
+    return float(_as_number(name, value, "a number"))
+
+
+def as_weight(name: str, value: object) -> float:
+    """Return `value` as a plain float ≥ 0; raises as `as_float`, and ValueError below 0 or NaN."""
+    weight = as_float(name, value)
     if not weight >= 0.0:
         raise ValueError(f"{name} must be at least 0, got {weight}")
+    return weight
 
 
-def check_int(name: str, value: object, minimum: int) -> None:
-    """Raise TypeError or ValueError if `value` is not an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def check_beta(name: str, beta: object) -> None:
-    """Raise TypeError or ValueError if `beta`, the decay of an average, is not in (0, 1)."""
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
-        raise TypeError(f"{name} must be a number, got {type(beta).__name__}")
+def as_beta(name: str, value: object) -> float:
+    """Return `value`, the decay of an average, as a plain float; ValueError if not in (0, 1)."""
+    beta = as_float(name, value)
     if not 0.0 < beta < 1.0:
         raise ValueError(f"{name} must be in (0, 1), got {beta}")
+    return beta
+
+
+def _as_number(name: str, value: Any, what: str) -> int | float:
+    """Return the plain int or float that `value` is or holds."""
+    number = value
+    # NumPy's scalars and 0-d arrays, and 0-d tensors, without an import of NumPy.
+    if not isinstance(value, int) and getattr(value, "shape", None) == ():
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"{name} must be {what}, got {_kind(value)}")
+    return number
+
+
+def _kind(value: Any) -> str:
+    """Return the class of `value`, and what is in it where that says more."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    kind = type(value).__name__
+    return kind if shape is None else f"{kind} of shape {tuple(shape)} and {dtype}"
 
 
 def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -64,6 +113,5 @@ def as_grad_scale(grad_scale: float | Tensor | None, device: torch.device) -> Te
         if grad_scale.device != device:
             raise ValueError(f"grad_scale must be on {device}, is on {grad_scale.device}")
         return grad_scale
-    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float):
-        raise TypeError(f"grad_scale must be a number or a tensor, got {type(grad_scale).__name__}")
-    return torch.full((1,), grad_scale, dtype=torch.float32, device=device)
+    number = as_float("grad_scale", grad_scale)
+    return torch.full((1,), number, dtype=torch.float32, device=device)

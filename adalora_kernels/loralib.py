@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .allocator import RankAllocator as _RankAllocator
+from .checks import as_int
 from .modules import SVDLinear, lora_state_dict, mark_only_lora_as_trainable
 
 __all__ = [
@@ -61,21 +62,21 @@ class RankAllocator:
         tb_writter_loginterval: int = 500,
     ) -> None:
         self.model = model
-        self.lora_init_rank = lora_r
-        self.total_step = total_step
+        self.lora_init_rank = as_int("lora_r", lora_r, 0)
         self.tb_writter = tb_writter
-        self.log_interval = tb_writter_loginterval
+        self.log_interval = as_int("tb_writter_loginterval", tb_writter_loginterval, 1)
         self.allocator = _RankAllocator(
             model,
-            target_r=target_rank,
+            target_r=as_int("target_rank", target_rank, 0),
             total_step=total_step,
-            tinit=init_warmup,
-            tfinal=final_warmup,
-            deltaT=mask_interval,
+            tinit=as_int("init_warmup", init_warmup, 0),
+            tfinal=as_int("final_warmup", final_warmup, 0),
+            deltaT=as_int("mask_interval", mask_interval, 1),
             beta1=beta1,
             beta2=beta2,
             target_total_rank=target_total_rank,
         )
+        self.total_step = self.allocator.schedule.total_step
 
     def set_total_step(self, total_step: int) -> None:
         """Set the number of training steps.
@@ -84,7 +85,7 @@ class RankAllocator:
             TypeError, ValueError: as `BudgetSchedule`.
         """
         self.allocator.set_total_step(total_step)
-        self.total_step = total_step
+        self.total_step = self.allocator.schedule.total_step
 
     def get_rank_pattern(self) -> dict[str, int]:
         """Return the rank of each matrix by the name of its lora_E. This reads the device."""
@@ -110,6 +111,7 @@ class RankAllocator:
         if self.total_step is None:
             raise RuntimeError("total_step is not set: call set_total_step() first")
         allocator = self.allocator
+        global_step = as_int("global_step", global_step, 0)
         budget = allocator.step(global_step)
         threshold = None
         if allocator.schedule.masks_at(global_step):

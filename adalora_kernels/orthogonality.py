@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .adapters import Adapter, find_adapters
-from .checks import as_grad_scale, check_floating, check_weight, shape_of
+from .checks import as_grad_scale, as_weight, check_floating, shape_of
 
 Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
 
@@ -40,7 +40,7 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
         ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
-    check_weight("weight", weight)
+    weight = as_weight("weight", weight)
     apply: Callable[..., Tensor] = OrthRegFunction.apply
     total = apply(len(lora_A), squared, *lora_A, *lora_B)
     return _coefficient(weight, squared, len(lora_A)) * total
@@ -69,7 +69,7 @@ def orth_reg_grad_(
         The value of the regulariser, a scalar on the adapters' device; nothing is read back.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
-    check_weight("weight", weight)
+    weight = as_weight("weight", weight)
     scale = as_grad_scale(grad_scale, lora_A[0].device)
     coefficient = _coefficient(weight, squared, len(lora_A))
     return coefficient * _add_gradients_(lora_A + lora_B, len(lora_A), squared, coefficient, scale)

@@ -6,7 +6,7 @@ from helpers import Mlp
 from loralib_twin import TwinLinear
 from torch import nn
 
-from adalora_kernels.adapters import find_adapters
+from adalora_kernels.adapters import find_adapters, refuse_sharded
 
 
 def test_ours_and_loralibs():
@@ -56,3 +56,36 @@ def test_plain_lora_is_not_an_adapter():
 def test_refusal():
     with pytest.raises(TypeError, match="dict"):
         find_adapters({})
+
+
+@pytest.mark.parametrize(
+    ("factor", "value"),
+    [
+        ("lora_A", torch.ones(18)),
+        ("lora_A", torch.ones(2, 16)),
+        ("lora_E", torch.ones(6)),
+        ("lora_E", torch.ones(0)),
+        ("lora_E", torch.ones(6, 2)),
+        ("lora_B", torch.ones(0)),
+        ("lora_B", torch.ones(24, 5)),
+    ],
+)
+def test_what_is_no_whole_parameter_is_refused(factor, value):
+    model = Mlp()
+    refuse_sharded(find_adapters(model))
+    adapters = find_adapters(model)
+    setattr(model.layers[0], factor, nn.Parameter(value))
+    with pytest.raises(ValueError, match=r"layers\.0\.lora_E .*sharded or flattened \(FSDP"):
+        refuse_sharded(adapters)
+
+
+def test_views_and_nothing_in_the_place_of_parameters_are_refused():
+    model = Mlp()
+    adapters, layer = find_adapters(model), model.layers[1]
+    view = layer.lora_A.detach()
+    del layer.lora_A
+    with pytest.raises(ValueError, match=r"layers\.1\.lora_E has been deleted, or .*FSDP"):
+        refuse_sharded(adapters)
+    layer.lora_A = view
+    with pytest.raises(ValueError, match="sharded"):
+        refuse_sharded(adapters)

@@ -38,7 +38,8 @@ def test_without_the_library_plain_pytorch_runs():
     ],
 )
 def test_without_the_library_the_tests_of_the_allocator_pass(selected):
-    done = python("-m", "pytest", "tests/test_allocator.py", "-k", selected, library="")
+    files = ("tests/test_allocator.py", "tests/test_allocator_graph.py", "tests/test_members.py")
+    done = python("-m", "pytest", *files, "-k", selected, library="")
     assert done.returncode == 0, done.stdout
 
 

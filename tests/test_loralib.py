@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import Mlp, batch
@@ -182,3 +183,20 @@ def test_total_step_may_follow():
 
 def test_target_total_rank():
     assert allocator(Mlp(), target_total_rank=7).allocator.schedule.target_budget == 7
+
+
+def test_numbers_as_scripts_have_them():
+    model = Mlp()
+    numbers = {"lora_r": np.int64(6), "target_rank": 3.0, "total_step": torch.tensor(6)}
+    ours = allocator(model, **numbers, beta1=np.float32(0.85), tb_writter_loginterval=2.0)
+    assert ours.lora_init_rank == 6 and type(ours.total_step) is int
+    for step in (np.int64(1), torch.tensor(2), 3.0):
+        model.loss(*batch(1)).backward()
+        ours.update_and_mask(model, step)
+    ours.set_total_step(16 / 2)
+    assert ours.total_step == 8 and type(ours.total_step) is int
+    for wrong in ({"lora_r": "6"}, {"target_rank": True}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            allocator(Mlp(), **wrong)
+    with pytest.raises(ValueError, match="tb_writter_loginterval"):
+        allocator(Mlp(), tb_writter_loginterval=0)

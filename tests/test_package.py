@@ -25,9 +25,15 @@ LAYERS = [
     {"cpu"},
     {"importance", "reference", "adapters", "checks", "kernels", "_extension"},
 ]
-ALLOCATOR = [{"allocator"}, {"state", "shrink", "attach", "schedule"}]
+ALLOCATOR = [
+    {"allocator"},
+    {"attach", "begin"},
+    {"report"},
+    {"state", "shrink", "reminder", "schedule"},
+    {"members"},
+]
 KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]
-PEFT = [{"model"}, {"allocator"}, {"config", "layers", "reminder"}, {"saving"}]
+PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 

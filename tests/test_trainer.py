@@ -108,11 +108,6 @@ def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
             loss = model.base_model.model(**batch).loss / accumulation
             loss.backward()
             total += loss.item()
-        if step > config.total_step - config.tfinal:
-            # Design: what is pruned for good has no gradient, which PEFT would clip along.
-            for name, p in trainable(model).items():
-                if "lora_E" in name:
-                    p.grad.masked_fill_(p == 0, 0.0)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         twin_orth(model, weight).backward()

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..adapters import find_adapters
-from ..checks import as_grad_scale, check_beta, check_int, check_weight
-from ..orthogonality import orth_reg_grad_
-from . import attach
+from ..adapters import describe, find_adapters, refuse_sharded
+from ..checks import as_beta, as_grad_scale, as_int, as_weight
+from .attach import FollowsOptimizers, chain, check_is_optimizer
+from .begin import BeginsRuns
+from .reminder import Reminder, expect_steps
 from .schedule import BudgetSchedule
 from .shrink import shrink_
 from .state import FORMAT, AllocatorState
 
 
-class RankAllocator:
+class RankAllocator(FollowsOptimizers, BeginsRuns):
     """Scores every triplet of every adapter, and keeps the best ones within the budget.
 
     Either `attach` it to the optimizer, or call `step` once per optimizer step, after
@@ -32,8 +33,16 @@ class RankAllocator:
     In a CUDA graph: `step` is `advance` (what only the host knows: the step's number and budget,
     written to the device) and then `update` (what runs on the device). Capture `update` with the
     rest of the training step, and before each replay call `advance`. One graph serves all steps
-    before `schedule.final_step`; at that step call `step`, which freezes the pattern and gives the
-    layers their masks, and capture anew for the steps after it.
+    before `schedule.final_step`; at that step call `step`, which freezes the pattern, and capture
+    anew for the steps after it: there `update` only writes the zeros of the pattern again, for an
+    optimizer with momentum moves them.
+
+    An adapter takes part if its lora_E requires a gradient and, once any adapter has had one, has
+    had a gradient since the run began. Others (frozen ones, experts and towers that are not used)
+    are not scored, written to or counted: the schedule's budget is shared out to those that take
+    part, from the sum of their ranks to their share of the target. That may change in a run, and
+    `summary()` names who is left out. Nor does a triplet count that is 0 altogether, which is what
+    a pruned one is in a file: see `count_triplets`.
 
     Args:
         model: where to look for adapters (`find_adapters`); all on one device.
@@ -50,15 +59,16 @@ class RankAllocator:
             this is attached to gets; see `orth_reg_grad_`. Without `attach` it has no effect.
 
     Attributes:
-        schedule: the `BudgetSchedule`; may be replaced by one with the same init_budget.
+        schedule: the `BudgetSchedule` of all adapters together, which begins with the triplets
+            that are there; may be replaced by one with the same init_budget.
         adapters: the adapters, in module order. Ties between triplets go to the earlier one.
         orth_reg: the regulariser at the last step of an optimizer that this is attached to, a
             scalar on the device; None before that, or at weight 0.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no adapter in the model, adapters on different devices, or a number out of
-            its range.
+        ValueError: no adapter in the model, adapters on different devices, sharded or flattened
+            ones (FSDP), or a number out of its range.
     """
 
     def __init__(
@@ -77,17 +87,16 @@ class RankAllocator:
         state_dtype: torch.dtype = torch.float32,
         orth_reg_weight: float = 0.0,
     ) -> None:
-        check_int("target_r", target_r, 0)
+        target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
-            check_int("target_total_rank", target_total_rank, 0)
-        check_beta("beta1", beta1)
-        check_beta("beta2", beta2)
-        check_weight("orth_reg_weight", orth_reg_weight)
+            target_total_rank = as_int("target_total_rank", target_total_rank, 0)
+        self.beta1 = as_beta("beta1", beta1)
+        self.beta2 = as_beta("beta2", beta2)
+        orth_reg_weight = as_weight("orth_reg_weight", orth_reg_weight)
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
-            raise ValueError(f"no AdaLoRA adapter in this {type(model).__name__}")
-        self.beta1 = float(beta1)
-        self.beta2 = float(beta2)
+            raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
+        refuse_sharded(self.adapters)
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(self._parameters(), state_dtype)
         self.schedule = BudgetSchedule(
@@ -105,14 +114,22 @@ class RankAllocator:
         self.shrunk = False
         self.orth_reg_weight = orth_reg_weight
         self.orth_reg: Tensor | None = None
-        self._hooks: tuple[RemovableHandle, ...] = ()
+        self._final_budget = None
+        self._start_following()
+        self.reminder = Reminder()
+        self.count_triplets()
+        expect_steps(self)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.adapters[0].lora_E.device
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no optimizer that would step it.
+        left_out = ("_hooks", "was_attached", "reminder")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for adapter in self.adapters for p in adapter.parameters]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_following()
+        self.reminder = Reminder()
+        expect_steps(self)
 
     def set_total_step(self, total_step: int) -> None:
         """Set the number of training steps in the schedule.
@@ -120,77 +137,8 @@ class RankAllocator:
         Raises:
             TypeError, ValueError: as `BudgetSchedule`.
         """
-        check_int("total_step", total_step, 1)
+        total_step = as_int("total_step", total_step, 1)
         self.schedule = replace(self.schedule, total_step=total_step)
-
-    @property
-    def attached(self) -> bool:
-        """Whether an optimizer steps this; see `attach`."""
-        return bool(self._hooks)
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
-
-        Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
-        `orth_reg_weight`, is added to the adapters' gradients; after it comes our `step`, with
-        the number of the last one plus 1. So the regulariser counts once per optimizer step,
-        whatever the model returns, however many micro-batches there are, and not in any loss. It
-        comes after gradient clipping, which no longer sees it. Steps that a GradScaler skips do
-        not count, unless the optimizer is a fused one: those can't know, and count, but leave the
-        averages as they are. An optimizer step for which no adapter has a gradient is ignored.
-
-        Uses the optimizer's public step hooks, which are not saved or copied with it: attach
-        again after loading or copying. A step captured in a CUDA graph needs `advance` and
-        `update` instead.
-
-        Args:
-            optimizer: over all trainable adapter parameters; or a wrapper that has it as its
-                `optimizer`, such as Accelerate's.
-
-        Raises:
-            TypeError: not a torch optimizer.
-            ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
-                are sharded.
-            RuntimeError: already attached.
-        """
-        if self.attached:
-            raise RuntimeError("attached to an optimizer already: call detach() first")
-        optimizer = attach.checked_optimizer(optimizer, self.adapters)
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_optimizer_step),
-            optimizer.register_step_post_hook(self._after_optimizer_step),
-        )
-
-    def detach(self) -> None:
-        """End what `attach` began. Without effect if there is nothing to end."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has no optimizer that would step it.
-        return {**self.__dict__, "_hooks": ()}
-
-    def _has_gradients(self) -> bool:
-        # Without a list of all: as a rule the first one answers it.
-        return any(p.grad is not None for adapter in self.adapters for p in adapter.parameters)
-
-    def _before_optimizer_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        attach.refuse_capture(self._device)
-        if self.orth_reg_weight == 0.0 or not self._has_gradients():
-            return
-        attach.refuse_closure(args, kwargs)
-        self.orth_reg = orth_reg_grad_(
-            self.adapters, self.orth_reg_weight, grad_scale=attach.grad_scale_of(optimizer)
-        )
-
-    def _after_optimizer_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._has_gradients():
-            self._step(self.global_step + 1, attach.overflow_as_scale(optimizer, self._device))
 
     def step(self, global_step: int, *, grad_scale: float | Tensor | None = None) -> int:
         """Update the importance averages and, where the schedule says so, prune.
@@ -203,21 +151,21 @@ class RankAllocator:
             grad_scale: see `update`.
 
         Returns:
-            The budget at this step.
+            The budget at this step, over the adapters that take part.
 
         Raises:
-            TypeError, ValueError: global_step is not an int ≥ 0, or what `update` raises.
+            TypeError, ValueError: as `advance` and `update`.
             RuntimeError: no adapter has a gradient, before the pattern is frozen; or an optimizer
-                does this already (`attach`).
+                does this already (`attach`); or as `advance`.
         """
-        check_int("global_step", global_step, 0)
+        global_step = as_int("global_step", global_step, 0)
         if self.attached:
             raise RuntimeError("attached to an optimizer, whose step() has done this: see attach()")
         return self._step(global_step, as_grad_scale(grad_scale, self._device))
 
     @torch.no_grad()
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
-        parameters = self._parameters()
+        parameters = self._whole_parameters()
         learns = self._learns(global_step)
         budget = self._advance(global_step, parameters)
         if learns:
@@ -234,16 +182,16 @@ class RankAllocator:
 
         Args, returns, raises: as `advance`.
         """
-        final = self.frozen or global_step >= self.schedule.final_step
         budget = self.advance(global_step)
-        if not final:
+        if not self.frozen and self.global_step < self.schedule.final_step:
             self._state.skipped += 1
         self._prune_and_freeze(self._parameters())
         return budget
 
     def _prune_and_freeze(self, parameters: list[nn.Parameter]) -> None:
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
-        if self.frozen or self.schedule.masks_at(self.global_step):
+        prunes = self.frozen or self.schedule.masks_at(self.global_step)
+        if prunes or self._state.members.restarted:
             self._prune(parameters)
         if not self.frozen and self.global_step >= self.schedule.final_step:
             self._freeze()
@@ -252,19 +200,36 @@ class RankAllocator:
     def advance(self, global_step: int) -> int:
         """The part of `step` that is not captured: hand the step's budget to the device.
 
+        Also which adapters take part. If the pattern is final and global_step goes back to before
+        it was, a new run begins, with a warning; see `restart`.
+
         Returns:
-            The budget at this step.
+            The budget at this step, over the adapters that take part.
 
         Raises:
-            TypeError, ValueError: global_step is not an int ≥ 0.
+            TypeError, ValueError: global_step is no whole number ≥ 0; or the adapters are sharded.
+            RuntimeError: total_step is not known, or global_step goes back after `shrink`.
         """
-        check_int("global_step", global_step, 0)
-        return self._advance(global_step, self._parameters())
+        global_step = as_int("global_step", global_step, 0)
+        return self._advance(global_step, self._whole_parameters())
 
     def _advance(self, global_step: int, parameters: list[nn.Parameter]) -> int:
+        if self._goes_back(global_step):
+            self.restart()
+            warnings.warn(
+                f"the pattern of AdaLoRA's ranks was final, and step {global_step} comes again: a "
+                f"new run begins, with the {self.schedule.init_budget} triplets that are there. "
+                "Call restart() before a training that is to begin with those of the last one",
+                stacklevel=4,
+            )
         self._state.follow(parameters)
+        self._state.members.take_step(parameters[1::3])
+        budget = self._schedule_of_members().budget(global_step)
+        if self._final_budget is not None:
+            # The schedule may have been changed since.
+            budget = min(budget, self._final_budget)
         self.global_step = global_step
-        budget = self.schedule.budget(global_step)
+        self.reminder.allocator_stepped()
         self._state.budget.fill_(budget)
         self._state.prunes.fill_(self.schedule.masks_at(global_step))
         return budget
@@ -279,78 +244,57 @@ class RankAllocator:
 
         Raises:
             TypeError: grad_scale is neither.
-            ValueError: it is a tensor of another shape, dtype or device.
+            ValueError: it is a tensor of another shape, dtype or device; or the adapters are
+                sharded.
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
         scale = as_grad_scale(grad_scale, self._device)
-        parameters = self._parameters()
+        parameters = self._whole_parameters()
         if self._learns(self.global_step):
             self._state.learn(parameters, self.beta1, self.beta2, scale)
         self._prune(parameters)
 
     def _learns(self, global_step: int) -> bool:
         """Whether the step updates the averages, for which there must be a gradient."""
-        if self.frozen or global_step >= self.schedule.final_step:
+        if self.frozen and not self._goes_back(global_step):
             return False
-        if not self._has_gradients():
+        if global_step >= self.schedule.final_step:
+            return False
+        if self._has_gradients():
+            return True
+        if any(p.requires_grad for p in self._parameters()):
             raise RuntimeError(
                 "no adapter has a gradient: call step() after backward() and before zero_grad()"
             )
-        return True
+        return False
 
     def _prune(self, parameters: list[nn.Parameter]) -> None:
         if not self.shrunk:
             self._state.prune(parameters[1::3], again=self.frozen)
 
     def _freeze(self) -> None:
-        """Fix the pattern: the layers skip what is masked, and the averages are of no more use."""
+        """Fix the pattern, whose zeros are written in every step; the averages are of no use."""
         self.frozen = True
+        self._final_budget = self._schedule_of_members().budget(self.global_step)
         self._state.drop_averages()
-        if not self.shrunk:
-            for adapter, mask in zip(
-                self.adapters, self._state.split(self._state.mask), strict=True
-            ):
-                adapter.set_mask(mask)
 
-    def ranks(self) -> dict[str, int]:
-        """Triplets alive in each matrix, by the name of its lora_E. Reads the device."""
-        return {name: sum(pattern) for name, pattern in self.rank_pattern.items()}
+    def _before_attaching(self) -> None:
+        self.count_triplets()
+        total_step = self.schedule.total_step
+        if self.frozen and total_step is not None and self.global_step >= total_step:
+            warnings.warn(
+                f"AdaLoRA's schedule has come to its end at step {self.global_step}, and its "
+                "pattern is final: call restart() if a new run is to begin",
+                stacklevel=3,
+            )
 
-    @property
-    def rank_pattern(self) -> dict[str, list[bool]]:
-        """PEFT's rank_pattern: which initial triplets of each matrix live. Reads the device."""
-        masks = self._state.split(self._state.mask.cpu())
-        return {a.name: mask.tolist() for a, mask in zip(self.adapters, masks, strict=True)}
+    def _step_after(self, grad_scale: Tensor | None) -> None:
+        self._step(self.global_step + 1, grad_scale)
 
-    def scores(self) -> dict[str, Tensor]:
-        """The importance (r,) of each matrix's triplets (eq. 7), by the name of its lora_E."""
-        parts = self._state.split(self._state.scores.clone())
-        return {adapter.name: part for adapter, part in zip(self.adapters, parts, strict=True)}
-
-    def highest_pruned_score(self) -> Tensor:
-        """loralib's mask threshold: a scalar on the device, -inf where nothing is pruned."""
-        return self._state.scores.masked_fill(self._state.mask, -torch.inf).amax()
-
-    def summary(self) -> dict[str, Any]:
-        """Where the run stands, for logs. Reads the device.
-
-        Keys: step, phase, budget, total_rank (triplets alive), init_budget, target_budget,
-        matrices, skipped_steps (steps with inf or NaN gradients, before the pattern is frozen),
-        frozen, shrunk.
-        """
-        step, schedule = self.global_step, self.schedule
-        return {
-            "step": step,
-            "phase": schedule.phase(step),
-            "budget": schedule.budget(step),
-            "total_rank": int(self._state.mask.sum()),
-            "init_budget": schedule.init_budget,
-            "target_budget": schedule.target_budget,
-            "matrices": len(self.adapters),
-            "skipped_steps": int(self._state.skipped),
-            "frozen": self.frozen,
-            "shrunk": self.shrunk,
-        }
+    @torch.no_grad()
+    def _write_zeros(self) -> None:
+        if (self.frozen or self.schedule.masks_at(self.global_step)) and not self.shrunk:
+            self._state.prune(self._parameters()[1::3], again=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as tensors (copied), ints, bools and strings."""
@@ -379,40 +323,52 @@ class RankAllocator:
             raise TypeError(f"state must be a dict, got {type(state).__name__}")
         self._state.check(state, self.state_dict(), self._parameters())
         self._state.load(state, self._parameters())
+        self._begin_with(sum(self._state.members.counts))
         self.global_step = state["global_step"]
-        self.frozen = False
-        for adapter in self.adapters:
-            adapter.set_mask(None)
-        if state["frozen"]:
-            self._freeze()
+        self.frozen, self._final_budget = state["frozen"], None
+        if self.frozen:
+            self._final_budget = self._state.total_rank()
+            self._state.drop_averages()
         if state["shrunk"] and not self.shrunk:
-            self.shrink()
+            self._shrink(self._state.mask, None)
 
     @torch.no_grad()
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Drop the masked triplets for real, once the pattern is frozen.
+        """Drop the pruned triplets for real, once the pattern is frozen.
 
         The same Parameter objects get smaller storage (and `.grad`), and every state tensor of the
-        optimizer that has the shape of its parameter is cut alike, so training goes on exactly
-        as with the mask. A matrix without a triplet left becomes its base layer. A wrapper that
-        has recorded parameter sizes (DDP, FSDP) has to be built after this call.
+        optimizer that has the shape of its parameter is cut alike, so training goes on as before,
+        but for what looks at all stored triplets: the regulariser, and clipping by norm. The
+        function stays as it is: a triplet whose lora_E is not 0, because other weights have been
+        loaded, is kept, and belongs to the pattern from now on. A matrix without a triplet left
+        becomes its base layer. A wrapper that has recorded parameter sizes (DDP) has to be built
+        after this call. Reads the device.
 
         Args:
-            optimizer: the optimizer over these parameters; None if there is none yet.
+            optimizer: the optimizer over these parameters, or what wraps it; None if there is none
+                yet, or `attach` has been told. Its state and that of those followed is cut.
 
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
             RuntimeError: the pattern is not frozen yet.
-            ValueError: the optimizer holds state that can't be cut to a subset of the triplets
-                (Adafactor's row and column averages, for instance). Nothing is changed.
+            ValueError: the optimizer holds state that can't be cut to a subset of the triplets.
+                Of torch's these are, once they have stepped, Adafactor (averages over rows and
+                columns), LBFGS (all parameters in one vector) and Muon (each update depends on
+                the whole matrix). Nothing is changed.
         """
         if optimizer is not None:
-            attach.check_is_optimizer(optimizer)
+            check_is_optimizer(optimizer)
         if not self.frozen:
             raise RuntimeError(
                 "shrink() needs a frozen pattern: call it at or after step "
                 f"total_step - tfinal = {self.schedule.final_step}, not at {self.global_step}"
             )
         if not self.shrunk:
-            shrink_(self.adapters, self._state.split(self._state.mask), optimizer)
-            self.shrunk = True
+            lora_E: list[Tensor] = [*self._whole_parameters()[1::3]]
+            self._shrink(self._state.mask | (torch.cat(lora_E) != 0).squeeze(1), optimizer)
+
+    def _shrink(self, kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        optimizers = [] if optimizer is None else chain(optimizer)
+        shrink_(self.adapters, self._state.split(kept), [*optimizers, *self._followed()])
+        self._state.keep(kept)
+        self.shrunk = True

@@ -1,36 +1,215 @@
-"""What an allocator needs to know of the optimizer whose steps it follows."""
+"""What an allocator needs to know of the optimizers whose steps it follows."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter
+from ..adapters import Adapter, refuse_sharded
+from ..orthogonality import orth_reg_grad_
+from .report import Reports
+
+Closure: TypeAlias = Callable[[], Any]
+# What a step hook of torch gets beside the optimizer; the first of the tuple is the optimizer too.
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def checked_optimizer(optimizer: Any, adapters: list[Adapter]) -> torch.optim.Optimizer:
-    """The torch optimizer inside of wrappers such as Accelerate's.
+class FollowsOptimizers(Reports):
+    """The part of a `RankAllocator` that lets optimizers step it.
+
+    Attributes:
+        was_attached: whether it has ever been attached, and not been detached.
+    """
+
+    orth_reg_weight: float
+    orth_reg: Tensor | None
+    # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
+    _is_kept_by_model = False
+
+    def _start_following(self) -> None:
+        # Weak: an allocator that waits for an optimizer that is gone is not attached.
+        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]]
+        self._hooks = weakref.WeakKeyDictionary()
+        self.was_attached = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is an optimizer that steps this; see `attach`."""
+        return len(self._hooks) > 0
+
+    def _followed(self) -> list[torch.optim.Optimizer]:
+        return list(self._hooks)
+
+    def follows(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is attached to that very optimizer, or to one that it wraps."""
+        return optimizer in self._hooks
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
+
+        Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
+        `orth_reg_weight`, is added to the adapters' gradients; after it comes our `step`, with
+        the number of the last one plus 1. So the regulariser counts once per optimizer step,
+        whatever the model returns, however many micro-batches there are, and not in any loss. It
+        comes after gradient clipping, which no longer sees it. Where `optimizer.step(closure)`
+        makes the gradients, it is added after the closure, and its value to what that returns.
+        Steps that a GradScaler skips do not count, unless the optimizer is a fused one: those
+        can't know, and count, but leave the averages as they are. An optimizer step for which no
+        adapter has a gradient is ignored.
+
+        A training with one optimizer after the other, or two in turn, attaches to each: every step
+        of any is a step. An optimizer that is gone needs no `detach`.
+
+        Before the first step this counts the triplets that are there, which reads the device.
+
+        Uses the optimizer's public step hooks, which are not saved or copied with it: attach
+        again after loading or copying. A step captured in a CUDA graph needs `advance` and
+        `update` instead.
+
+        Args:
+            optimizer: over all trainable adapter parameters; or a wrapper that has it in an
+                attribute, such as Accelerate's, Lightning's, or SAM.
+
+        Raises:
+            TypeError: not a torch optimizer.
+            ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
+                are sharded or flattened (FSDP).
+            RuntimeError: already attached to this one.
+        """
+        *wrappers, inner = unwrapped(optimizer, self.adapters)
+        if self.follows(inner):
+            raise RuntimeError("attached to this optimizer already: call detach() first")
+        self._before_attaching()
+        allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
+        for wrapper in wrappers:
+            # Not all of them have torch's hooks; that which computes has.
+            with contextlib.suppress(AttributeError):
+                self._hooks[wrapper] = [
+                    wrapper.register_step_post_hook(_hook(allocator, "_after_wrapper_step"))
+                ]
+        self._hooks[inner] = [
+            inner.register_step_pre_hook(_hook(allocator, "_before_optimizer_step")),
+            inner.register_step_post_hook(_hook(allocator, "_after_optimizer_step")),
+        ]
+        self.was_attached = True
+
+    def detach(self) -> None:
+        """End what `attach` began, for all optimizers. Without effect if there is nothing."""
+        for hook in [hook for hooks in self._hooks.values() for hook in hooks]:
+            hook.remove()
+        self._start_following()
+
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        refuse_capture(self._device)
+        if self.orth_reg_weight == 0.0:
+            return None
+        closure = closure_in(args, kwargs)
+        if closure is not None:
+            add = functools.partial(self._add_regulariser, optimizer)
+            return with_closure(args, kwargs, then_add(closure, add))
+        self._add_regulariser(optimizer)
+        return None
+
+    def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Add its gradient to gradients that are there; returns its value."""
+        if not self._has_gradients():
+            return None
+        self.orth_reg = orth_reg_grad_(
+            self.adapters, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
+        )
+        return self.orth_reg
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._has_gradients():
+            scale = overflow_as_scale(optimizer, self._device)
+            self._step_after(scale)
+
+    def _after_wrapper_step(self, *_: Any) -> None:
+        """A wrapper may have changed the weights once more (Lookahead)."""
+        if self._has_gradients():
+            self._write_zeros()
+
+    def _before_attaching(self) -> None:
+        raise NotImplementedError
+
+    def _step_after(self, grad_scale: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _write_zeros(self) -> None:
+        raise NotImplementedError
+
+
+def _strong_ref(allocator: FollowsOptimizers) -> Callable[[], FollowsOptimizers]:
+    return lambda: allocator
+
+
+def _hook(allocator: Callable[[], FollowsOptimizers | None], method: str) -> Callable[..., Any]:
+    """A hook that calls a method of the allocator while there is one."""
+
+    def hook(*args: Any) -> Any:
+        alive = allocator()
+        return None if alive is None else getattr(alive, method)(*args)
+
+    return hook
+
+
+def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
+    """The optimizer that computes, after those around it whose steps call its steps.
+
+    Accelerate's, Lightning's and many others hold it in an attribute, and so does SAM, whose own
+    `step` is called or not.
 
     Raises:
         TypeError: there is none.
         ValueError: it lacks a trainable parameter of an adapter, or the adapters are sharded.
     """
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    check_is_optimizer(optimizer)
-    if any("DTensor" in type(p).__name__ for a in adapters for p in a.parameters):
-        raise ValueError("the adapters are sharded (FSDP2, DTensor), which is not supported")
+    refuse_sharded(adapters)
+    found = chain(optimizer)
+    while len(found) > 1 and _missing(found[-1], adapters) is not None:
+        del found[-1]
+    check_is_optimizer(found[-1])
+    missing = _missing(found[-1], adapters)
+    if missing is not None:
+        raise ValueError(
+            f"optimizer must have all trainable adapter parameters, lacks one of those beside "
+            f"{missing.name}: where several optimizers share them, call step() after the last one"
+        )
+    return found
+
+
+def chain(optimizer: Any) -> list[Any]:
+    """An optimizer, or what stands for one; then the one that it wraps, and so on."""
+    found = [optimizer]
+    while (inner := _wrapped_by(found[-1])) is not None and inner not in found:
+        found.append(inner)
+    return found
+
+
+def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The one optimizer among the attributes of another one, or of what stands for one."""
+    if isinstance(optimizer, torch.nn.Module):
+        return None
+    attributes = getattr(optimizer, "__dict__", {}).values()
+    inner = [v for v in attributes if isinstance(v, torch.optim.Optimizer) and v is not optimizer]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _missing(optimizer: torch.optim.Optimizer, adapters: Sequence[Adapter]) -> Adapter | None:
+    """The first adapter that has a trainable parameter which the optimizer lacks."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapter in adapters:
         if any(p.requires_grad and id(p) not in held for p in adapter.parameters):
-            raise ValueError(
-                f"optimizer must have all trainable adapter parameters, lacks one of those "
-                f"beside {adapter.name}"
-            )
-    found: torch.optim.Optimizer = optimizer
-    return found
+            return adapter
+    return None
 
 
 def check_is_optimizer(optimizer: object) -> None:
@@ -50,13 +229,33 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
-def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise RuntimeError if the arguments of `optimizer.step`, self first, have a closure."""
-    if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
-        raise RuntimeError(
-            "an attached allocator can't add its regulariser to gradients that are made by a "
-            "closure: use orth_reg in the loss, and orth_reg_weight=0 here"
-        )
+def closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
+    """The closure among the arguments of `optimizer.step`, the optimizer first."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    return closure if callable(closure) else None
+
+
+def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure) -> Arguments:
+    """The same arguments with another closure."""
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
+
+
+def then_add(closure: Closure, add_gradient: Callable[[], Tensor | None]) -> Closure:
+    """A closure that adds the gradient of something more, and its value to the loss.
+
+    An optimizer that searches along a line has to see the function whose gradient it gets.
+    """
+
+    def with_addition() -> Any:
+        loss = closure()
+        value = add_gradient()
+        if loss is None or value is None:
+            return loss
+        return loss + (value.to(loss.dtype) if isinstance(loss, Tensor) else value)
+
+    return with_addition
 
 
 def grad_scale_of(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checks import check_int
+from ..checks import as_int
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,13 @@ class BudgetSchedule:
         total_step: steps of the whole training. Steps count from 1, so the last is total_step.
             None: not known yet; nothing after step tinit can be asked until it is.
 
+    Every number may be NumPy's, in a 0-d tensor or a float, if it is a whole one; a plain int is
+    kept.
+
     Raises:
-        TypeError: an argument is not an int.
-        ValueError: an argument is negative (deltaT, total_step: not positive), or there is no
-            step left for the budgeting phase (tinit ≥ total_step - tfinal).
+        TypeError: an argument is no number.
+        ValueError: an argument is no whole number, or negative (deltaT, total_step: not positive),
+            or there is no step left for the budgeting phase (tinit ≥ total_step - tfinal).
     """
 
     init_budget: int
@@ -37,12 +40,15 @@ class BudgetSchedule:
     total_step: int | None
 
     def __post_init__(self) -> None:
-        for name in ("init_budget", "target_budget", "tinit", "tfinal"):
-            check_int(name, getattr(self, name), 0)
-        check_int("deltaT", self.deltaT, 1)
+        least = dict.fromkeys(("init_budget", "target_budget", "tinit", "tfinal"), 0)
+        least |= {"deltaT": 1, "total_step": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if name != "total_step" or value is not None:
+                # Whatever kind of number a script has, a plain one is kept, and saved.
+                object.__setattr__(self, name, as_int(name, value, smallest))
         if self.total_step is None:
             return
-        check_int("total_step", self.total_step, 1)
         if self.tinit >= self.final_step:
             raise ValueError(
                 "tinit must be less than total_step - tfinal, got "
@@ -62,12 +68,14 @@ class BudgetSchedule:
 
     def phase(self, step: int) -> str:
         """ "initial", "budgeting" or "final"."""
+        step = as_int("step", step, 0)
         if step <= self.tinit:
             return "initial"
         return "budgeting" if step <= self.final_step else "final"
 
     def budget(self, step: int) -> int:
         """b(t): the number of triplets that may live at `step`."""
+        step = as_int("step", step, 0)
         target = min(self.target_budget, self.init_budget)
         if step <= self.tinit:
             return self.init_budget
@@ -81,6 +89,7 @@ class BudgetSchedule:
 
         PEFT's convention; loralib prunes at the last budgeting step only if deltaT divides it.
         """
+        step = as_int("step", step, 0)
         if step <= self.tinit:
             return False
         return step >= self.final_step or step % self.deltaT == 0

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines the op that is called here)
 from ..reference import top_b_mask
+from .members import Members, triplets_with_values
 
 FORMAT = 1
+# What states of an earlier version don't have.
+_NEWER = {"had_gradient", "there", "restarted"}
 
 
 class AllocatorState:
@@ -31,10 +34,11 @@ class AllocatorState:
             empty once the pattern is frozen.
         scores: the importance of each triplet (eq. 7), (n,) float32, or float64 for float64
             parameters.
-        mask: which triplets live, (n,) bool.
+        mask: which triplets live, (n,) bool. One that is not there never does.
         skipped: how many steps had inf or NaN gradients, (1,) int64.
         budget: how many triplets may live at the current step, (1,) int64.
         prunes: whether the current step prunes, (1,) bool.
+        members: which triplets compete.
 
     Raises:
         ValueError: the parameters lie on different devices, or narrow_dtype is another one.
@@ -64,6 +68,40 @@ class AllocatorState:
         self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
         self.budget = torch.full((1,), n, dtype=torch.int64, device=device)
         self.prunes = torch.zeros(1, dtype=torch.bool, device=device)
+        self.members = Members(self.ranks, device)
+        self.members.look(parameters[1::3])
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Let everything be as at the start of a run."""
+        if self.exp_avg_ipt:
+            torch._foreach_zero_(self.exp_avg_ipt + self.exp_avg_unc)
+        else:
+            self.make_averages(parameters)
+        self.scores.zero_()
+        self.skipped.zero_()
+        self.prunes.zero_()
+        self.members.begin()
+        self.members.look(parameters[1::3])
+
+    def count_triplets(self, parameters: Sequence[Tensor], *, restarted: bool) -> None:
+        """Find out which triplets are there, and let these live. Reads the device.
+
+        Args:
+            restarted: count what an earlier run has left: the triplets whose lora_E is not 0, and
+                those that it has not touched. If every lora_E is 0, the adapters have been
+                initialised again, and it counts as a first run.
+        """
+        if self.scores.is_meta or parameters[0].is_meta:
+            return
+        nonzero = (torch.cat(list(parameters[1::3])) != 0).squeeze(1)
+        leaves = restarted and bool(nonzero.any())
+        there = triplets_with_values(parameters)
+        if leaves:
+            there &= nonzero | self.members.untouched
+        if not there.any():
+            there = torch.ones_like(there)  # Values are to come: no run is about nothing.
+        self.members.count(there, restarted=leaves)
+        self.mask.copy_(there)
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The parts (r,) of each adapter of a tensor (n,) over all triplets."""
@@ -100,6 +138,7 @@ class AllocatorState:
         self.scores = self.scores.to(device, dtype)
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
+        self.members.move(device)
 
     def learn(
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
@@ -107,7 +146,8 @@ class AllocatorState:
         """Update the averages and the scores from the gradients of the parameters."""
         torch.ops.adalora.importance_update_(
             parameters,
-            [p.grad for p in parameters],
+            # What is frozen may still hold a gradient of before.
+            [p.grad if p.requires_grad else None for p in parameters],
             self.exp_avg_ipt,
             self.exp_avg_unc,
             self.scores,
@@ -120,17 +160,37 @@ class AllocatorState:
     def prune(self, lora_E: Sequence[Tensor], again: bool = False) -> None:
         """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
 
-        Whether it does and how many stay is for the device to see, so that one captured call
-        serves steps of all kinds. `again` only writes the zeros of the mask that is there.
+        Only what is in play is compared and changed. Whether the step prunes and how many stay is
+        for the device to see, so that one captured call serves steps of all kinds. `again` only
+        writes the zeros of the mask that is there.
         """
+        members = self.members
         if again:
-            dead = ~self.mask
+            dead = members.in_play > self.mask
         else:
-            best = top_b_mask(self.scores, self.budget)
-            torch.where(self.prunes, best, self.mask, out=self.mask)
-            dead = ~self.mask & self.prunes
+            best = top_b_mask(self.scores.masked_fill(members.out_of_play, -torch.inf), self.budget)
+            changes = members.in_play & self.prunes
+            torch.where(changes, best, self.mask, out=self.mask)
+            dead = changes > self.mask
+        if members.restarted:
+            dead |= members.kept_at_0
         flat = torch.cat(list(lora_E)).masked_fill_(dead.unsqueeze(1), 0.0)
         torch._foreach_copy_(list(lora_E), self.split(flat))
+
+    def keep(self, mask: Tensor) -> None:
+        """Let exactly these triplets live, (n,) bool, wherever they come from."""
+        self.mask.copy_(mask)
+        members = self.members
+        members.count(members.there | mask, restarted=members.restarted)
+
+    def total_rank(self) -> int:
+        """The number of triplets alive in adapters that take part. Reads the device."""
+        return int((self.mask & self.members.in_play).sum())
+
+    def highest_pruned_score(self) -> Tensor:
+        """A scalar on the device, -inf where nothing is pruned."""
+        kept_or_out = self.mask | self.members.out_of_play
+        return self.scores.masked_fill(kept_or_out, -torch.inf).amax()
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
@@ -140,6 +200,7 @@ class AllocatorState:
             "scores": self.scores.clone(),
             "mask": self.mask.clone(),
             "skipped": self.skipped.clone(),
+            **self.members.state(),
         }
 
     def check(self, saved: dict[str, Any], like: dict[str, Any], params: Sequence[Tensor]) -> None:
@@ -161,12 +222,16 @@ class AllocatorState:
             "scores": self.scores.shape,
             "mask": self.mask.shape,
             "skipped": self.skipped.shape,
+            "there": self.mask.shape,
         }
         for key, shape in expected.items():
-            value = saved[key]
+            value = saved.get(key, self.mask)
             actual = [t.shape for t in value] if isinstance(value, list) else value.shape
             if actual != shape:
                 raise ValueError(f"state has {key} of shape {actual}, expected {shape}")
+        had = saved.get("had_gradient", self.ranks)
+        if len(had) != len(self.ranks):
+            raise ValueError(f"state has had_gradient of length {len(had)}, not {len(self.ranks)}")
 
     def load(self, saved: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Take over what `check` has found to fit."""
@@ -178,6 +243,8 @@ class AllocatorState:
             torch._foreach_copy_(self.exp_avg_unc, saved["exp_avg_unc"])
         for name in ("scores", "mask", "skipped"):
             getattr(self, name).copy_(saved[name])
+        self.members.load(saved)
+        self.members.look(parameters[1::3])
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -186,7 +253,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _check_format(saved: dict[str, Any], like: dict[str, Any]) -> None:
     """Raise ValueError if a saved state has another format, or not all entries, of one like it."""
-    missing = like.keys() - saved.keys()
+    missing = like.keys() - saved.keys() - _NEWER
     if missing:
         raise ValueError(f"state is not from a RankAllocator: it lacks {sorted(missing)}")
     if saved["format"] != FORMAT:

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..allocator import BudgetSchedule, RankAllocator
 from .config import follow
-from .reminder import expect_steps
 
 # What an AdaLoraConfig and a BudgetSchedule have in common.
 _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
@@ -25,6 +24,8 @@ class PeftRankAllocator(RankAllocator):
     Attributes:
         saves_all: whether PEFT's save writes all triplets: a checkpoint to go on from.
     """
+
+    _is_kept_by_model = True
 
     def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
         self._config = config
@@ -100,9 +101,7 @@ class PeftRankAllocator(RankAllocator):
 
     def _bind_config(self) -> None:
         follow(self._config, self)
-        if self.global_step == 0:
-            expect_steps(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._bind_config()

@@ -1,0 +1,94 @@
+"""What an allocator tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+from .schedule import BudgetSchedule
+from .state import AllocatorState
+
+
+class Reports:
+    """The part of a `RankAllocator` that says where the run stands, and changes nothing."""
+
+    adapters: list[Adapter]
+    schedule: BudgetSchedule
+    global_step: int
+    frozen: bool
+    shrunk: bool
+    _state: AllocatorState
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self.adapters for p in adapter.parameters]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.adapters[0].lora_E.device
+
+    def _has_gradients(self) -> bool:
+        # Without a list of all: as a rule the first one answers it.
+        return any(
+            p.grad is not None and p.requires_grad
+            for adapter in self.adapters
+            for p in adapter.parameters
+        )
+
+    def _schedule_of_members(self) -> BudgetSchedule:
+        """The part of the schedule's budget that is for the adapters that take part."""
+        members, schedule = self._state.members, self.schedule
+        if all(members.taking):
+            return schedule
+        target = schedule.target_budget * sum(members.taking) // len(members.taking)
+        return replace(schedule, init_budget=members.total, target_budget=target)
+
+    def ranks(self) -> dict[str, int]:
+        """Triplets alive in each matrix, by the name of its lora_E. Reads the device."""
+        return {name: sum(pattern) for name, pattern in self.rank_pattern.items()}
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """PEFT's rank_pattern: which initial triplets of each matrix live. Reads the device."""
+        masks = self._state.split(self._state.mask.cpu())
+        return {a.name: mask.tolist() for a, mask in zip(self.adapters, masks, strict=True)}
+
+    def scores(self) -> dict[str, Tensor]:
+        """The importance (r,) of each matrix's triplets (eq. 7), by the name of its lora_E."""
+        parts = self._state.split(self._state.scores.clone())
+        return {adapter.name: part for adapter, part in zip(self.adapters, parts, strict=True)}
+
+    def highest_pruned_score(self) -> Tensor:
+        """loralib's mask threshold: a scalar on the device, -inf where nothing is pruned."""
+        return self._state.highest_pruned_score()
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run stands, for logs. Reads the device.
+
+        Keys: step, phase, budget, total_rank (triplets alive), init_budget, target_budget,
+        matrices, skipped_steps (steps with inf or NaN gradients, before the pattern is frozen),
+        frozen, shrunk, and untrained: the names of the adapters that do not take part, because
+        they need no gradient or have had none since the run began, although others have. All
+        numbers are those of the adapters that take part: the others keep their values, and have
+        no share in the budget.
+        """
+        state, step = self._state, self.global_step
+        state.members.look(self._parameters()[1::3])
+        schedule, total_rank = self._schedule_of_members(), state.total_rank()
+        taking = state.members.taking
+        return {
+            "step": step,
+            "phase": "final" if self.frozen else schedule.phase(step),
+            "budget": total_rank if self.frozen else schedule.budget(step),
+            "total_rank": total_rank,
+            "init_budget": schedule.init_budget,
+            "target_budget": schedule.target_budget,
+            "matrices": sum(taking),
+            "untrained": [a.name for a, t in zip(self.adapters, taking, strict=True) if not t],
+            "skipped_steps": int(state.skipped),
+            "frozen": self.frozen,
+            "shrunk": self.shrunk,
+        }
