@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .checks import check_floating, shape_of
+from .checks import as_float, check_floating, shape_of
+from .fusing import TRACED, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
@@ -48,19 +49,25 @@ def svd_linear(
         lora_B: left singular vectors P, (out, r), the dtype of lora_A.
         bias: (out,), the dtype of x.
         mask: (r,) bool. False drops a triplet: it adds nothing and gets no gradient.
-        scaling: factor of the low-rank term (lora_alpha / (ranknum + 1e-5) in the layers).
+        scaling: factor of the low-rank term (lora_alpha / (ranknum + 1e-5) in the layers). This
+            and dropout_p may be any real number, NumPy's and 0-d tensors' included; a tensor on a
+            device is read, and gets no gradient.
         dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
             applied when positive; a layer passes 0 in evaluation.
-        impl: "auto" takes the fastest implementation for the device of x. "reference" is plain
-            PyTorch recorded by autograd, so that its gradient is differentiable too; its dropout
-            is that of the kernels on every device, for equal seeds. "triton" is taken literally,
-            backward included, and never replaced (except for tensors without entries, for which
-            nothing is launched). Its kernels need an NVIDIA GPU of compute capability 8.0 or
-            later, or, on a CPU and slowly, TRITON_INTERPRET=1 in the environment; and r ≤ 256 in
-            at most float32. "cuda" is not there yet.
+        impl: "auto" takes the fastest implementation for the device of x, and plain PyTorch
+            where no op can serve the call: for tensor subclasses (torchao's, DTensor,
+            NestedTensor), under transforms of `torch.func`, in forward-mode AD, and for
+            `torch.jit.trace` and `torch.export`, whose files then run without this package.
+            "reference" is plain PyTorch recorded by autograd; its dropout is that of the kernels
+            on every device, for equal seeds. "triton" is taken literally, backward included, and
+            never replaced (except for tensors without entries, for which nothing is launched, and
+            where the gradient is differentiated itself). Its kernels need an NVIDIA GPU of
+            compute capability 8.0 or later, or, on a CPU and slowly, TRITON_INTERPRET=1 in the
+            environment; and r ≤ 256 in at most float32. "cuda" is not there yet.
 
     Returns:
-        y: (..., out) in the dtype of x, on its device. All tensors must be on one device.
+        y: (..., out) in the dtype of x, on its device. All tensors must be on one device. Its
+        gradient can be differentiated again (`create_graph=True`), with the same dropout.
 
     Raises:
         TypeError: an argument that has to be a floating point tensor (mask: bool) is not, or
@@ -74,19 +81,19 @@ def svd_linear(
     if dtype is not None:
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (out, in), got shape {shape_of(weight)}")
-    out_features, in_features = weight.shape
-    _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
-    _check_like_x(x, weight=weight, bias=bias)
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be (out,) = ({out_features},), got shape {shape_of(bias)}")
-    _check_numbers(scaling, dropout_p)
-    _check_impl(impl)
-    if lora_A.shape[0] == 0:
-        return F.linear(x, weight, bias)
+    why = why_plain(x, weight, bias, lora_A, lora_E, lora_B, mask)
+    _check_impl(impl, why)
+    scaling, dropout_p = _numbers(scaling, dropout_p)
+    if why is not TRACED:
+        _check_base(x, weight, bias)
+        out_features, in_features = weight.shape
+        _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
+        if lora_A.shape[0] == 0:
+            return F.linear(x, weight, bias)
+    if why is not None and impl == "auto":
+        base = F.linear(x, weight, bias)
+        return _plain_delta(base, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
         y, _ = ops.outside_autocast(reference.svd_linear)(
@@ -128,24 +135,19 @@ def svd_delta(
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x = _cast(x, dtype)
-    if base_output.dim() != x.dim() or base_output.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            "base_output must have the leading dimensions of x, "
-            f"got shape {shape_of(base_output)} for x of shape {shape_of(x)}"
-        )
-    if base_output.device != x.device:
-        raise ValueError(
-            f"base_output must be on the device of x, got {base_output.device} and {x.device}"
-        )
-    in_features = x.shape[-1] if x.dim() else 0
-    out_features = base_output.shape[-1] if base_output.dim() else 0
-    _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
-    _check_numbers(scaling, dropout_p)
-    _check_impl(impl)
-    if lora_A.shape[0] == 0:
-        return base_output
+    why = why_plain(base_output, x, lora_A, lora_E, lora_B, mask)
+    _check_impl(impl, why)
+    scaling, dropout_p = _numbers(scaling, dropout_p)
+    if why is not TRACED:
+        _check_base_output(base_output, x)
+        in_features = x.shape[-1] if x.dim() else 0
+        out_features = base_output.shape[-1] if base_output.dim() else 0
+        _check_adapter(x, lora_A, lora_E, lora_B, mask, in_features, out_features)
+        if lora_A.shape[0] == 0:
+            return base_output
+    if why is not None and impl == "auto":
+        return _plain_delta(base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    scaling, dropout_p = float(scaling), float(dropout_p)
     y: Tensor
     if impl == "reference":
         y, _ = ops.outside_autocast(reference.svd_delta)(
@@ -158,14 +160,34 @@ def svd_delta(
     return y
 
 
-def _check_like_x(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
+# Whether shapes fit is not asked while `torch.jit.trace` records: sizes are tensors then, and each
+# comparison warns that it is not recorded. What does not fit is an error of PyTorch's there.
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out, in), got shape {shape_of(weight)}")
+    for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
         if t.dtype != x.dtype:
             raise ValueError(f"{name} must have the dtype of x, got {t.dtype} and {x.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, got {t.device} and {x.device}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must be (out,) = ({weight.shape[0]},), got shape {shape_of(bias)}")
+
+
+def _check_base_output(base_output: Tensor, x: Tensor) -> None:
+    if base_output.dim() != x.dim() or base_output.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            "base_output must have the leading dimensions of x, "
+            f"got shape {shape_of(base_output)} for x of shape {shape_of(x)}"
+        )
+    if base_output.device != x.device:
+        raise ValueError(
+            f"base_output must be on the device of x, got {base_output.device} and {x.device}"
+        )
 
 
 def _check_adapter(
@@ -205,12 +227,15 @@ def _check_adapter(
             raise ValueError(f"{name} must be on the device of x, got {t.device} and {x.device}")
 
 
-def _check_numbers(scaling: float, dropout_p: float) -> None:
-    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+def _numbers(scaling: float, dropout_p: float) -> tuple[float, float]:
+    """Return both as plain floats, checked."""
+    if type(scaling) is not float:
+        scaling = as_float("scaling", scaling)
+    if type(dropout_p) is not float:
+        dropout_p = as_float("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return scaling, dropout_p
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -228,9 +253,32 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _check_impl(impl: str) -> None:
-    """Raise if `impl` is unknown. Whether "triton" can run here is for the op to find out."""
+def _check_impl(impl: str, why_not: str | None) -> None:
+    """Raise if `impl` is unknown, or if it names an op's and `why_not` says why none can serve.
+
+    Whether "triton" can run here is for the op to find out.
+    """
     if impl not in ("auto", "reference", "triton", "cuda"):
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cuda', got {impl!r}")
     if impl == "cuda":
         raise RuntimeError("impl='cuda' cannot run: this version has no CUDA C++ kernels")
+    if impl == "triton" and why_not is not None:
+        raise RuntimeError(f"impl='triton' cannot run: {why_not}")
+
+
+def _plain_delta(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """`svd_delta` in ops of PyTorch's own, dropout included, for callers that no op can serve."""
+    dropped = F.dropout(x, dropout_p) if dropout_p > 0.0 else x
+    y, _ = ops.outside_autocast(reference.svd_delta)(
+        base_output, dropped, lora_A, lora_E, lora_B, mask, scaling, 0.0, None
+    )
+    return y

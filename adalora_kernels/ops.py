@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, cpu, importance, reference
+from .fusing import why_plain
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -296,12 +297,67 @@ torch.library.register_fake("adalora::importance_update_", _in_place_fake)
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
 
 
-def _reject_double_backward(op: str) -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"the gradient of adalora::{op} is not differentiable itself "
-            "(create_graph=True); impl='reference' is"
+def _gradients(
+    ctx: Any,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (dx, dA, dE, dB), from the op unless they are to be differentiated or batched."""
+    if not torch.is_grad_enabled() and why_plain(grad_y) is None:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.adalora.svd_linear_backward(
+            *(grad_y, x, weight, A, E, B, mask, h),
+            *(ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl),
         )
+        return result
+    return _plain_backward(
+        *(grad_y, x, weight, A, E, B, mask),
+        *(ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl),
+    )
+
+
+@outside_autocast
+def _plain_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `svd_linear_backward` returns, as autograd can record it.
+
+    h is computed again, because the one that was saved has no history; dropout drops what it has
+    dropped in the forward.
+    """
+    dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
+    if seed is not None:
+        # Which stream the mask came from depends on what has computed the forward.
+        tuned = x.is_cpu and not _takes_triton(impl, x, A, B, E)
+        mask_of = cpu.dropout_mask if tuned else reference.philox_mask
+        keep = mask_of(dropped, dropout_p, seed) / (1.0 - dropout_p)
+        dropped = dropped * keep
+    h = dropped @ A.T.to(dropped.dtype)
+    dx, *others = reference.svd_linear_backward(
+        grad_y, dropped, None, A, E, B, mask, h, scaling, 0.0, None, need_dx
+    )
+    if need_dx:
+        dx = dx if keep is None else dx * keep
+        dx = (dx if weight is None else grad_y @ weight + dx).to(x.dtype)
+    return dx, others[0], others[1], others[2]
 
 
 def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -313,17 +369,13 @@ def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    _reject_double_backward("svd_linear")
     if grad_y is None:
         return (None,) * 11
     x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dx = dA = dE = dB = dweight = dbias = None
     if needs[0] or any(needs[3:6]):
-        dx, dA, dE, dB = torch.ops.adalora.svd_linear_backward(
-            *(grad_y, x, weight, A, E, B, mask, h),
-            *(ctx.scaling, ctx.dropout_p, seed, needs[0], ctx.impl),
-        )
+        dx, dA, dE, dB = _gradients(ctx, grad_y, x, weight, A, E, B, mask, h, seed, needs[0])
     if needs[1]:  # The weight is normally frozen; who thaws it gets its gradient all the same.
         dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if ctx.has_bias and needs[2]:
@@ -339,17 +391,13 @@ def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    _reject_double_backward("svd_delta")
     if grad_y is None:
         return (None,) * 10
     x, A, E, B, mask, h, seed = ctx.saved_tensors
     needs_dx = ctx.needs_input_grad[1]
     dx = dA = dE = dB = None
     if any(ctx.needs_input_grad[1:5]):
-        dx, dA, dE, dB = torch.ops.adalora.svd_linear_backward(
-            *(grad_y, x, None, A, E, B, mask, h),
-            *(ctx.scaling, ctx.dropout_p, seed, needs_dx, ctx.impl),
-        )
+        dx, dA, dE, dB = _gradients(ctx, grad_y, x, None, A, E, B, mask, h, seed, needs_dx)
     return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5
 
 

@@ -157,6 +157,8 @@ def _zero(matrices: Sequence[Tensor]) -> Tensor:
 def _add_to_grad_(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
     """Add to the `.grad` of those that need one; it is made where it is missing."""
     mine = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.requires_grad]
+    if not mine:
+        return  # `_foreach_add_` takes no empty list.
     for parameter, _ in mine:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

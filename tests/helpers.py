@@ -1,8 +1,10 @@
-"""What several test files need: random adapters, the error rule, and counting of ops."""
+"""What several test files need: random adapters, the error rule, counting, and reading of files."""
 
+import json
 from collections import Counter
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,3 +64,23 @@ def batch(step, dtype=torch.float32):
 
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def triplets_in(state):
+    """How many triplets of each layer are there, in what PEFT saves: the others are all 0."""
+    if not isinstance(state, dict):  # a folder
+        config = json.loads((state / "adapter_config.json").read_text())
+        assert config["rank_pattern"] is None
+        state = load_file(state / "adapter_model.safetensors")
+    layers = {name.partition(".lora_E")[0] for name in state if ".lora_E" in name}
+    result = {}
+    for layer in layers:
+        name = next(name for name in state if name.startswith(f"{layer}.lora_E"))
+        a, e, b = (
+            state[name.replace("lora_E", factor)] for factor in ("lora_A", "lora_E", "lora_B")
+        )
+        there = (a != 0).any(1) | (e != 0).any(1) | (b != 0).any(0)
+        # What is there is there as a whole.
+        assert torch.equal(there, (a != 0).any(1)) and torch.equal(there, (b != 0).any(0))
+        result[layer.removeprefix("base_model.model.")] = int(there.sum())
+    return result

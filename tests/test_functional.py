@@ -1,5 +1,6 @@
 """The functional API: bad inputs and impl."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ BAD = {
         ValueError,
         "mask .*meta",
     ),
-    "scaling_tensor": ({"scaling": torch.ones(())}, TypeError, "scaling .*Tensor"),
+    "scaling_vector": ({"scaling": torch.ones(1)}, TypeError, r"scaling .*Tensor of shape \(1,\)"),
     "scaling_none": ({"scaling": None}, TypeError, "scaling .*NoneType"),
     "dropout_negative": ({"dropout_p": -0.1}, ValueError, r"dropout_p .*-0\.1"),
     "dropout_one": ({"dropout_p": 1.0}, ValueError, r"dropout_p .*1\.0"),
@@ -94,6 +95,18 @@ def test_svd_delta_refuses(changes, error, says):
     del good["weight"], good["bias"]
     with pytest.raises(error, match=says):
         svd_delta(**{**good, **changes})
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr
+)
+def test_numbers_as_scripts_have_them(number):
+    given = arguments(scaling=number)
+    assert torch.equal(svd_linear(**given), svd_linear(**arguments(**{**given, "scaling": 0.5})))
+    torch.manual_seed(0)
+    dropped = svd_linear(**{**given, "dropout_p": number})
+    torch.manual_seed(0)
+    assert torch.equal(dropped, svd_linear(**{**given, "dropout_p": 0.5, "scaling": 0.5}))
 
 
 def test_reference_agrees_with_auto():

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 import adalora_kernels.loralib as loralib
-from adalora_kernels.export import export_lora
+from adalora_kernels.export import export_lora, save_adapter
 from adalora_kernels.peft import allocator_of, apply, disable, enable
 from adalora_kernels.trainer import AdaLoraCallback
 
@@ -523,11 +523,12 @@ def test_06_resume_ours(tmp_path, way):
     assert_same_adapter(model, expected)
 
 
-def save_a_pruned_adapter(path):
+def save_a_pruned_adapter(path, save=save_adapter):
+    """By default in PEFT's own form, with a rank_pattern."""
     model = make(tinit=3, tfinal=5)
     apply(model)
     train(model, optimizer_of(model, "adamw"), range(1, 31))
-    model.save_pretrained(path)
+    save(model, path)
 
 
 def load_to_go_on(path, takes_over=None, **options):
@@ -560,9 +561,10 @@ def test_07_continuing_from_a_pruned_adapter_peft(tmp_path):
         pytest.param(2, 6, "apply", marks=pytest.mark.full),
     ],
 )
-def test_07_continuing_from_a_pruned_adapter_ours(tmp_path, target_r, expected, takes_over):
+@pytest.mark.parametrize("save", [save_adapter, PeftModel.save_pretrained])
+def test_07_continuing_from_a_pruned_adapter_ours(tmp_path, target_r, expected, takes_over, save):
     """Our budget starts from the triplets that are there; what is saved then loads in PEFT."""
-    save_a_pruned_adapter(tmp_path / "first")
+    save_a_pruned_adapter(tmp_path / "first", save)
     model = load_to_go_on(tmp_path / "first", takes_over, target_r=target_r)
     train(model, optimizer_of(model, "adamw"), range(1, 31))
     assert alive(model) == expected

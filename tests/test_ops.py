@@ -234,16 +234,6 @@ def test_gradient_of_a_thawed_weight(lead):
     torch.testing.assert_close(actual, expected)
 
 
-def test_double_backward_is_refused_in_words():
-    c, factors, _ = raw_args(True)
-    y = svd_linear(c["x"], c["weight"], *factors)
-    with pytest.raises(NotImplementedError, match="create_graph"):
-        torch.autograd.grad(y.sum(), c["x"], create_graph=True)
-    y = svd_linear(c["x"], c["weight"], *factors, impl="reference")
-    (dx,) = torch.autograd.grad(y.square().sum(), c["x"], create_graph=True)
-    dx.sum().backward()
-
-
 @pytest.mark.parametrize("need_dx", [False, True], ids=["no_dx", "dx"])
 def test_dx_is_computed_only_when_it_is_needed(need_dx, monkeypatch):
     grads = []

@@ -245,6 +245,14 @@ def test_orth_reg_grad_leaves_frozen_parameters_alone():
     assert pairs[0][0].grad is None and pairs[0][1].grad is not None
 
 
+def test_orth_reg_grad_where_all_of_one_shape_are_frozen():
+    pairs = [adapter(3, 5, 4)[::2], adapter(3, 7, 6)[::2]]
+    for parameter in pairs[0]:
+        parameter.requires_grad_(False)
+    orth_reg_grad_(pairs, 0.3)
+    assert [p.grad is None for pair in pairs for p in pair] == [True, True, False, False]
+
+
 class NoTensorTwice(TorchDispatchMode):
     """On a GPU an in-place foreach op works on all tensors of its list at once."""
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"orthogonality"},
     {"ops"},
     {"cpu"},
-    {"importance", "reference", "adapters", "checks", "kernels", "_extension"},
+    {"importance", "reference", "adapters", "checks", "fusing", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},

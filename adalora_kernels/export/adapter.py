@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft import AdaLoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapters import find_adapters
+from ..adapters import Adapter, find_adapters
 from ..allocator import RankAllocator
 from ..modules import SVDLinear
 from ..peft import allocator_of
+from ..peft.model import AdaptedModel
 from ..peft.saving import (
     AdaptedLayer,
     adapted_layers,
+    config_for_file,
     known_total_step,
-    lora_E_in_use,
-    make_loadable_,
+    module_name,
     positive_alpha,
 )
 
@@ -28,9 +29,9 @@ from ..peft.saving import (
 PREFIX = "base_model.model."
 
 
-def scaling_and_ranknum(layer: AdaptedLayer) -> tuple[float, float]:
-    """The layer multiplies lora_E by scaling / (ranknum + 1e-5)."""
-    module, key = layer.module, layer.adapter.key
+def scaling_and_ranknum(adapter: Adapter) -> tuple[float, float]:
+    """The adapter's layer multiplies lora_E by scaling / (ranknum + 1e-5)."""
+    module, key = cast(Any, adapter.module), adapter.key
     if key is not None:
         return float(module.scaling[key]), float(module.ranknum[key])
     ranknum = float(module.ranknum)
@@ -40,16 +41,10 @@ def scaling_and_ranknum(layer: AdaptedLayer) -> tuple[float, float]:
 def lora_E_factor(layer: AdaptedLayer, scaling: float, ranknum: float) -> float:
     """What turns the layer's lora_E into that of a layer with these two numbers."""
     # PEFT forgets the ranknum of a layer without triplets.
-    if len(layer.stored) == 0 or scaling_and_ranknum(layer) == (scaling, ranknum):
+    own_scaling, own_ranknum = scaling_and_ranknum(layer.adapter)
+    if len(layer.stored) == 0 or (own_scaling, own_ranknum) == (scaling, ranknum):
         return 1.0
-    own_scaling, own_ranknum = scaling_and_ranknum(layer)
     return own_scaling / (own_ranknum + 1e-5) * (ranknum + 1e-5) / scaling
-
-
-def parameters_in_use(layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """lora_A (n, in), lora_E (n, 1) as the layer uses it, lora_B (out, n), on the CPU."""
-    lora_A, _, lora_B = (p.detach().cpu() for p in layer.adapter.parameters)
-    return lora_A, lora_E_in_use(layer.adapter), lora_B
 
 
 @dataclass
@@ -141,7 +136,7 @@ def open_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = _without_wrappers(model)
+    model = _adapted_model_in(_without_wrappers(model))
     root = model.get_submodule(_prefix(model).removesuffix("."))
     configs: Any = getattr(model, "peft_config", None)
     if configs:
@@ -155,15 +150,24 @@ def open_adapter(
         allocator = allocator_of(model)
         if allocator is not None and allocator.adapters[0].key != key:
             allocator = None  # It is another adapter's.
-    layers = adapted_layers(adapters, allocator)
-    config = copy.copy(configs[key]) if configs else _config_for_own_layers(layers, allocator)
-    make_loadable_(config, None if allocator is None else allocator.schedule.total_step)
-    init_r = config.init_r
-    for layer in layers:
-        length = len(layer.alive)
-        if length > init_r:
-            raise ValueError(f"{layer.name} has {length} triplets, its init_r is {init_r}")
-    return OpenedAdapter(model, root, key, _as_loaded(config, root), layers, allocator)
+    config = configs[key] if configs else _config_for_own_layers(adapters, allocator)
+    written = config_for_file(config, None if allocator is None else allocator.schedule.total_step)
+    # Not as it is read: while a run goes on, that is what has been pruned.
+    pattern = getattr(config, "first_rank_pattern", written.rank_pattern)
+    layers = adapted_layers(adapters, allocator, written.init_r, pattern)
+    return OpenedAdapter(model, root, key, _as_loaded(written, root), layers, allocator)
+
+
+def _adapted_model_in(model: nn.Module) -> nn.Module:
+    """The only PEFT model in `model`, or the model that has an injected adapter; else itself."""
+    names = list(AdaptedModel.find_all(model))
+    if len(names) > 1:
+        listed = ", ".join(repr(name) if name else "the model itself" for name in names)
+        raise ValueError(
+            f"model has several AdaLoRA models, each an adapter of its own: {listed}. "
+            "Give them one by one"
+        )
+    return model.get_submodule(names[0]) if names else model
 
 
 def _as_loaded(config: AdaLoraConfig, root: nn.Module) -> dict[str, Any]:
@@ -211,15 +215,16 @@ def _adapter_name(configs: dict[str, Any], name: str | None) -> str:
 
 
 def _config_for_own_layers(
-    layers: list[AdaptedLayer], allocator: RankAllocator | None
+    adapters: list[Adapter], allocator: RankAllocator | None
 ) -> AdaLoraConfig:
     """The AdaLoraConfig for a model of `SVDLinear` layers."""
-    for layer in layers:
-        if not isinstance(layer.module, SVDLinear):
-            raise TypeError(
-                f"{layer.name} must be an SVDLinear, is a {type(layer.module).__name__}"
-            )
-    numbers = {layer.name: scaling_and_ranknum(layer) for layer in layers}
+    numbers, modules = {}, []
+    for adapter in adapters:
+        name, module = module_name(adapter.name, None), adapter.module
+        if not isinstance(module, SVDLinear):
+            raise TypeError(f"{name} must be an SVDLinear, is a {type(module).__name__}")
+        modules.append(module)
+        numbers[name] = scaling_and_ranknum(adapter)
     first, (scaling, ranknum) = next(iter(numbers.items()))
     for name, pair in numbers.items():
         if pair != (scaling, ranknum):
@@ -227,7 +232,6 @@ def _config_for_own_layers(
                 "PEFT's config has one lora_alpha and one init_r: "
                 f"{first} has {(scaling, ranknum)}, {name} has {pair}"
             )
-    modules = [layer.module for layer in layers]
     options: dict[str, Any] = {"total_step": 1}
     if allocator is not None:
         schedule = allocator.schedule

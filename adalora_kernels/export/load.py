@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..allocator import RankAllocator
-from ..peft.saving import FACTORS, AdaptedLayer, positive_alpha
+from ..peft.saving import FACTORS, AdaptedLayer, positive_alpha, triplets_there
 from .adapter import PREFIX, OpenedAdapter, lora_E_factor, open_adapter
 from .files import read_config, read_tensors
 from .state import STATE_NAME, load_state
@@ -28,7 +28,8 @@ def load_adapter(
 
     A checkpoint with full_rank restores the weights and, if the model has an allocator, its state:
     training goes on bitwise. A pruned adapter is put into the rows that its rank_pattern names,
-    with lora_E = 0 in all others: the function is the saved one, and no shape changes. Everything
+    with zeros in all others, as in a file that has those zeros: the function is the saved one, no
+    shape changes, and a further training has the budget of the triplets that are there. Everything
     is checked first: where an error is raised, model and allocator are as they were.
 
     Args:
@@ -70,13 +71,15 @@ def load_adapter(
         opened.allocator.load_state_dict(state)
     with torch.no_grad():
         for layer, (rows, *parts) in zip(opened.layers, writes, strict=True):
-            layer.adapter.lora_E.zero_()
             for parameter, part, (_, dim) in zip(
                 layer.adapter.parameters, parts, FACTORS, strict=True
             ):
+                parameter.zero_()
                 parameter.index_copy_(dim, rows.to(parameter.device), part.to(parameter))
         for key, tensor in other_tensors.items():
             tensor.copy_(tensors[key])
+    if opened.allocator is not None:
+        opened.allocator.count_triplets()
     for layer in merged:
         layer.module.unmerge()
         layer.module.merge()
@@ -183,18 +186,23 @@ def _rows_to_write(
             raise ValueError(f"{key} must be floating point, is {tensor.dtype}")
         loaded.append(tensor)
     a, e, b = loaded
-    rows = layer.adapter.lora_E.shape[0]
     mask = masks.get(id(layer.module))
+    places = layer.stored
     if mask is not None:
         if len(mask) != k:
             raise ValueError(f"{layer.name} has {k} triplets, {STATE_NAME} is for {len(mask)}")
         if not bool(mask.all()):
             # The allocator cuts the layer to these before the weights come.
-            a, e, b, numbers, rows = a[mask], e[mask], b[:, mask], numbers[mask], int(mask.sum())
-    k = len(numbers)
-    if k > rows:
-        raise ValueError(f"{layer.name} has {k} triplets in the file, {rows} in the model")
-    # In a model whose adapter was itself loaded pruned the rows have no numbers of their own.
-    fits = k == 0 or int(numbers[-1]) < rows
-    taken = numbers if fits else torch.arange(k)
+            a, e, b, numbers = a[mask], e[mask], b[:, mask], numbers[mask]
+            places = numbers
+    if not bool(torch.isin(numbers, places).all()):
+        there = triplets_there(a, e, b)
+        a, e, b, numbers = a[there], e[there], b[:, there], numbers[there]
+    if len(numbers) > len(places):
+        raise ValueError(
+            f"{layer.name} has {len(numbers)} triplets in the file, {len(places)} in the model"
+        )
+    # A model whose adapter was itself loaded pruned may have other rows than the file.
+    fits = bool(torch.isin(numbers, places).all())
+    taken = torch.searchsorted(places, numbers) if fits else torch.arange(len(numbers))
     return taken, a, e / lora_E_factor(layer, *scaling_and_ranknum), b

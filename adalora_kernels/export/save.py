@@ -17,7 +17,6 @@ from .adapter import (
     OpenedAdapter,
     lora_E_factor,
     open_adapter,
-    parameters_in_use,
     scaling_and_ranknum,
 )
 from .files import replacing, write_adapter
@@ -57,7 +56,8 @@ def save_adapter(
         model: a PEFT model (ours or plain, or with injected layers), or one of `SVDLinear` layers,
             which is written for the same model of `nn.Linear` layers: with the biases beside an
             adapter if they are trainable, and without whatever else was trained. DDP's and
-            torch.compile's wrappers may be around it; sharded parameters (FSDP, ZeRO-3) have to
+            torch.compile's wrappers may be around it, or any module in which it is the only one
+            with AdaLoRA (a SentenceTransformer); sharded parameters (FSDP, ZeRO-3) have to
             be gathered first.
         path: a folder; it is created.
         full_rank: a checkpoint to train on from: all triplets, and with an allocator its state in
@@ -67,44 +67,31 @@ def save_adapter(
 
     Raises:
         TypeError: `model` is not a module, or a layer is neither PEFT's nor ours.
-        ValueError: no such adapter in the model; an allocator of another model; SVDLinear layers
-            with different r or lora_alpha.
+        ValueError: no such adapter in the model, or several adapted models; an allocator of
+            another model; SVDLinear layers with different r or lora_alpha.
     """
     opened = open_adapter(model, adapter_name, allocator)
     if opened.key is None:
         names = [layer.name for layer in opened.layers]
         opened.config["target_modules"] = _exact_targets(names, opened.root)
     tensors, _ = opened.other_tensors()
-    chosen = {layer.name: layer.chosen(checkpoint=full_rank) for layer in opened.layers}
+    chosen = {}
     for layer in opened.layers:
-        lora_A, lora_E, lora_B = parameters_in_use(layer)
+        lora_A, lora_E, lora_B = (p.detach().cpu() for p in layer.adapter.parameters)
+        chosen[layer.name] = layer.chosen(lora_E, checkpoint=full_rank)
         factor = lora_E_factor(layer, *opened.scaling_and_ranknum)
         if factor != 1.0:
             lora_E = (lora_E.double() * factor).to(lora_E.dtype)
         for (name, dim), part in zip(FACTORS, (lora_A, lora_E, lora_B), strict=True):
-            selected = layer.select(part, dim, chosen[layer.name])
+            selected = layer.compact(part, dim, chosen[layer.name])
             tensors[f"{PREFIX}{layer.name}.{name}"] = selected
-    pattern = rank_pattern_for_file(chosen, _rows_of_init_r(opened))
-    opened.config["rank_pattern"] = pattern
+    opened.config["rank_pattern"] = rank_pattern_for_file(chosen)
     with replacing(Path(path)) as folder:
         write_adapter(folder, opened.config, tensors)
         if full_rank and opened.allocator is not None:
             save_state(opened.allocator, folder / STATE_NAME)
         else:
             Path(path, STATE_NAME).unlink(missing_ok=True)
-
-
-def _rows_of_init_r(opened: OpenedAdapter) -> dict[str, list[bool]]:
-    """Which of the init_r triplets each layer's run has begun with; empty where it is all of them.
-
-    Those of a pruned adapter that was loaded count as the first: it is in these rows that
-    `load_adapter` puts them back.
-    """
-    init_r = opened.config["init_r"]
-    lengths = {layer.name: len(layer.alive) for layer in opened.layers}
-    if all(length == init_r for length in lengths.values()):
-        return {}
-    return {name: [row < length for row in range(init_r)] for name, length in lengths.items()}
 
 
 def export_lora(
@@ -123,17 +110,18 @@ def export_lora(
 
     Raises:
         TypeError, ValueError: as `save_adapter`.
-        ValueError: no triplet is left in any module.
+        ValueError: no triplet is left in any module, or none has been trained yet: their lora_E
+            are all 0.
     """
     opened = open_adapter(model, adapter_name, None)
     tensors, ranks = {}, {}
     for layer in opened.layers:
-        lora_A, lora_E, lora_B = parameters_in_use(layer)
+        lora_A, lora_E, lora_B = (p.detach().cpu() for p in layer.adapter.parameters)
         nonzero = lora_E.squeeze(1) != 0
         rank = int(nonzero.sum())
         if rank == 0:
             continue
-        scaling, ranknum = scaling_and_ranknum(layer)
+        scaling, ranknum = scaling_and_ranknum(layer.adapter)
         weights = lora_E[nonzero].double() * (scaling / (ranknum + 1e-5))
         a = lora_A[nonzero]
         b = (lora_B[:, nonzero].double() * weights.T).to(lora_B.dtype)
@@ -144,6 +132,11 @@ def export_lora(
         ranks[layer.name] = rank
         tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = b
+    if not ranks and any(bool(layer.alive.any()) for layer in opened.layers):
+        raise ValueError(
+            "the adapter is untrained: lora_E is 0 in all its triplets, so it adds nothing yet and "
+            "there is no LoRA adapter to write"
+        )
     if not ranks:
         raise ValueError("no triplet is left in any module: there is no LoRA adapter to write")
     tensors |= _other_tensors_of_lora(opened, ranks)

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Any
 
 from peft import AdaLoraConfig
-from peft.tuners.adalora import AdaLoraModel
 from torch import nn
 
 from ..allocator import BudgetSchedule, RankAllocator
-from .config import follow
+from .config import AllocatedConfig, allocator_in
 
 # What an AdaLoraConfig and a BudgetSchedule have in common.
 _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
@@ -19,16 +18,21 @@ _SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
 class PeftRankAllocator(RankAllocator):
     """Ours, with the schedule and the weight of the regulariser that stand in an AdaLoraConfig.
 
-    Scripts set total_step and the like on the config when they know them.
+    Scripts set total_step and the like on the config when they know them. What is set here
+    instead is for this model only, because other models may have the same config.
 
     Attributes:
+        adapter_name: PEFT's name of the adapter that is allocated.
+        config: the config of this model, whose fields are those of the user's.
         saves_all: whether PEFT's save writes all triplets: a checkpoint to go on from.
     """
 
     _is_kept_by_model = True
 
     def __init__(self, root: nn.Module, config: AdaLoraConfig, adapter_name: str) -> None:
-        self._config = config
+        is_own = allocator_in(config) is self
+        self.config = config if is_own else AllocatedConfig.beside(config)
+        self.adapter_name = adapter_name
         self._schedule: BudgetSchedule
         # The config's numbers from which `_schedule` was made.
         self._schedule_source: tuple[int | None, ...]
@@ -45,11 +49,7 @@ class PeftRankAllocator(RankAllocator):
             adapter_name=adapter_name,
             orth_reg_weight=config.orth_reg_weight,
         )
-
-    @property
-    def adapter_name(self) -> str | None:
-        """PEFT's name of the adapter that is allocated."""
-        return self.adapters[0].key
+        self.config.follow(self)
 
     @property
     def schedule(self) -> BudgetSchedule:
@@ -58,7 +58,7 @@ class PeftRankAllocator(RankAllocator):
         if current != self._schedule_source:
             options: dict[str, Any] = dict(zip(_SCHEDULE, current[1:], strict=True))
             if current[0] != self._schedule_source[0]:
-                options["target_budget"] = self._config.target_r * len(self.adapters)
+                options["target_budget"] = self.config.target_r * len(self.adapters)
             self._schedule = dataclasses.replace(self._schedule, **options)
             self._schedule_source = current
         return self._schedule
@@ -66,42 +66,41 @@ class PeftRankAllocator(RankAllocator):
     @schedule.setter
     def schedule(self, schedule: BudgetSchedule) -> None:
         for name in _SCHEDULE:
-            setattr(self._config, name, getattr(schedule, name))
+            self.config.set_own(name, getattr(schedule, name))
         self._schedule, self._schedule_source = schedule, self._numbers_in_config()
 
     def _numbers_in_config(self) -> tuple[int | None, ...]:
-        return tuple(getattr(self._config, name) for name in ("target_r", *_SCHEDULE))
+        return tuple(getattr(self.config, name) for name in ("target_r", *_SCHEDULE))
 
     @property
     def orth_reg_weight(self) -> float:
         """The config's."""
-        return self._config.orth_reg_weight
+        return self.config.orth_reg_weight
 
     @orth_reg_weight.setter
     def orth_reg_weight(self, weight: float) -> None:
-        self._config.orth_reg_weight = weight
+        self.config.set_own("orth_reg_weight", weight)
 
     @property
     def begun(self) -> bool:
         """Whether there may be something that is pruned."""
         return self.global_step > 0 or self.frozen
 
+    def begin_anew(self, root: nn.Module) -> None:
+        """Begin with the ranks that the layers have now, after they have got new parameters."""
+        self.detach()
+        PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
+
     def update_and_allocate(self, global_step: int) -> None:
-        """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`)."""
+        """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`).
+
+        Before the first one it finds out which triplets are there: weights may have been loaded
+        since the allocator was made, and those that are not there still aren't after a step.
+        """
         if not self.attached:
+            self.count_triplets()
             self.step(global_step)
-
-    def bind(self, root: Any, tuner: AdaLoraModel | None) -> None:
-        """Let config and tuner know this allocator, and the model `root` keep it alive."""
-        if tuner is not None:
-            tuner.rankallocator = self
-            tuner.trainable_adapter_name = self.adapter_name
-        root.update_and_allocate = self.update_and_allocate
-        self._bind_config()
-
-    def _bind_config(self) -> None:
-        follow(self._config, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bind_config()
+        self.config.follow(self)

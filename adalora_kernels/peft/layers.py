@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
+from ..fusing import fused_dropout_p, is_unhooked
+from .saving import fit_rows_
 
 
 class FusedLayer:
@@ -25,16 +27,12 @@ class FusedLayer:
         return self.scaling[adapter_name] / self._ranknums[adapter_name]
 
     def _arguments_of(self: Any, adapter_name: str) -> dict[str, Any]:
-        """What `svd_linear` and `svd_delta` have to know about one adapter."""
-        dropout = self.lora_dropout[adapter_name]
-        active = isinstance(dropout, nn.Dropout) and dropout.training
+        """What `svd_linear` and `svd_delta` have to know about one adapter, but for its dropout."""
         return {
             "lora_A": self.lora_A[adapter_name],
             "lora_E": self.lora_E[adapter_name],
             "lora_B": self.lora_B[adapter_name],
-            "mask": getattr(self, f"_mask_{adapter_name}", None),
             "scaling": self._scaling_of(adapter_name),
-            "dropout_p": dropout.p if active else 0.0,
         }
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -42,25 +40,46 @@ class FusedLayer:
         self._ranknums.pop(adapter_name, None)
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
 
-    def set_mask(self: Any, mask: Tensor | None, key: str | None) -> None:
-        """The allocator's frozen pattern (r,) bool for the adapter `key`."""
-        self.register_buffer(f"_mask_{key}", mask, persistent=False)
-
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, with the base layer and the adapter in one op where that is possible."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = self.base_layer
-        first, *further = (self._arguments_of(name) for name in names)
-        if not args and not kwargs and _is_plain(base):
+        dropout_p = fused_dropout_p(self.lora_dropout[names[0]])
+        if dropout_p is not None and not args and not kwargs and _is_plain(base):
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-            result = functional.svd_linear(x, weight, bias=base.bias, **first)
+            arguments = self._arguments_of(names.pop(0))
+            result = functional.svd_linear(
+                x, weight, bias=base.bias, dropout_p=dropout_p, **arguments
+            )
         else:
-            result = functional.svd_delta(base(x, *args, **kwargs), x, **first)
-        for arguments in further:
-            result = functional.svd_delta(result, x, **arguments)
+            result = base(x, *args, **kwargs)
+        for name in names:
+            result = self._add_adapter(name, result, x)
         return result
+
+    def _add_adapter(self: Any, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
+        arguments = self._arguments_of(adapter_name)
+        dropout = self.lora_dropout[adapter_name]
+        dropout_p = fused_dropout_p(dropout)
+        if dropout_p is None:
+            # What is called sees what it sees in PEFT.
+            x = dropout(self._cast_input_dtype(x, arguments["lora_A"].dtype))
+            dropout_p = 0.0
+        return functional.svd_delta(result, x, dropout_p=dropout_p, **arguments)
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PyTorch's; a layer with fewer triplets takes a file that has zeros for the others."""
+        for adapter_name, lora_E in self.lora_E.items():
+            ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
+            if ranknum is not None and not ranknum.is_meta:
+                loaded = ranknum.to(self.ranknum[adapter_name].dtype)
+                self._ranknums[adapter_name] = float(loaded) + 1e-5
+            fit_rows_(state_dict, prefix, adapter_name, len(lora_E))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
 
 class FusedSVDLinear(FusedLayer, SVDLinear):
@@ -118,11 +137,14 @@ def freeze_ranknums(root: nn.Module) -> None:
 
 
 def _is_plain(base: Any) -> bool:
-    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward."""
+    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward.
+
+    Its weight must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of x
+    is for the subclass to say.
+    """
     return (
         type(base) in (nn.Linear, Conv1D)
-        and "forward" not in base.__dict__
-        and not (base._forward_hooks or base._forward_pre_hooks)
-        and not (base._backward_hooks or base._backward_pre_hooks)
+        and is_unhooked(base)
+        and type(base.weight) in (Tensor, nn.Parameter)
         and base.weight.is_floating_point()
     )

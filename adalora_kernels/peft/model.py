@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from .. import functional
 from ..adapters import find_adapters
 from ..allocator import RankAllocator
+from ..checks import as_int
 from .allocator import PeftRankAllocator
-from .config import allocator_in
+from .config import AllocatedConfig, allocator_in, refuse_lora_ranks
 from .layers import adalora_layers, freeze_ranknums, swap_forward
-from .saving import FACTORS, adapted_layers, module_name
+from .saving import FACTORS, adapted_layers, by_module, module_name, state_for_file
 
 
 @dataclasses.dataclass
@@ -38,22 +40,43 @@ class AdaptedModel:
     tuner: AdaLoraModel | None
 
     @classmethod
-    def find_in(cls, model: nn.Module) -> AdaptedModel | None:
-        """The first one in `model` with an AdaLoraConfig."""
+    def find_all(cls, model: object) -> dict[str, AdaptedModel]:
+        """All in `model` with an AdaLoraConfig, by the names that PEFT's outermost modules have."""
         if not isinstance(model, nn.Module):
-            return None
-        tuner = None
-        for module in model.modules():
-            if isinstance(module, AdaLoraModel):
-                tuner = module
-            if isinstance(module, PeftModel | PeftMixedModel | BaseTuner):
+            return {}
+        found: dict[str, AdaptedModel] = {}
+        # PEFT's modules around a model and the model itself have one dict of configs.
+        names: dict[int, str] = {}
+        tuners: dict[int, AdaLoraModel] = {}
+        for name, module in model.named_modules():
+            is_around = isinstance(module, PeftModel | PeftMixedModel | BaseTuner)
+            configs = module.peft_config if is_around else module.__dict__.get("peft_config")
+            if not isinstance(configs, dict):
                 continue
-            configs = module.__dict__.get("peft_config")
-            if isinstance(configs, dict) and any(
-                isinstance(config, AdaLoraConfig) for config in configs.values()
-            ):
-                return cls(module, configs, tuner)
-        return None
+            outermost = names.setdefault(id(configs), name)
+            if isinstance(module, AdaLoraModel):
+                tuners[id(configs)] = module
+            if not is_around and any(isinstance(c, AdaLoraConfig) for c in configs.values()):
+                found.setdefault(outermost, cls(module, configs, tuners.get(id(configs))))
+        return found
+
+    @property
+    def allocator(self) -> PeftRankAllocator | None:
+        """Our allocator, which the model keeps alive, while it has the adapter of that."""
+        allocator = getattr(self.root.__dict__.get("update_and_allocate"), "__self__", None)
+        if not isinstance(allocator, PeftRankAllocator):
+            return None
+        is_there = self.configs.get(allocator.adapter_name) is allocator.config
+        return allocator if is_there else None
+
+    def _must_replace(self, config: Any) -> bool:
+        """Whether a config that has no allocator here is another model's, or of a pruned adapter.
+
+        Any other one is left to PEFT, which gives its user the same object back.
+        """
+        if isinstance(config, AllocatedConfig):
+            return config.allocator not in (None, self.allocator)
+        return isinstance(config, AdaLoraConfig) and config.rank_pattern is not None
 
     def trainable_adapter(self) -> str | None:
         """The name of the adapter to allocate, if there is one."""
@@ -71,50 +94,100 @@ class AdaptedModel:
         allocator = getattr(self.tuner, "rankallocator", None)
         return None if isinstance(allocator, RankAllocator) else allocator
 
+    def check(self) -> None:
+        """Raise ValueError if this can't become ours."""
+        if not adalora_layers(self.root):
+            raise ValueError("peft_model has no AdaLoRA layer")
+        for config in self.configs.values():
+            if isinstance(config, AdaLoraConfig):
+                refuse_lora_ranks(vars(config).get("rank_pattern"))
+        if self._has_final_ranks():
+            raise ValueError(
+                "peft_model's ranks are final already: apply before that, or not at all"
+            )
 
-def refuse_final_ranks(adapted: AdaptedModel) -> None:
-    """Raise ValueError if PEFT has trained so far that it has forgotten the importance.
+    def _has_final_ranks(self) -> bool:
+        """Whether PEFT has trained so far that it has forgotten the importance.
 
-    An adapter whose parameters have been cut to its final pattern is another matter: it starts
-    anew.
-    """
-    theirs, name = adapted.pefts_allocator(), adapted.trainable_adapter()
-    if name is None or theirs is None or theirs.exp_avg_ipt:
-        return
-    pattern = adapted.configs[name].rank_pattern or {}
-    ranks = [adapter.lora_A.shape[0] for adapter in find_adapters(adapted.root, name)]
-    pruned = not all(all(alive) for alive in pattern.values())
-    if pruned and sorted(map(len, pattern.values())) == sorted(ranks):
-        raise ValueError("peft_model's ranks are final already: apply before that, or not at all")
+        Neither an adapter whose parameters have been cut to its final pattern has: it starts anew;
+        nor one whose pattern another model has left in the config that both have.
+        """
+        theirs, name = self.pefts_allocator(), self.trainable_adapter()
+        if name is None or theirs is None or theirs.exp_avg_ipt:
+            return False
+        pattern = by_module(vars(self.configs[name]).get("rank_pattern"), name)
+        kept, used = [], []
+        for adapter in find_adapters(self.root, name):
+            alive = pattern.get(module_name(adapter.name, name), [])
+            if len(alive) != len(adapter.lora_E) or adapter.lora_E.is_meta:
+                return False
+            kept += alive
+            used += (adapter.lora_E.detach().flatten() != 0).tolist()
+        return any(used) and not all(kept) and all(map(operator.le, used, kept))
 
+    def make_allocator(self) -> PeftRankAllocator | None:
+        """The trainable adapter's allocator: the one of this model, or one for `take_over`.
 
-def take_over(adapted: AdaptedModel) -> PeftRankAllocator | None:
-    """Make ours what is not ours yet; returns the trainable adapter's allocator, new or old."""
-    name = adapted.trainable_adapter()
-    allocator: PeftRankAllocator | None = None
-    if name is not None:
-        allocator = allocator_in(adapted.configs[name]) or _new_allocator(adapted, name)
-    for layer in adalora_layers(adapted.root).values():
-        swap_forward(layer)
-    freeze_ranknums(adapted.root)
-    if adapted.tuner is not None:
-        adapted.tuner.__class__ = AllocatedAdaLoraModel
-    # PEFT's functions for saving and loading look for these in the model itself where it keeps no
-    # tuner; and it may throw this one away when it has injected the adapter.
-    without_tuner = dataclasses.replace(adapted, tuner=None)
-    for method, function in _METHODS_OF_ROOT.items():
-        setattr(adapted.root, method, functools.partial(function, without_tuner))
-    if allocator is not None:
-        allocator.bind(adapted.root, adapted.tuner)
-    return allocator
-
-
-def _new_allocator(adapted: AdaptedModel, adapter_name: str) -> PeftRankAllocator:
-    """An allocator that starts from the averages of PEFT's, if there are any."""
-    allocator = PeftRankAllocator(adapted.root, adapted.configs[adapter_name], adapter_name)
-    theirs = adapted.pefts_allocator()
-    if theirs is None or not theirs.exp_avg_ipt:
+        A new one starts from the averages of PEFT's, if there are any.
+        """
+        name, own = self.trainable_adapter(), self.allocator
+        if name is None:
+            return None
+        if own is not None and own.adapter_name == name:
+            own.count_triplets()  # Weights may have been loaded.
+            return own
+        allocator = PeftRankAllocator(self.root, self.configs[name], name)
+        theirs = self.pefts_allocator()
+        if theirs is not None and theirs.exp_avg_ipt:
+            _load_averages(allocator, theirs, name)
         return allocator
+
+    def take_over(self, allocator: PeftRankAllocator | None) -> None:
+        """Make ours what is not ours yet; `allocator` is what `make_allocator` has returned."""
+        for name, config in self.configs.items():
+            if self._must_replace(config):
+                self.configs[name] = AllocatedConfig.beside(config)
+        for layer in adalora_layers(self.root).values():
+            swap_forward(layer)
+        freeze_ranknums(self.root)
+        if self.tuner is not None:
+            self.tuner.__class__ = AllocatedAdaLoraModel
+        # PEFT's functions for saving and loading look for these in the model itself where it keeps
+        # no tuner; and it may throw this one away when it has injected the adapter.
+        for method, function in _METHODS_OF_ROOT.items():
+            setattr(self.root, method, _MethodOfRoot(function, self.root))
+        if allocator is None:
+            return
+        self.configs[allocator.adapter_name] = allocator.config
+        self.root.update_and_allocate = allocator.update_and_allocate  # type: ignore[assignment]
+        if self.tuner is not None:
+            self.tuner.rankallocator = allocator
+            self.tuner.trainable_adapter_name = allocator.adapter_name
+
+
+def the_trained(adapted: dict[str, AdaptedModel]) -> AdaptedModel | None:
+    """The only one, or the only one of which an adapter is not frozen; None if there is none.
+
+    Raises:
+        ValueError: there are several. It names them.
+    """
+    trained = {name: one for name, one in adapted.items() if _is_trained(one.root)} or adapted
+    if len(trained) > 1:
+        names = ", ".join(repr(name) if name else "the model itself" for name in trained)
+        raise ValueError(
+            f"model has several AdaLoRA models that are trained: {names}. Each has its own budget: "
+            "give them to apply one by one, and attach each one's allocator to the optimizer"
+        )
+    return next(iter(trained.values()), None)
+
+
+def _is_trained(root: nn.Module) -> bool:
+    layers: Any = adalora_layers(root).values()
+    return any(lora_E.requires_grad for layer in layers for lora_E in layer.lora_E.values())
+
+
+def _load_averages(allocator: PeftRankAllocator, theirs: Any, adapter_name: str) -> None:
+    """Let our allocator go on from PEFT's averages."""
     names = [
         f"{module_name(adapter.name, adapter_name)}.{factor}.{adapter_name}"
         for adapter in allocator.adapters
@@ -127,28 +200,27 @@ def _new_allocator(adapted: AdaptedModel, adapter_name: str) -> PeftRankAllocato
             averages[name].to(ours.dtype) for name, ours in zip(names, state[key], strict=True)
         ]
     allocator.load_state_dict(state)
-    return allocator
 
 
 def _resize_state_dict(
     adapted: AdaptedModel, rank_pattern: Any, state_dict: dict[str, Tensor], adapter_name: str
 ) -> dict[str, Tensor]:
-    """PEFT's resize_state_dict_by_rank_pattern: cut what it is about to save.
+    """PEFT's resize_state_dict_by_rank_pattern: choose what it is about to save.
 
-    PEFT's own goes by the names in the pattern, which it garbles where an adapter is called like a
-    module; this goes by the allocator. Without one, the parameters have the pattern's ranks.
+    PEFT's own cuts by the names in the pattern, which it garbles where an adapter is called like a
+    module, and writes what only `PeftModel` reads; this goes by the allocator (`state_for_file`).
     """
-    allocator = allocator_in(adapted.configs[adapter_name])
-    if allocator is None:
-        return state_dict
-    result = dict(state_dict)
-    for layer in adapted_layers(allocator.adapters, allocator):
-        chosen = layer.chosen(checkpoint=allocator.saves_all)
-        for factor, dim in FACTORS:
-            key = f"{layer.name}.{factor}.{adapter_name}"
-            key = key if key in result else f"base_model.model.{key}"
-            result[key] = layer.select(result[key], dim, chosen)
-    return result
+    config = adapted.configs[adapter_name]
+    if not isinstance(config, AllocatedConfig):
+        return state_dict  # The pattern has been set since, and the parameters were cut to it.
+    allocator = config.allocator
+    adapters = [a for a in find_adapters(adapted.root, adapter_name) if a.key == adapter_name]
+    layers = adapted_layers(
+        adapters, allocator, as_int("init_r", config.init_r, 1), config.first_rank_pattern
+    )
+    return state_for_file(
+        layers, state_dict, checkpoint=allocator is not None and allocator.saves_all
+    )
 
 
 @torch.no_grad()
@@ -174,7 +246,7 @@ def _resize_modules(adapted: AdaptedModel, rank_pattern: dict[str, Any], adapter
         _cut_layer(layer, numbers, adapter_name, config)
         resized = True
     if resized and allocator is not None:
-        _new_allocator(adapted, adapter_name).bind(adapted.root, adapted.tuner)
+        allocator.begin_anew(adapted.root)
 
 
 def _cut_layer(layer: Any, numbers: Tensor, adapter_name: str, config: AdaLoraConfig) -> None:
@@ -197,6 +269,24 @@ _METHODS_OF_ROOT: dict[str, Callable[..., Any]] = {
     "resize_state_dict_by_rank_pattern": _resize_state_dict,
     "resize_modules_by_rank_pattern": _resize_modules,
 }
+
+
+class _MethodOfRoot:
+    """Calls one of these functions with the model that it stands in.
+
+    It holds that model weakly, so that `del model` frees it at once; a copy or a pickle of the
+    model has one for itself.
+    """
+
+    def __init__(self, function: Callable[..., Any], root: nn.Module) -> None:
+        self._function, self._root = function, weakref.ref(root)
+
+    def __call__(self, *args: Any) -> Any:
+        root: Any = self._root()
+        return self._function(AdaptedModel(root, root.peft_config, None), *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _MethodOfRoot, (self._function, self._root())
 
 
 class AllocatedAdaLoraModel(AdaLoraModel):
@@ -232,6 +322,9 @@ class AllocatedAdaLoraModel(AdaLoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
         freeze_ranknums(self.model)  # It makes new parameters.
+        allocator = self._own_allocator()
+        if allocator is not None:
+            allocator.count_triplets()  # PEFT calls this when it has loaded an adapter.
 
     def update_and_allocate(self, global_step: int) -> None:
         """Step our allocator: after `optimizer.step()` and before `zero_grad()`, as in PEFT.
@@ -256,19 +349,25 @@ class AllocatedAdaLoraModel(AdaLoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """PEFT's, after which a trainable adapter has an allocator also if it is not the first."""
+        refuse_lora_ranks(vars(self.peft_config[adapter_name]).get("rank_pattern"))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        take_over(self._adapted())
+        adapted = self._adapted()
+        adapted.take_over(adapted.make_allocator())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; the allocator goes with its adapter."""
         super().delete_adapter(adapter_name)
         allocator = self._own_allocator()
         if allocator is not None and allocator.adapter_name == adapter_name:
+            allocator.detach()
             del self.rankallocator, self.trainable_adapter_name
             del self.model.update_and_allocate
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        allocator = self._own_allocator()
+        if allocator is not None:
+            allocator.detach()
         for name in ("update_and_allocate", *_METHODS_OF_ROOT):
             model.__dict__.pop(name, None)
         return model

@@ -1,6 +1,9 @@
 """Decides which triplets of an adapter go to a file, and what its config says about them.
 
-PEFT's `save_pretrained`, the Trainer's checkpoints and `adalora_kernels.export` all ask here.
+PEFT's `save_pretrained`, the Trainer's checkpoints and `adalora_kernels.export` all ask here. There
+are two forms of a file. The one that PEFT's own functions write has all init_r rows, with zeros for
+the triplets that are not there: every loader reads it. The compact one of `export.save_adapter`
+has only those that are there, and a rank_pattern that says which they are, as in PEFT.
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ from ..allocator import RankAllocator
 # The three parameters of an adapter, and the dimension in which each counts its triplets.
 FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
 
+# The numbers in an AdaLoraConfig that are integers, however a script has computed them.
+_INTEGERS = ("r", "lora_alpha", "init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step")
+
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One layer of an adapter, and the r triplets that its run has begun with.
+    """One layer of an adapter, and what is known about its init_r triplets.
 
     Attributes:
         adapter: where its parameters are.
-        alive: (r,) bool on the CPU: whether each is not pruned.
-        stored: (n,) int64 on the CPU, ascending: those that the parameters still hold. They are
-            all r until `shrink` drops the pruned ones.
+        first: (init_r,) bool on the CPU: those that its run has begun with. They are all init_r,
+            unless it has begun with a pruned adapter.
+        alive: (init_r,) bool on the CPU: those that are not pruned.
+        stored: (n,) int64 on the CPU, ascending: those that the parameters still hold.
     """
 
     adapter: Adapter
+    first: Tensor
     alive: Tensor
     stored: Tensor
 
@@ -44,59 +52,118 @@ class AdaptedLayer:
         """The layer itself: of PEFT, or ours."""
         return self.adapter.module
 
-    def chosen(self, *, checkpoint: bool) -> Tensor:
-        """(r,) bool on the CPU: the triplets that a file gets. Reads the device.
+    def chosen(self, lora_E: Tensor, *, checkpoint: bool) -> Tensor:
+        """(init_r,) bool on the CPU: the triplets that a file gets. Reads the device.
 
-        A checkpoint, from which the training goes on, gets all. An adapter for use gets those that
-        are alive, and those that were pruned but add something all the same: between two prunings
-        the optimizer moves some of them away from 0 again.
+        A checkpoint, from which the training goes on, gets all that the run has begun with. An
+        adapter for use gets those that are alive, and those that were pruned but add something all
+        the same: between two prunings the optimizer moves some of them away from 0 again, and
+        earlier or averaged weights may have been loaded.
+
+        Args:
+            lora_E: what is to be written, (n, 1).
+            checkpoint: which of the two it is.
         """
-        if checkpoint or bool(self.alive.all()):
-            return torch.ones_like(self.alive)
+        if checkpoint:
+            return self.first
         chosen = self.alive.clone()
-        chosen[self.stored] |= lora_E_in_use(self.adapter).squeeze(1) != 0
+        chosen[self._rows_of(lora_E, 0)] |= lora_E.detach().cpu().squeeze(1) != 0
         return chosen
 
-    def select(self, part: Tensor, dim: int, chosen: Tensor) -> Tensor:
-        """Cut one of the adapter's three parameters to the chosen triplets.
+    def whole(self, part: Tensor, dim: int, chosen: Tensor) -> Tensor:
+        """Spread one of the adapter's three parameters over all init_r rows.
 
         Args:
             part: the parameter, or a copy of it: n entries along `dim`, on any device.
             dim: the dimension that counts the triplets.
-            chosen: (r,) bool on the CPU. What is chosen but no longer stored is filled with zeros.
+            chosen: (init_r,) bool on the CPU. All others are 0 in the result.
         """
-        numbers = chosen.nonzero().squeeze(1)
-        if torch.equal(numbers, self.stored):
+        rows = self._rows_of(part, dim)
+        if len(rows) == len(chosen) and bool(chosen.all()):
             return part
-        if len(self.stored) < len(self.alive):
-            shape = list(part.shape)
-            shape[dim] = len(self.alive)
-            whole = part.new_zeros(shape)
-            part = whole.index_copy_(dim, self.stored.to(part.device), part.detach())
-        return part.index_select(dim, numbers.to(part.device))
+        kept = chosen[rows]
+        shape = list(part.shape)
+        shape[dim] = len(chosen)
+        values = part.detach().index_select(dim, kept.nonzero().squeeze(1).to(part.device))
+        return part.new_zeros(shape).index_copy_(dim, rows[kept].to(part.device), values)
+
+    def compact(self, part: Tensor, dim: int, chosen: Tensor) -> Tensor:
+        """Cut one of the three to the chosen triplets; the arguments are those of `whole`."""
+        numbers = chosen.nonzero().squeeze(1)
+        if torch.equal(numbers, self._rows_of(part, dim)):
+            return part
+        return self.whole(part, dim, chosen).index_select(dim, numbers.to(part.device))
+
+    def _rows_of(self, part: Tensor, dim: int) -> Tensor:
+        """Which of the init_r triplets the entries of `part` are, (n,) int64 on the CPU."""
+        for rows in (self.stored, self.first.nonzero().squeeze(1), torch.arange(len(self.first))):
+            if len(rows) == part.shape[dim]:
+                return rows
+        raise ValueError(
+            f"{self.name} holds {len(self.stored)} triplets, got a state with {part.shape[dim]}"
+        )
 
 
-def adapted_layers(adapters: list[Adapter], allocator: RankAllocator | None) -> list[AdaptedLayer]:
+def adapted_layers(
+    adapters: list[Adapter],
+    allocator: RankAllocator | None,
+    init_r: int,
+    rank_pattern: dict[str, Any] | None,
+) -> list[AdaptedLayer]:
     """The layer of each adapter. Reads the device.
 
     Without an allocator, triplets with lora_E = 0 count as pruned; but if that is all of them, the
     adapter is new and nothing is.
 
     Args:
-        adapters: adapters of one model.
+        adapters: adapters of one model, with one name.
         allocator: the allocator of some or all of them. All triplets of the others count as
             pruned, so that a file gets those that add something.
+        init_r: how many triplets an adapter has before anything is pruned.
+        rank_pattern: that of the config. Where an adapter has fewer than init_r triplets, it says
+            which they are; without one they are the first.
 
     Raises:
-        ValueError: the allocator is for none of the adapters, or for other ranks.
+        ValueError: the allocator is for none of the adapters, or for other ranks; or an adapter
+            has more than init_r triplets.
     """
+    key = adapters[0].key if adapters else None
+    known = by_module(rank_pattern, key)
     if allocator is None:
-        nonzero = [lora_E_in_use(adapter).squeeze(1) != 0 for adapter in adapters]
-        is_new = not any(bool(part.any()) for part in nonzero)
-        return [
-            AdaptedLayer(adapter, part | is_new, torch.arange(len(part)))
-            for adapter, part in zip(adapters, nonzero, strict=True)
-        ]
+        alive_rows = _alive_without_allocator(adapters, known)
+    else:
+        alive_rows = _alive_by_allocator(adapters, allocator)
+    layers = []
+    for adapter, alive in zip(adapters, alive_rows, strict=True):
+        name, rows, length = module_name(adapter.name, key), len(adapter.lora_E), len(alive)
+        if length > init_r:
+            raise ValueError(f"{name} has {length} triplets, its init_r is {init_r}")
+        # After shrink() the parameters hold only what is alive.
+        stored = torch.arange(rows) if length == rows else alive.nonzero().squeeze(1)
+        if len(stored) != rows:
+            raise ValueError(f"allocator is for {len(stored)} triplets of {name}, it has {rows}")
+        numbers = _numbers_of_first(known.get(name), length, init_r)
+        first, whole = (torch.zeros(init_r, dtype=torch.bool) for _ in range(2))
+        first[numbers] = True
+        whole[numbers] = alive
+        layers.append(AdaptedLayer(adapter, first, whole, numbers[stored]))
+    return layers
+
+
+def _alive_without_allocator(adapters: list[Adapter], known: dict[str, list[bool]]) -> list[Tensor]:
+    nonzero = [adapter.lora_E.detach().cpu().squeeze(1) != 0 for adapter in adapters]
+    is_new = not any(bool(part.any()) for part in nonzero)
+    if not is_new:
+        return nonzero
+    result = []
+    for adapter in adapters:
+        alive = triplets_there(*adapter.parameters)
+        pattern = known.get(module_name(adapter.name, adapter.key), [])
+        result.append(alive & torch.tensor(pattern) if len(pattern) == len(alive) else alive)
+    return result
+
+
+def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> list[Tensor]:
     patterns = {
         (id(adapter.module), adapter.key): torch.tensor(pattern, dtype=torch.bool)
         for adapter, pattern in zip(
@@ -106,27 +173,80 @@ def adapted_layers(adapters: list[Adapter], allocator: RankAllocator | None) -> 
     keys = [(id(adapter.module), adapter.key) for adapter in adapters]
     if patterns.keys().isdisjoint(keys):
         raise ValueError("allocator is for another model or adapter")
-    result = []
-    for adapter, key in zip(adapters, keys, strict=True):
-        rows = adapter.lora_E.shape[0]
-        alive = patterns.get(key, torch.zeros(rows, dtype=torch.bool))
-        # After shrink() the parameters hold only what is alive.
-        stored = torch.arange(rows) if len(alive) == rows else alive.nonzero().squeeze(1)
-        layer = AdaptedLayer(adapter, alive, stored)
-        if len(stored) != rows:
-            raise ValueError(
-                f"allocator is for {len(stored)} triplets of {layer.name}, it has {rows}"
-            )
-        result.append(layer)
+    return [
+        patterns.get(key, torch.zeros(len(adapter.lora_E), dtype=torch.bool))
+        for adapter, key in zip(adapters, keys, strict=True)
+    ]
+
+
+def _numbers_of_first(pattern: list[bool] | None, length: int, init_r: int) -> Tensor:
+    """Which of the init_r triplets a run has begun with, if they are `length`: (length,) int64."""
+    if pattern is not None and len(pattern) == init_r and sum(pattern) == length < init_r:
+        return torch.tensor(pattern).nonzero().squeeze(1)
+    return torch.arange(length)
+
+
+def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
+    """(n,) bool on the CPU: false where all three are 0, which is no triplet and can't become one.
+
+    Args:
+        lora_A, lora_E, lora_B: (n, in), (n, 1), (out, n), on any device, which is read.
+    """
+    there = (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
+    return there.detach().cpu()
+
+
+def fit_rows_(state_dict: dict[str, Any], prefix: str, adapter_name: str, rows: int) -> None:
+    """Cut an adapter in `state_dict` to so many triplets, if the others are not there.
+
+    A layer that was shrunk, or loaded from a compact file, so takes a file that has zeros for the
+    triplets that the layer does not hold. Anything else is left to PyTorch's check of shapes.
+
+    Args:
+        state_dict: its entries are replaced.
+        prefix: what stands before the layer's names in it, with the dot.
+        adapter_name: PEFT's name of the adapter.
+        rows: the triplets that the layer holds.
+    """
+    keys = [f"{prefix}{factor}.{adapter_name}" for factor, _ in FACTORS]
+    parts: list[Tensor] = [state_dict[key] for key in keys if key in state_dict]
+    if len(parts) < len(keys) or any(part.dim() != 2 for part in parts):
+        return
+    lora_A, lora_E, lora_B = parts
+    if not len(lora_A) == len(lora_E) == lora_B.shape[1] or len(lora_E) <= rows:
+        return
+    there = triplets_there(lora_A, lora_E, lora_B)
+    if int(there.sum()) > rows:
+        return
+    for number in (~there).nonzero().squeeze(1)[: rows - int(there.sum())].tolist():
+        there[number] = True
+    numbers = there.nonzero().squeeze(1)
+    for key, part, (_, dim) in zip(keys, parts, FACTORS, strict=True):
+        state_dict[key] = part.index_select(dim, numbers.to(part.device))
+
+
+def state_for_file(
+    layers: list[AdaptedLayer], state_dict: dict[str, Tensor], *, checkpoint: bool
+) -> dict[str, Tensor]:
+    """What PEFT's own functions write of an adapter: all init_r rows, with zeros where pruned.
+
+    A checkpoint has what the run has begun with, and nothing in it is set to 0.
+
+    Args:
+        layers: the layers of the adapter.
+        state_dict: parameters by PEFT's names, of the model itself or of another moment of it: it
+            is these values that decide.
+        checkpoint: whether the training goes on from it.
+    """
+    result = dict(state_dict)
+    for layer in layers:
+        keys = [f"{layer.name}.{factor}.{layer.adapter.key}" for factor, _ in FACTORS]
+        keys = [key if key in result else f"base_model.model.{key}" for key in keys]
+        chosen = layer.chosen(result[keys[1]], checkpoint=checkpoint)
+        for key, (_, dim) in zip(keys, FACTORS, strict=True):
+            form = layer.compact if checkpoint else layer.whole
+            result[key] = form(result[key], dim, chosen)
     return result
-
-
-def lora_E_in_use(adapter: Adapter) -> Tensor:
-    """lora_E (n, 1) on the CPU as the layer uses it: 0 where a frozen pattern masks it."""
-    suffix = "" if adapter.key is None else f"_{adapter.key}"
-    mask: Tensor | None = getattr(adapter.module, f"_mask{suffix}", None)
-    lora_E = adapter.lora_E.detach().cpu()
-    return lora_E if mask is None else lora_E.masked_fill(~mask.cpu().unsqueeze(1), 0.0)
 
 
 def module_name(name: str, adapter_name: str | None) -> str:
@@ -139,37 +259,20 @@ def by_module(
     rank_pattern: dict[str, Any] | None, adapter_name: str | None
 ) -> dict[str, list[bool]]:
     """PEFT's rank_pattern by the names of the layers, not by those of their lora_E."""
-    return {module_name(name, adapter_name): p for name, p in (rank_pattern or {}).items()}
+    return {
+        module_name(name, adapter_name): torch.as_tensor(pattern).bool().view(-1).tolist()
+        for name, pattern in (rank_pattern or {}).items()
+    }
 
 
-def over_first_triplets(pattern: list[bool], before: list[bool]) -> list[bool]:
-    """Put the pattern of a run that has begun with a pruned adapter into that adapter's pattern.
-
-    Args:
-        pattern: over the triplets that this run has begun with.
-        before: the pattern that it has begun with, whose True entries are those triplets; or an
-            earlier pattern of the same run, to be replaced: then the lengths are equal.
-    """
-    if len(before) == len(pattern):
-        return pattern
-    inner = iter(pattern)
-    return [alive and next(inner) for alive in before]
-
-
-def rank_pattern_for_file(
-    chosen: dict[str, Tensor], before: dict[str, list[bool]]
-) -> dict[str, list[bool]] | None:
-    """The rank_pattern of an adapter_config.json; None where nothing has ever been left out.
+def rank_pattern_for_file(chosen: dict[str, Tensor]) -> dict[str, list[bool]] | None:
+    """The rank_pattern of a compact file; None where nothing is left out.
 
     Args:
         chosen: for each layer, by its name, what `AdaptedLayer.chosen` says.
-        before: for each layer the pattern that the run has begun with; empty if it had none.
     """
-    pattern = {
-        f"{name}.lora_E": over_first_triplets(part.tolist(), before.get(name, part.tolist()))
-        for name, part in chosen.items()
-    }
-    return pattern if before or not all(map(all, pattern.values())) else None
+    pattern = {f"{name}.lora_E": part.tolist() for name, part in chosen.items()}
+    return None if all(map(all, pattern.values())) else pattern
 
 
 def positive_alpha(lora_alpha: float, rank: float) -> float:
@@ -185,13 +288,36 @@ def known_total_step(total_step: int | None, tinit: int, tfinal: int) -> int:
     return tinit + tfinal + 1 if total_step is None else total_step
 
 
-def make_loadable_(config: AdaLoraConfig, total_step: int | None = None) -> None:
-    """Replace in `config` what PEFT could not read back, or would read as another adapter.
+def config_for_file(config: AdaLoraConfig, total_step: int | None = None) -> AdaLoraConfig:
+    """A copy of `config` without what PEFT, or JSON, could not read back, or would misread.
+
+    Numbers are plain ones. The rank_pattern is that which the config was made with.
 
     Args:
-        config: it is changed.
+        config: it is not changed.
         total_step: the steps of the schedule, if the config does not know them.
     """
-    config.lora_alpha = positive_alpha(config.lora_alpha, config.init_r)
-    known = total_step if config.total_step is None else config.total_step
-    config.total_step = known_total_step(known, config.tinit, config.tfinal)
+    written = AdaLoraConfig.__new__(AdaLoraConfig)
+    for name, field in vars(config).items():
+        # Read like this, rank_pattern would be what has been pruned by now.
+        value = field if name == "rank_pattern" else getattr(config, name)
+        setattr(written, name, _plain(value))
+    for name in _INTEGERS:
+        value = getattr(written, name)
+        if isinstance(value, float) and value.is_integer():
+            setattr(written, name, int(value))
+    written.lora_alpha = positive_alpha(written.lora_alpha, written.init_r)
+    known = total_step if written.total_step is None else written.total_step
+    written.total_step = known_total_step(known, written.tinit, written.tfinal)
+    return written
+
+
+def _plain(value: Any) -> Any:
+    """Replace the numbers of NumPy and in 0-d tensors, also in containers, by Python's."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_plain(item) for item in value)
+    return value

@@ -1,0 +1,85 @@
+"""What of a layer can be part of one op, and what is computed in plain PyTorch instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_exporting
+
+# An op has a fake, so it serves what stands for a tensor while PyTorch records a graph.
+_SERVED = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
+
+# Names of this module, because `why_plain` is in every forward, and attributes take time there.
+# The first has no public name. It is what autograd.Function asks itself.
+_is_transformed = torch._C._are_functorch_transforms_active
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+TRACED = "what torch.jit.trace records has to run without this package"
+
+
+def why_plain(*tensors: Tensor | None) -> str | None:
+    """Say why plain PyTorch has to compute this call, or None if an op can.
+
+    To PyTorch an op is one step. It has a gradient, but no rule for the transforms of
+    `torch.func` or for forward-mode AD; tensor subclasses have no rule for it; and a file that
+    `torch.jit.trace` or `torch.export` writes has to run where this package is not installed.
+
+    Args:
+        tensors: all that the call is about. Nothing but their types is read.
+    """
+    for t in tensors:
+        if type(t) not in _SERVED:
+            return f"{type(t).__name__} is a tensor subclass, for which the op has no rule"
+    if _is_transformed():
+        return "the op has no rule for transforms of torch.func"
+    if forward_ad._current_level >= 0:
+        return "the op has no forward-mode derivative"
+    if _is_tracing():
+        return TRACED
+    if is_exporting():
+        return "what torch.export writes has to run without this package"
+    return None
+
+
+def is_plain_tensor(t: Tensor) -> bool:
+    """Whether `t` is a tensor or a parameter of PyTorch's own classes, and not of a subclass."""
+    return type(t) in _SERVED
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` is the forward of its class and nothing else.
+
+    It is not where the module has a hook, forward or backward, or where somebody has given the
+    instance a `forward` of its own.
+    """
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def fused_dropout_p(dropout: nn.Module) -> float | None:
+    """Say with which probability an op may drop entries in place of `dropout`.
+
+    Returns:
+        0 for an `nn.Identity`, and for an `nn.Dropout` in evaluation mode; the `p` of one in
+        training mode. None if the module has to be called: it is of another class (a subclass
+        included), has hooks or a patched forward, works in place, or drops everything (p = 1).
+        The layer is then base(x) + `svd_delta` over dropout(x).
+    """
+    if not is_unhooked(dropout):
+        return None
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or dropout.inplace:
+        return None
+    if not dropout.training:
+        return 0.0
+    return dropout.p if dropout.p < 1.0 else None

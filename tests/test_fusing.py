@@ -1,0 +1,66 @@
+"""Which dropout modules become part of an op."""
+
+import pytest
+import torch
+from torch import nn
+
+from adalora_kernels.fusing import fused_dropout_p, is_unhooked
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+def patched():
+    module = nn.Dropout(0.25)
+    module.forward = lambda x: x
+    return module
+
+
+def hooked(register):
+    module = nn.Dropout(0.25)
+    getattr(module, register)(lambda *args: None)
+    return module
+
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Identity(), 0.0),
+        (nn.Dropout(0.25), 0.25),
+        (nn.Dropout(0.0), 0.0),
+        (nn.Dropout(0.25).eval(), 0.0),
+        (nn.Dropout(1.0), None),
+        (nn.Dropout(0.25, inplace=True), None),
+        (nn.AlphaDropout(0.25), None),
+        (nn.Sequential(nn.Dropout(0.25)), None),
+        (OwnDropout(0.25), None),
+        (OwnDropout(0.25).eval(), None),
+        (patched(), None),
+    ],
+    ids=str,
+)
+def test_which_dropout_is_fused(module, expected):
+    assert fused_dropout_p(module) == expected
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooked_modules_are_called(register):
+    module = hooked(register)
+    assert not is_unhooked(module) and fused_dropout_p(module) is None
+    assert fused_dropout_p(module.eval()) is None, "hooks see evaluation, too"
+    assert is_unhooked(nn.Dropout(0.25))
+
+
+def test_it_compiles_as_one_graph():
+    module = nn.Dropout(0.25)
+    run = torch.compile(lambda x: x + fused_dropout_p(module), fullgraph=True, backend="eager")
+    assert torch.equal(run(torch.zeros(2)), torch.full((2,), 0.25))
