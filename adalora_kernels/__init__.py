@@ -2,7 +2,8 @@
 
 `SVDLinear`, `RankAllocator` and the functional ops work on any device. The integrations are
 submodules, imported when they are first used: `adalora_kernels.peft`, `adalora_kernels.trainer`,
-`adalora_kernels.export`, `adalora_kernels.loralib`, `adalora_kernels.plot`.
+`adalora_kernels.lightning`, `adalora_kernels.export`, `adalora_kernels.loralib`,
+`adalora_kernels.plot`.
 """
 
 import importlib
@@ -29,6 +30,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("export", "loralib", "peft", "plot", "trainer"):
+    if name in ("export", "lightning", "loralib", "peft", "plot", "trainer"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

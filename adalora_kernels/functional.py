@@ -60,14 +60,15 @@ def svd_linear(
             `torch.jit.trace` and `torch.export`, whose files then run without this package.
             "reference" is plain PyTorch recorded by autograd; its dropout is that of the kernels
             on every device, for equal seeds. "triton" is taken literally, backward included, and
-            never replaced (except for tensors without entries, for which nothing is launched, and
-            where the gradient is differentiated itself). Its kernels need an NVIDIA GPU of
-            compute capability 8.0 or later, or, on a CPU and slowly, TRITON_INTERPRET=1 in the
-            environment; and r ≤ 256 in at most float32. "cuda" is not there yet.
+            never replaced (except for tensors without entries, for which nothing is launched).
+            Its kernels need an NVIDIA GPU of compute capability 8.0 or later, or, on a CPU and
+            slowly, TRITON_INTERPRET=1 in the environment; and r ≤ 256 in at most float32. "cuda"
+            is not there yet.
 
     Returns:
-        y: (..., out) in the dtype of x, on its device. All tensors must be on one device. Its
-        gradient can be differentiated again (`create_graph=True`), with the same dropout.
+        y: (..., out) in the dtype of x, on its device. All tensors must be on one device. But for
+        "triton", its gradient can be differentiated again (`create_graph=True`): the dropout stays
+        that of the forward.
 
     Raises:
         TypeError: an argument that has to be a floating point tensor (mask: bool) is not, or

@@ -11,8 +11,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_exporting
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
 # An op has a fake, so it serves what stands for a tensor while PyTorch records a graph.
-_SERVED = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
+_SERVED = _PLAIN | {FakeTensor, FunctionalTensor, type(None)}
 
 # Names of this module, because `why_plain` is in every forward, and attributes take time there.
 # The first has no public name. It is what autograd.Function asks itself.
@@ -48,7 +49,7 @@ def why_plain(*tensors: Tensor | None) -> str | None:
 
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether `t` is a tensor or a parameter of PyTorch's own classes, and not of a subclass."""
-    return type(t) in _SERVED
+    return type(t) in _PLAIN
 
 
 def is_unhooked(module: nn.Module) -> bool:

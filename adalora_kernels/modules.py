@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import svd_linear
+from .checks import as_float, as_int
+from .functional import svd_delta, svd_linear
+from .fusing import fused_dropout_p, is_plain_tensor
+from .merging import Merge
 from .reference import effective_E
 
 
@@ -23,6 +27,18 @@ class SVDLinear(nn.Linear):
     called on this layer or on a parent; training mode restores the original weight exactly,
     because it was kept. `state_dict()` always holds the unmerged weight.
 
+    What is in lora_A, lora_E and lora_B is what the layer computes, in evaluation, too: if they
+    are written to (an average swapped in, an optimizer step), `forward` leaves the merged weight
+    aside until `eval()` or `merge()` has merged anew. On a CPU it sees every write. Elsewhere it
+    sees those that raise a tensor's version: call `eval()` once more after writing through
+    `.data` (as torch_ema and Lightning's WeightAveraging do) or with a fused optimizer there. A
+    merged weight takes no gradient to the adapter: differentiate in training mode, or give
+    merge_weights=False.
+
+    The weight may be of a tensor subclass (torchao's, DTensor, one's own). It is then the base of
+    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. A `lora_dropout` that
+    has hooks, or was replaced by another module, is called.
+
     Args:
         in_features, out_features: sizes of x and y.
         r: the initial rank; 0 gives a plain `nn.Linear` with a trainable weight.
@@ -32,13 +48,17 @@ class SVDLinear(nn.Linear):
         merge_weights: merge in evaluation mode.
         bias, device, dtype: as in `nn.Linear`, for all parameters.
 
+    Numbers may be NumPy's or 0-d tensors.
+
     Attributes:
         r: the number of triplets now stored; `RankAllocator.shrink` lowers it.
         ranknum: the rank that `scaling` is for. Never changes, so neither does the function.
         scaling: the factor of the low-rank term, a float.
+        merged: whether `weight` holds the adapter, too.
 
     Raises:
-        TypeError, ValueError: r is not an int ≥ 0, or lora_dropout is not in [0, 1).
+        TypeError, ValueError: r is not a whole number ≥ 0, lora_alpha is not a number, or
+            lora_dropout is not in [0, 1).
     """
 
     def __init__(
@@ -54,7 +74,7 @@ class SVDLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_adapter_options(r, lora_dropout)
+        r, lora_alpha, lora_dropout = _adapter_options(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.fan_in_fan_out = fan_in_fan_out
         self._add_adapter(r, lora_alpha, lora_dropout, merge_weights, self.weight.dtype)
@@ -77,7 +97,8 @@ class SVDLinear(nn.Linear):
         """Make an SVDLinear over the very weight and bias of `linear`; nothing large is copied.
 
         Args:
-            linear: a floating point `nn.Linear`; its weight is frozen if r > 0.
+            linear: a floating point `nn.Linear`, also one whose weight is of a tensor subclass
+                with a floating dtype; its weight is frozen if r > 0.
             r, lora_alpha, lora_dropout, merge_weights: as in the constructor.
             adapter_dtype: dtype of lora_A, lora_E, lora_B; that of the weight by default.
 
@@ -89,7 +110,7 @@ class SVDLinear(nn.Linear):
             raise TypeError(f"linear must be a plain torch.nn.Linear, got {type(linear).__name__}")
         if not linear.weight.is_floating_point():
             raise TypeError(f"linear must have a floating point weight, got {linear.weight.dtype}")
-        _check_adapter_options(r, lora_dropout)
+        r, lora_alpha, lora_dropout = _adapter_options(r, lora_alpha, lora_dropout)
         layer = cls.__new__(cls)
         nn.Linear.__init__(layer, linear.in_features, linear.out_features, False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -113,10 +134,8 @@ class SVDLinear(nn.Linear):
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
         self.merge_weights = merge_weights
         self.merged = False
-        self._mask: Tensor | None
-        self._original_weight: Tensor | None
-        self.register_buffer("_mask", None, persistent=False)
-        self.register_buffer("_original_weight", None, persistent=False)
+        # No buffer: one that comes and goes with the mode upsets whoever iterates over buffers.
+        self._merge: Merge | None = None
         if r == 0:
             return
         options: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
@@ -143,58 +162,99 @@ class SVDLinear(nn.Linear):
             nn.init.normal_(self.lora_B, mean=0.0, std=0.02)
 
     @property
-    def mask(self) -> Tensor:
-        """The mask is (r,) bool on the layer's device, all true until `set_mask` is given one."""
-        if self._mask is not None:
-            return self._mask
-        return torch.ones(self.r, dtype=torch.bool, device=self.weight.device)
-
-    def set_mask(self, mask: Tensor | None, key: str | None = None) -> None:
-        """Drop the triplets where `mask` (r,) bool is false; None drops none."""
-        self._mask = mask
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_A, self.lora_E, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in); see `adalora_kernels.svd_linear`."""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        if self.merged or self.r == 0:
+        weight, has_adapter = self.weight, False
+        if self._merge is not None:
+            has_adapter = self._takes_merged_weight(self._merge)
+            weight = weight if has_adapter else self._merge.original
+        weight = weight.T if self.fan_in_fan_out else weight
+        if has_adapter or self.r == 0:
             return F.linear(x, weight, self.bias)
-        dropout = self.lora_dropout
-        return svd_linear(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_E,
-            self.lora_B,
-            bias=self.bias,
-            mask=self._mask,
-            scaling=self.scaling,
-            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+        dropout_p = fused_dropout_p(self.lora_dropout)
+        if dropout_p is not None and is_plain_tensor(weight):
+            return svd_linear(
+                *(x, weight, *self._factors),
+                bias=self.bias,
+                scaling=self.scaling,
+                dropout_p=dropout_p,
+            )
+        base = F.linear(x, weight, self.bias)
+        if dropout_p is None:
+            x, dropout_p = self.lora_dropout(x), 0.0
+        return svd_delta(base, x, *self._factors, scaling=self.scaling, dropout_p=dropout_p)
+
+    def _takes_merged_weight(self, merge: Merge) -> bool:
+        """Whether `forward` multiplies with the merged weight alone."""
+        if torch.compiler.is_compiling():
+            # What is compiled can't look at versions or values, and runs for long. What is
+            # exported is the layer as it is now.
+            return torch.compiler.is_exporting()
+        # Another tensor in the place of the parameter (functional_call, a replica of
+        # DataParallel) is what `named_parameters` gave, merged.
+        replaced = self.weight is not merge.parameters[0]
+        return replaced or merge.is_current(self.weight, *self._factors)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return what the adapter adds to the weight, in its layout and in the wider dtype."""
-        e = effective_E(self.lora_E, self._mask, self.scaling, self.lora_A.dtype)
+        e = effective_E(self.lora_E, None, self.scaling, self.lora_A.dtype)
         dtype = torch.promote_types(self.weight.dtype, self.lora_A.dtype)
         delta = self.lora_B.to(dtype) @ (self.lora_A * e.unsqueeze(1)).to(dtype)
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapter to the weight and keep the original beside it. Idempotent."""
-        if self.merged:
-            return
+        """Add the adapter to the weight and keep the original beside it. Idempotent.
+
+        A merged layer is merged anew if something was written to its parameters.
+
+        Raises:
+            TypeError: the weight or the adapter is of a tensor subclass, or the weight is computed
+                from other parameters.
+        """
         if self.r > 0:
+            self._check_mergeable()
+            parameters = (self.weight, *self._factors)
+            merge = self._merge
+            if merge and merge.is_current(*parameters) and merge.has_values_of(*parameters):
+                return
+            self.unmerge()
             original = self.weight.data
-            self.weight.data = (original + self.delta_weight()).to(original.dtype)
-            self._original_weight = original
+            # Also in inference mode, whose tensors can't take part in a training later.
+            with torch.inference_mode(self.weight.is_inference()):
+                self.weight.data = (original + self.delta_weight()).to(original.dtype)
+                self._merge = Merge.of(original, *parameters)
         self.merged = True
 
+    def _is_mergeable(self) -> bool:
+        """Whether the weight is a parameter, not computed from others (weight_norm, pruning)."""
+        if self.r == 0:
+            return True
+        tensors = (self._parameters.get("weight"), *self._factors)
+        return all(t is not None and is_plain_tensor(t) for t in tensors)
+
+    def _check_mergeable(self) -> None:
+        if not self._is_mergeable():
+            kinds = ", ".join(type(t).__name__ for t in (self.weight, *self._factors))
+            raise TypeError(
+                "only a layer whose weight is a parameter of its own can be merged, and no tensor "
+                f"of a subclass: weight, lora_A, lora_E and lora_B are {kinds}"
+            )
+
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. Idempotent."""
-        if self._original_weight is not None:
-            self.weight.data = self._original_weight
-            self._original_weight = None
+        """Put the original weight back, bit for bit. Idempotent.
+
+        Raises:
+            TypeError: the merged weight was replaced by a tensor subclass (quantised).
+        """
+        if self._merge is not None:
+            self._check_mergeable()
+            self.weight.data = self._merge.original
+            self._merge = None
         self.merged = False
 
     def train(self, mode: bool = True) -> SVDLinear:
@@ -202,16 +262,36 @@ class SVDLinear(nn.Linear):
         super().train(mode)
         if mode:
             self.unmerge()
-        elif self.merge_weights:
+        elif self.merge_weights and self._is_mergeable():
             self.merge()
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVDLinear:
+        """Move or cast the original weight, which `.to()` and its like don't see, and merge it."""
+        merged = self._unmerge_if_merged()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if merged:
+            self.merge()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was copied or unpickled; versions and addresses are new."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._unmerge_if_merged():
+            self.merge()
+
+    def _unmerge_if_merged(self) -> bool:
+        merged = self._merge is not None and self._is_mergeable()
+        if merged:
+            self.unmerge()
+        return merged
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._original_weight is not None:
-            destination[f"{prefix}weight"] = self._original_weight
+        if self._merge is not None:
+            destination[f"{prefix}weight"] = self._merge.original
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -231,13 +311,13 @@ class SVDLinear(nn.Linear):
         return super().extra_repr() + adapter + transposed
 
 
-def _check_adapter_options(r: int, lora_dropout: float) -> None:
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r must be an int, got {type(r).__name__}")
-    if r < 0:
-        raise ValueError(f"r must be at least 0, got {r}")
+def _adapter_options(r: int, lora_alpha: float, lora_dropout: float) -> tuple[int, float, float]:
+    """Return them as plain numbers, checked."""
+    r, lora_alpha = as_int("r", r, 0), as_float("lora_alpha", lora_alpha)
+    lora_dropout = as_float("lora_dropout", lora_dropout)
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    return r, lora_alpha, lora_dropout
 
 
 def _check_bias(bias: str) -> None:

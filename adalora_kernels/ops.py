@@ -297,30 +297,21 @@ torch.library.register_fake("adalora::importance_update_", _in_place_fake)
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
 
 
-def _gradients(
-    ctx: Any,
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    h: Tensor,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dx, dA, dE, dB), from the op unless they are to be differentiated or batched."""
-    if not torch.is_grad_enabled() and why_plain(grad_y) is None:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.adalora.svd_linear_backward(
-            *(grad_y, x, weight, A, E, B, mask, h),
-            *(ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl),
-        )
-        return result
-    return _plain_backward(
-        *(grad_y, x, weight, A, E, B, mask),
-        *(ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl),
-    )
+def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (dx, dA, dE, dB), from the op unless they are to be differentiated or transformed.
+
+    The tensors are grad_y, x, weight, A, E, B, mask, h and seed.
+    """
+    (*arguments, h, seed), grad_y = tensors, tensors[0]
+    rest = (ctx.scaling, ctx.dropout_p, seed, need_dx)
+    why: str | None = "its gradient is not differentiable itself (create_graph=True)"
+    if not torch.is_grad_enabled():
+        why = why_plain(grad_y)
+    if why is None:
+        return torch.ops.adalora.svd_linear_backward(*arguments, h, *rest, ctx.impl)  # type: ignore[no-any-return]
+    if ctx.impl != "auto":
+        raise RuntimeError(f"impl={ctx.impl!r} cannot run: {why}")
+    return _plain_backward(*(*arguments, *rest))
 
 
 @outside_autocast
@@ -336,18 +327,15 @@ def _plain_backward(
     dropout_p: float,
     seed: Tensor | None,
     need_dx: bool,
-    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `svd_linear_backward` returns, as autograd can record it.
+    """What `svd_linear_backward` returns where `impl` is "auto", as autograd can record it.
 
-    h is computed again, because the one that was saved has no history; dropout drops what it has
-    dropped in the forward.
+    h is computed again, because the one that was saved has no history. Dropout drops what it
+    dropped in the forward, so its mask is that of the device's implementation.
     """
     dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
     if seed is not None:
-        # Which stream the mask came from depends on what has computed the forward.
-        tuned = x.is_cpu and not _takes_triton(impl, x, A, B, E)
-        mask_of = cpu.dropout_mask if tuned else reference.philox_mask
+        mask_of = cpu.dropout_mask if x.is_cpu else reference.philox_mask
         keep = mask_of(dropped, dropout_p, seed) / (1.0 - dropout_p)
         dropped = dropped * keep
     h = dropped @ A.T.to(dropped.dtype)
@@ -375,7 +363,7 @@ def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> t
     needs = ctx.needs_input_grad
     dx = dA = dE = dB = dweight = dbias = None
     if needs[0] or any(needs[3:6]):
-        dx, dA, dE, dB = _gradients(ctx, grad_y, x, weight, A, E, B, mask, h, seed, needs[0])
+        dx, dA, dE, dB = _gradients(ctx, needs[0], grad_y, x, weight, A, E, B, mask, h, seed)
     if needs[1]:  # The weight is normally frozen; who thaws it gets its gradient all the same.
         dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if ctx.has_bias and needs[2]:
@@ -397,7 +385,7 @@ def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tu
     needs_dx = ctx.needs_input_grad[1]
     dx = dA = dE = dB = None
     if any(ctx.needs_input_grad[1:5]):
-        dx, dA, dE, dB = _gradients(ctx, grad_y, x, None, A, E, B, mask, h, seed, needs_dx)
+        dx, dA, dE, dB = _gradients(ctx, needs_dx, grad_y, x, None, A, E, B, mask, h, seed)
     return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, reference
 from .adapters import Adapter, find_adapters
 from .checks import as_grad_scale, as_weight, check_floating, shape_of
+from .fusing import why_plain
 
 Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
 
@@ -38,9 +39,13 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
     Raises:
         TypeError: not a model or pairs of floating point tensors, or weight is not a number.
         ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
+
+    It can be differentiated any number of times, and transformed by `torch.func`.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
     weight = as_weight("weight", weight)
+    if why_plain(*lora_A, *lora_B) is not None:
+        return reference.orth_reg(zip(lora_A, lora_B, strict=True), weight, squared)
     apply: Callable[..., Tensor] = OrthRegFunction.apply
     total = apply(len(lora_A), squared, *lora_A, *lora_B)
     return _coefficient(weight, squared, len(lora_A)) * total

@@ -18,18 +18,19 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import peft
 from .allocator import LOG_PREFIX, RankAllocator
 from .export import STATE_NAME, load_state, save_state
+from .training import AllocatingCallback, logs_of
 
 # Our entry among the callbacks' states in a checkpoint's trainer_state.json. The callback is no
 # ExportableState: the Trainer may replace one by a new one, which would have no allocator.
 _ENTRY = "adalora_kernels"
 
 
-class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
+class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc]
     """Makes AdaLoRA work in a Trainer: `Trainer(..., callbacks=[AdaLoraCallback()])`.
 
     - Every optimizer step updates the importance and prunes, under the Trainer's own step numbers:
@@ -74,16 +75,10 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         total_step: int | None = None,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
-        if allocator is not None and not isinstance(allocator, RankAllocator):
-            raise TypeError(f"allocator must be a RankAllocator, got {type(allocator).__name__}")
-        if isinstance(total_step, bool) or not isinstance(total_step, int | None):
-            raise TypeError(f"total_step must be an int, got {type(total_step).__name__}")
+        super().__init__(allocator, total_step)
         if not isinstance(resume_from, str | os.PathLike | None):
             raise TypeError(f"resume_from must be a path, got {type(resume_from).__name__}")
-        self.allocator = allocator
-        self.total_step = total_step
         self.resume_from = resume_from
-        self._training: RankAllocator | None = None
         self._run = ""  # marks the checkpoints of one call of train()
         self._is_before_reporters = False
 
@@ -112,8 +107,8 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Take the model over before the Trainer loads a checkpoint into it."""
-        if self.allocator is None and model is not None and peft.is_adalora(model):
-            peft.apply(model)
+        if model is not None:
+            self._take_over(model)
 
     def on_train_begin(
         self,
@@ -128,14 +123,8 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         if model is None or optimizer is None:
             raise ValueError("on_train_begin needs a model and an optimizer")
         self._end()  # of a training that was interrupted
-        allocator = self.allocator or _allocator_of(model)
-        self._set_total_step(allocator, state.max_steps)
-        if state.global_step > 0:
-            allocator.load_state_dict(self._saved_state(args, state))
-        allocator.global_step = state.global_step
-        allocator.detach()  # from one of another training, that was interrupted
-        allocator.attach(optimizer)
-        self._begin(allocator)
+        saved = self._saved_state(args, state) if state.global_step > 0 else None
+        self._begin(self._allocator_for(model), [optimizer], state.max_steps, state=saved)
         self._run = uuid.uuid4().hex
         state.stateful_callbacks[_ENTRY] = {
             "run": self._run,
@@ -147,9 +136,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count a step that did not reach the optimizer, because gradients overflowed."""
-        allocator, step = self._training, state.global_step + 1
-        if allocator is not None and allocator.global_step < step:
-            allocator.skip(step)
+        self._catch_up(state.global_step + 1)
 
     def on_log(
         self,
@@ -163,10 +150,7 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
         allocator = self._training
         if allocator is None or logs is None or "loss" not in logs:
             return
-        summary = allocator.summary()
-        own = {LOG_PREFIX + key: summary[key] for key in ("budget", "total_rank", "skipped_steps")}
-        if allocator.orth_reg is not None:
-            own[LOG_PREFIX + "orth_reg"] = allocator.orth_reg.item()
+        own = logs_of(allocator)
         logs.update(own)
         state.log_history[-1].update(own)  # a copy, made before the callbacks are called
 
@@ -175,8 +159,12 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the allocator's state into the checkpoint."""
         if self._training is not None and args.should_save:
-            folder = Path(args.output_dir) / _checkpoint_name(state)
-            save_state(self._training, folder / STATE_NAME, extra={"run": self._run})
+            folders = _checkpoints_in(args.output_dir, state)
+            # In a search for hyperparameters the Trainer does not say which run's folder it has
+            # written; our entry in what it has just written there does.
+            folder = next(filter(self._is_of_this_run, folders), folders[0])
+            extra = {"run": self._run, "step": state.global_step}
+            save_state(self._training, folder / STATE_NAME, extra=extra)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,6 +176,13 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
             file = _state_file(Path(state.best_model_checkpoint))
             self._training.load_state_dict(load_state(file))
         self._end()
+
+    def _is_of_this_run(self, checkpoint: Path) -> bool:
+        file = checkpoint / TRAINER_STATE_NAME
+        if not file.is_file():
+            return False
+        entry = TrainerState.load_from_json(file).stateful_callbacks.get(_ENTRY, {})
+        return bool(entry.get("run") == self._run)
 
     def _saved_state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Read the allocator's state of the checkpoint that the Trainer has just loaded.
@@ -228,67 +223,27 @@ class AdaLoraCallback(TrainerCallback):  # type: ignore[misc]
                 stacklevel=3,
             )
 
-    def _begin(self, allocator: RankAllocator) -> None:
-        self._training = allocator
-        if isinstance(allocator, peft.PeftRankAllocator):
-            allocator.saves_all = True
 
-    def _end(self) -> None:
-        allocator, self._training = self._training, None
-        if allocator is not None:
-            allocator.detach()
-            if isinstance(allocator, peft.PeftRankAllocator):
-                allocator.saves_all = False
-
-    def _set_total_step(self, allocator: RankAllocator, max_steps: int) -> None:
-        if self.total_step is not None:
-            allocator.set_total_step(self.total_step)
-            return
-        total_step = allocator.schedule.total_step
-        if total_step is not None and total_step <= max_steps:
-            return
-        allocator.set_total_step(max_steps)
-        if total_step is not None:
-            warnings.warn(
-                f"AdaLoRA's total_step is {total_step}, but this training has {max_steps} steps, "
-                f"which is used; AdaLoraCallback(total_step={total_step}) would not come to the "
-                "target budget",
-                stacklevel=2,
-            )
-
-
-def _allocator_of(model: nn.Module) -> RankAllocator:
-    """The allocator of a PEFT model, which is taken over if nobody has done so."""
-    allocator = peft.allocator_of(model)
-    if allocator is None:
-        try:
-            allocator = peft.apply(model).allocator
-        except TypeError as error:
-            raise ValueError(
-                "model has no AdaLoRA adapter of PEFT; for other layers give "
-                "AdaLoraCallback(allocator) a RankAllocator"
-            ) from error
-    if allocator is None:
-        raise ValueError("model has no trainable AdaLoRA adapter, only one for inference")
-    return allocator
-
-
-def _checkpoint_name(state: TrainerState) -> str:
-    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoints_in(output_dir: str, state: TrainerState) -> list[Path]:
+    """Where the checkpoint of the step may be; a search has a folder for each of its runs."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    folders = [Path(output_dir, name)]
+    if state.is_hyper_param_search:
+        folders += sorted(Path(output_dir).rglob(name))
+    return folders
 
 
 def _likely_folders(args: TrainingArguments, state: TrainerState, written_in: str) -> list[Path]:
     """Where the checkpoint may be that the Trainer resumes from; it does not tell its callbacks."""
-    name = _checkpoint_name(state)
-    folders = [Path(written_in, name), Path(args.output_dir, name)]
+    folders = _checkpoints_in(written_in, state) + _checkpoints_in(args.output_dir, state)
     if isinstance(args.resume_from_checkpoint, str):
         folders.append(Path(args.resume_from_checkpoint))
     return list(dict.fromkeys(folders))
 
 
 def _mark_of(saved: dict[str, Any]) -> tuple[str | None, int]:
-    """(run, step), which tell a checkpoint from all others."""
-    return saved.get("run"), saved["global_step"]
+    """(run, the Trainer's step), which tell a checkpoint from all others."""
+    return saved.get("run"), saved.get("step", saved["global_step"])
 
 
 def _state_file(folder: Path) -> Path:

@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Mlp, batch, trainable
+from helpers import CountOps, Mlp, batch, trainable
 from torch import nn
+from torch.nn.utils import prune
 
 from adalora_kernels import SVDLinear, lora_state_dict, reference
 
@@ -43,7 +45,6 @@ def test_initialisation():
     assert not module.weight.requires_grad
     assert module.scaling == 1 / (12 + 1e-5)
     assert SVDLinear(5, 4, r=12, lora_alpha=0).scaling == 12 / (12 + 1e-5)
-    assert module.mask.tolist() == [True] * 12
     assert SVDLinear(5, 4).weight.requires_grad
 
 
@@ -73,14 +74,6 @@ def test_merging_follows_the_mode_of_a_parent():
     assert not parent[0].merged and torch.equal(parent[0].weight, weight)
     apart = nn.Sequential(layer(merge_weights=False)).eval()
     assert not apart[0].merged
-
-
-def test_a_masked_triplet_is_not_merged():
-    module = layer()
-    module.set_mask(torch.tensor([True, False, True]))
-    x = torch.randn(7, 5)
-    y = module(x)
-    torch.testing.assert_close(module.eval()(x), y)
 
 
 def test_state_dict_holds_the_unmerged_weight():
@@ -137,8 +130,12 @@ def test_from_linear_shares_the_weight():
 def test_refusals():
     with pytest.raises(ValueError, match=r"r .*-1"):
         SVDLinear(5, 4, r=-1)
-    with pytest.raises(TypeError, match=r"r .*float"):
+    with pytest.raises(ValueError, match=r"r .*1\.5"):
         SVDLinear(5, 4, r=1.5)
+    with pytest.raises(TypeError, match=r"r .*bool"):
+        SVDLinear(5, 4, r=True)
+    with pytest.raises(TypeError, match=r"lora_alpha .*NoneType"):
+        SVDLinear(5, 4, r=1, lora_alpha=None)
     with pytest.raises(ValueError, match=r"lora_dropout .*1\.0"):
         SVDLinear(5, 4, r=1, lora_dropout=1.0)
     with pytest.raises(TypeError, match="Conv1d"):
@@ -149,6 +146,17 @@ def test_refusals():
     quantised.weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="int8"):
         SVDLinear.from_linear(quantised, 3)
+
+
+def test_numbers_as_scripts_have_them():
+    module = SVDLinear(5, 4, np.int64(6), np.float32(12), torch.tensor(0.25))
+    assert type(module.r) is int and module.lora_A.shape == (6, 5)
+    assert type(module.scaling) is float and module.scaling == 12 / (6 + 1e-5)
+    assert type(module.lora_dropout.p) is float
+    assert SVDLinear.from_linear(nn.Linear(5, 4), 12 / 2).r == 6
+    module.scaling = np.float32(0.5)
+    x = torch.randn(7, 5)
+    assert torch.isfinite(module(x)).all()
 
 
 def test_extra_repr():
@@ -196,3 +204,83 @@ def test_training_step_compiles_as_one_graph(options):
         torch.testing.assert_close(*losses)
     for a, b in zip(trainable(eager), trainable(compiled), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Doubling(nn.Dropout):
+    """A dropout of one's own."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def hooked():
+    module = nn.Dropout(0.5)
+    module.register_forward_hook(lambda module, args, output: 2 * args[0])
+    return module
+
+
+def patched():
+    module = nn.Dropout(0.5)
+    module.forward = lambda x: 2 * x
+    return module
+
+
+@pytest.mark.parametrize("make", [Doubling, hooked, patched], ids=lambda f: f.__name__)
+def test_a_dropout_that_is_not_torchs_is_called(make):
+    module = layer(lora_dropout=0.25)
+    module.lora_dropout = make()
+    x = torch.randn(7, 5)
+    base = F.linear(x, module.weight, module.bias)
+    doubled = base + 2 * (definition(module, x) - base)
+    torch.testing.assert_close(module(x), doubled)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), doubled)
+
+
+def test_opaque_weights():
+    ao = pytest.importorskip("torchao.quantization")
+    linear = nn.Linear(64, 32)
+    ao.quantize_(linear, ao.Int8WeightOnlyConfig())
+    x = torch.randn(7, 64, requires_grad=True)
+    module = SVDLinear.from_linear(linear, 3, lora_dropout=0.5)
+    assert module.weight is linear.weight and not module.weight.requires_grad
+    torch.testing.assert_close(module(x), linear(x)), "lora_E starts at zero"
+    nn.init.normal_(module.lora_E)
+    module.eval()
+    assert not module.merged and module.weight is linear.weight
+    with CountOps() as counted:
+        y = module(x)
+    assert counted.counts["adalora::svd_delta"] == 1
+    torch.testing.assert_close(y, linear(x) + F.linear(x, module.delta_weight()))
+    y.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (x, module.lora_A, module.lora_E, module.lora_B))
+    with pytest.raises(TypeError, match=r"only a layer .*Int8"):
+        module.merge()
+    again = SVDLinear.from_linear(linear, 3)
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again.eval()(x), y)
+
+
+def test_a_weight_that_is_quantised_after_merging():
+    ao = pytest.importorskip("torchao.quantization")
+    module = SVDLinear(64, 32, r=3)
+    nn.init.normal_(module.lora_E)
+    x = torch.randn(7, 64)
+    y = module.eval()(x)
+    ao.quantize_(module, ao.Int8WeightOnlyConfig())
+    torch.testing.assert_close(module(x), y, rtol=0.1, atol=0.1)
+    with pytest.raises(TypeError, match="only a layer"):
+        module.train()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+    ids=["weight_norm", "pruned"],
+)
+def test_a_weight_that_is_computed_from_others_is_not_merged(wrap):
+    module, x = wrap(layer()), torch.randn(7, 5)
+    y = module(x)
+    torch.testing.assert_close(module.eval()(x), y)
+    with pytest.raises(TypeError, match="parameter of its own"):
+        module.merge()

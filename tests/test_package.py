@@ -15,15 +15,18 @@ PACKAGE = ROOT / "adalora_kernels"
 # Design, section 3: a module imports from those to its right only.
 LAYERS = [
     {"__main__"},
-    {"trainer"},
-    {"export"},
+    {"trainer", "lightning"},
+    {"training", "export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
     {"functional"},
     {"orthogonality"},
     {"ops"},
     {"cpu"},
-    {"importance", "reference", "adapters", "checks", "fusing", "kernels", "_extension"},
+    {
+        *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
+        "_extension",
+    },
 ]
 ALLOCATOR = [
     {"allocator"},
@@ -41,14 +44,16 @@ SVD_LINEAR = [{"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 def test_imports_are_made_when_they_are_needed():
     code = (
         "import sys, adalora_kernels as a;"
-        "print([m for m in ('triton', 'peft', 'transformers', 'matplotlib') if m in sys.modules]);"
+        "own = ('triton', 'peft', 'transformers', 'lightning', 'pytorch_lightning', 'matplotlib');"
+        "print([m for m in own if m in sys.modules]);"
         "print(a.loralib.__name__, a.peft.apply.__name__, a.plot.rank_heatmap.__name__,"
-        " a.trainer.AdaLoraCallback.__name__, a.export.export_lora.__name__)"
+        " a.trainer.AdaLoraCallback.__name__, a.lightning.AdaLoraCallback.__name__,"
+        " a.export.export_lora.__name__)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.splitlines() == [
         "[]",
-        "adalora_kernels.loralib apply rank_heatmap AdaLoraCallback export_lora",
+        "adalora_kernels.loralib apply rank_heatmap AdaLoraCallback AdaLoraCallback export_lora",
     ], result.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = adalora_kernels.nothing

@@ -255,6 +255,34 @@ def test_a_model_that_was_loaded_compact_reads_and_writes_all_rows(finished, tmp
             torch.testing.assert_close(y_of(model), expected)
 
 
+def test_layers_that_keep_pefts_forward_read_all_rows_too():
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, (4, 4))
+
+        def forward(self, x):
+            return self.conv(x.reshape(-1, 1, 4, 4)).flatten(1)
+
+    config = AdaLoraConfig(init_r=6, target_r=2, tfinal=3, total_step=6, target_modules=["conv"])
+    model = get_peft_model(Conv(), config)
+    allocator = adalora_kernels.peft.apply(model).allocator
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for step in range(1, 7):
+        x, target = batch(step)
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+    expected = y_of(model)
+    allocator.shrink()
+    state = {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+    assert {len(t) for name, t in state.items() if "lora_E" in name} == {6}
+    scramble(model)
+    set_peft_model_state_dict(model, state)
+    torch.testing.assert_close(y_of(model), expected)
+
+
 def test_a_shrunk_model_has_no_room_for_earlier_weights(finished):
     model = shrunk(finished)
     with pytest.raises(RuntimeError, match="size mismatch"):

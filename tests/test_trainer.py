@@ -3,17 +3,16 @@
 The oracle is plain PEFT, trained by a loop that calls its allocator and its regulariser by hand.
 """
 
-import copy
 import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from helpers import triplets_in
-from loralib_twin import twin_orth
 from torch import nn
 from trainer_runs import (
     BATCH,
@@ -24,6 +23,7 @@ from trainer_runs import (
     Recorder,
     adapter_config,
     assert_at_target,
+    assert_close,
     assert_equal_state,
     assert_saves_its_function,
     base_model,
@@ -38,6 +38,7 @@ from trainer_runs import (
     save_every,
     snapshot,
     total_rank,
+    train_by_hand,
     trainable,
     trainer_of,
 )
@@ -50,15 +51,6 @@ from adalora_kernels.peft import allocator_of
 from adalora_kernels.trainer import AdaLoraCallback
 
 full = pytest.mark.full
-
-
-class InterruptAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 class HandTrainer(Trainer):
@@ -86,44 +78,6 @@ class HandTrainer(Trainer):
 
 def losses_of(trainer):
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
-
-
-def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
-    """Trains plain PEFT as it has to be: one regulariser and one allocation per step.
-
-    Returns (task losses, rank patterns), one per step.
-    """
-    model.train()
-    for name, p in model.named_parameters():
-        if "ranknum" in name:  # its gradient would be clipped along with the others
-            p.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        trainable(model).values(), lr=1e-2, weight_decay=0.0, foreach=False
-    )
-    batches = collated(data)
-    config = model.peft_config["default"]
-    losses, patterns = [], []
-    for step in range(1, len(batches) // accumulation + 1):
-        total = 0.0
-        for batch in batches[(step - 1) * accumulation : step * accumulation]:
-            loss = model.base_model.model(**batch).loss / accumulation
-            loss.backward()
-            total += loss.item()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        twin_orth(model, weight).backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        losses.append(total)
-        patterns.append(copy.deepcopy(config.rank_pattern))
-    return losses, patterns
-
-
-def assert_close(actual, expected, tolerance=1e-6):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (actual[name] - value).norm() <= tolerance * value.norm(), name
 
 
 @pytest.fixture
@@ -313,27 +267,6 @@ def test_epochs_under_enable(accumulation, enabled, tmp_path):
     assert adapter_config(tmp_path / "final")["total_step"] == steps
 
 
-def test_total_step_of_the_callback_and_of_the_config(tmp_path):
-    cases = {
-        "callback": (make(total_step=100), AdaLoraCallback(total_step=10), 10),
-        "config": (make(total_step=9), AdaLoraCallback(), 9),
-        "neither": (make(total_step=None), AdaLoraCallback(), STEPS),
-    }
-    for case, (model, callback, total_step) in cases.items():
-        trainer_of(model, tmp_path, callbacks=[callback]).train()
-        assert allocator_of(model).schedule.total_step == total_step, case
-        assert_at_target(model)
-
-
-def test_total_step_of_a_config_that_is_longer_than_the_training(tmp_path):
-    model = make(total_step=100)
-    trainer = trainer_of(model, tmp_path)
-    with pytest.warns(UserWarning, match="total_step is 100"):
-        trainer.train()
-    assert allocator_of(model).schedule.total_step == STEPS
-    assert_at_target(model)
-
-
 @pytest.mark.parametrize("deltaT", [pytest.param(1, marks=full), 5])
 def test_training_that_ends_before_the_final_phase(deltaT, tmp_path):
     model = make(deltaT=deltaT)
@@ -411,45 +344,6 @@ def test_eval_loss_holds_no_regulariser(tmp_path):
     assert recorder.evaluated == pytest.approx(recorder.eval_losses, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "other_trainer",
-    [pytest.param(False, id="same_trainer", marks=full), pytest.param(True, id="other_trainer")],
-)
-def test_training_twice(other_trainer, tmp_path):
-    model = make()
-    trainer = trainer_of(model, tmp_path)
-    trainer.train()
-    ranks, before = allocator_of(model).ranks(), snapshot(model)
-    if other_trainer:
-        trainer = trainer_of(model, tmp_path)
-    trainer.train()
-    # The pattern was final already; what is left goes on learning.
-    assert allocator_of(model).global_step == trainer.state.global_step == STEPS
-    assert allocator_of(model).ranks() == ranks
-    assert_at_target(model)
-    after = snapshot(model)
-    assert not all(torch.equal(before[name], after[name]) for name in before)
-    records = [r for r in trainer.state.log_history if "loss" in r]
-    assert {r["adalora/total_rank"] for r in records} == {BUDGET["llama"]}
-
-
-@pytest.mark.parametrize(
-    "other_trainer",
-    [pytest.param(False, id="same_trainer"), pytest.param(True, id="other_trainer", marks=full)],
-)
-def test_training_again_after_an_interrupt(other_trainer, tmp_path):
-    model = make()
-    trainer = trainer_of(model, tmp_path, callbacks=[AdaLoraCallback(), InterruptAt(5)])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trainer.remove_callback(InterruptAt)
-    if other_trainer:
-        trainer = trainer_of(model, tmp_path)
-    trainer.train()
-    assert_at_target(model)
-    assert_saves_its_function(trainer, tmp_path / "final")
-
-
 @pytest.mark.parametrize("callback", [False, True], ids=["without", "with"])
 def test_training_without_the_callback_warns_once(callback, tmp_path):
     model = make()
@@ -470,10 +364,21 @@ def test_not_an_adalora_model(tmp_path):
 
 
 def test_callback_arguments():
-    with pytest.raises(TypeError, match="allocator"):
-        AdaLoraCallback(make())
-    with pytest.raises(TypeError, match="total_step"):
-        AdaLoraCallback(total_step=1.5)
+    model = make()
+    report = adalora_kernels.peft.apply(model)
+    with pytest.raises(TypeError, match="allocator must be a RankAllocator"):
+        AdaLoraCallback(model)
+    with pytest.raises(TypeError, match=r"AdaLoraCallback\(report\.allocator\)"):
+        AdaLoraCallback(report)
+    for wrong in (1.5, 0):
+        with pytest.raises(ValueError, match="total_step"):
+            AdaLoraCallback(total_step=wrong)
+    for wrong in ("12", True):
+        with pytest.raises(TypeError, match="total_step"):
+            AdaLoraCallback(total_step=wrong)
+    for total_step in (np.int64(12), torch.tensor(12), 24 / 2):
+        callback = AdaLoraCallback(report.allocator, total_step=total_step)
+        assert callback.total_step == 12 and type(callback.total_step) is int
     with pytest.raises(TypeError, match="resume_from"):
         AdaLoraCallback(resume_from=True)
 

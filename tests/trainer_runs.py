@@ -136,7 +136,7 @@ def trainer_of(model, out, *, callbacks=None, accumulation=1, data=None, cls=Tra
         "report_to": "none",
         **options,
     }
-    own = ("compute_loss_func", "compute_metrics", "eval_dataset")
+    own = ("compute_loss_func", "compute_metrics", "eval_dataset", "model_init")
     extra = {name: arguments.pop(name) for name in own if name in arguments}
     trainer = cls(
         model,
@@ -196,6 +196,44 @@ def task_loss(model, examples=None):
 def save_every(steps):
     """Trainer options for checkpoints."""
     return {"save_strategy": "steps", "save_steps": steps}
+
+
+def train_by_hand(model, data, accumulation=1, weight=0.1, clip=1.0):
+    """Trains plain PEFT as it has to be: one regulariser and one allocation per step.
+
+    Returns (task losses, rank patterns), one per step.
+    """
+    model.train()
+    for name, p in model.named_parameters():
+        if "ranknum" in name:  # its gradient would be clipped along with the others
+            p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        trainable(model).values(), lr=1e-2, weight_decay=0.0, foreach=False
+    )
+    batches = collated(data)
+    config = model.peft_config["default"]
+    losses, patterns = [], []
+    for step in range(1, len(batches) // accumulation + 1):
+        total = 0.0
+        for batch in batches[(step - 1) * accumulation : step * accumulation]:
+            loss = model.base_model.model(**batch).loss / accumulation
+            loss.backward()
+            total += loss.item()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        twin_orth(model, weight).backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(total)
+        patterns.append(copy.deepcopy(config.rank_pattern))
+    return losses, patterns
+
+
+def assert_close(actual, expected, tolerance=1e-6):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= tolerance * value.norm(), name
 
 
 def assert_equal_state(actual, expected, where="state"):

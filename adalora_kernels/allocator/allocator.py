@@ -281,7 +281,8 @@ class RankAllocator(FollowsOptimizers, BeginsRuns):
     def _before_attaching(self) -> None:
         self.count_triplets()
         total_step = self.schedule.total_step
-        if self.frozen and total_step is not None and self.global_step >= total_step:
+        is_over = total_step is not None and self.global_step >= total_step
+        if self.frozen and is_over and not self.shrunk:
             warnings.warn(
                 f"AdaLoRA's schedule has come to its end at step {self.global_step}, and its "
                 "pattern is final: call restart() if a new run is to begin",

@@ -132,7 +132,8 @@ def _what_is_missing(allocator: RankAllocator) -> str:
             "stepped twice. Call allocator.attach(optimizer) for each new optimizer"
         )
     return (
-        "the optimizer has stepped twice, but nobody has stepped the rank allocator. In a "
-        "transformers Trainer add callbacks=[adalora_kernels.trainer.AdaLoraCallback()]; elsewhere "
-        "call allocator.attach(optimizer), or update_and_allocate(step) in every step"
+        "the optimizer has stepped twice, but nobody has stepped the rank allocator. In a Trainer "
+        "add callbacks=[AdaLoraCallback()], transformers' from adalora_kernels.trainer, "
+        "Lightning's from adalora_kernels.lightning; elsewhere call allocator.attach(optimizer), "
+        "or update_and_allocate(step) in every step"
     )

@@ -7,6 +7,7 @@ from typing import Any
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.adalora import SVDLinear, SVDQuantLinear
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.layer import SVDConv2d as PeftSVDConv2d
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,18 @@ from ..fusing import fused_dropout_p, is_unhooked
 from .saving import fit_rows_
 
 
-class FusedLayer:
+class ReadingLayer:
+    """A PEFT layer that has fewer triplets takes a file that has zeros for the others."""
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for adapter_name, lora_E in self.lora_E.items():
+            fit_rows_(state_dict, prefix, adapter_name, len(lora_E))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedLayer(ReadingLayer):
     """The forward of a PEFT layer over `functional.svd_linear` and `svd_delta`."""
 
     # ranknum + 1e-5 as floats: read from the device once, not in every forward.
@@ -72,14 +84,11 @@ class FusedLayer:
     def _load_from_state_dict(
         self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PyTorch's; a layer with fewer triplets takes a file that has zeros for the others."""
-        for adapter_name, lora_E in self.lora_E.items():
+        for adapter_name, own in self.ranknum.items():
             ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
             if ranknum is not None and not ranknum.is_meta:
-                loaded = ranknum.to(self.ranknum[adapter_name].dtype)
-                self._ranknums[adapter_name] = float(loaded) + 1e-5
-            fit_rows_(state_dict, prefix, adapter_name, len(lora_E))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+                self._ranknums[adapter_name] = float(ranknum.to(own.dtype)) + 1e-5
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class FusedSVDLinear(FusedLayer, SVDLinear):
@@ -90,7 +99,15 @@ class FusedSVDQuantLinear(FusedLayer, SVDQuantLinear):
     """PEFT's layer over GPTQ's, with our forward."""
 
 
-_FUSED_CLASSES: dict[type, type] = {SVDLinear: FusedSVDLinear, SVDQuantLinear: FusedSVDQuantLinear}
+class SVDConv2d(ReadingLayer, PeftSVDConv2d):
+    """PEFT's layer over Conv2d, which keeps its forward."""
+
+
+_OUR_CLASSES: dict[type, type] = {
+    SVDLinear: FusedSVDLinear,
+    SVDQuantLinear: FusedSVDQuantLinear,
+    PeftSVDConv2d: SVDConv2d,
+}
 
 if is_bnb_available():
     from peft.tuners.adalora import SVDLinear8bitLt
@@ -98,7 +115,7 @@ if is_bnb_available():
     class FusedSVDLinear8bitLt(FusedLayer, SVDLinear8bitLt):
         """PEFT's layer over bitsandbytes' 8-bit ones, with our forward."""
 
-    _FUSED_CLASSES[SVDLinear8bitLt] = FusedSVDLinear8bitLt
+    _OUR_CLASSES[SVDLinear8bitLt] = FusedSVDLinear8bitLt
 
 if is_bnb_4bit_available():
     from peft.tuners.adalora import SVDLinear4bit
@@ -106,7 +123,7 @@ if is_bnb_4bit_available():
     class FusedSVDLinear4bit(FusedLayer, SVDLinear4bit):
         """PEFT's layer over bitsandbytes' 4-bit ones, with our forward."""
 
-    _FUSED_CLASSES[SVDLinear4bit] = FusedSVDLinear4bit
+    _OUR_CLASSES[SVDLinear4bit] = FusedSVDLinear4bit
 
 
 def adalora_layers(root: nn.Module) -> dict[str, AdaLoraLayer]:
@@ -116,10 +133,12 @@ def adalora_layers(root: nn.Module) -> dict[str, AdaLoraLayer]:
 
 def swap_forward(layer: Any) -> None:
     """Make a layer of PEFT's one of ours, in place; without effect if there is no such class."""
-    fused = _FUSED_CLASSES.get(type(layer))
-    if fused is None:
+    ours = _OUR_CLASSES.get(type(layer))
+    if ours is None:
         return
-    layer.__class__ = fused
+    layer.__class__ = ours
+    if not issubclass(ours, FusedLayer):
+        return
     layer._ranknums = {}
     for adapter_name, ranknum in layer.ranknum.items():
         if not ranknum.is_meta:

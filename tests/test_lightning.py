@@ -1,0 +1,520 @@
+"""`AdaLoraCallback` in Lightning's own Trainer.
+
+The oracle is plain PEFT, trained by a loop that calls its allocator and its regulariser by hand.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning_runs import Loader, Manual, Module, Records, data, fit, lightning_trainer
+from torch import nn
+from trainer_runs import (
+    BATCH,
+    BUDGET,
+    FINAL_STEP,
+    STEPS,
+    assert_at_target,
+    assert_close,
+    assert_equal_state,
+    assert_same_run,
+    base_model,
+    in_plain_peft,
+    logits_of,
+    make,
+    plain,
+    plain_rows,
+    rows,
+    snapshot,
+    total_rank,
+    train_by_hand,
+    trainable,
+)
+
+import adalora_kernels.peft
+from adalora_kernels import RankAllocator
+from adalora_kernels.lightning import AdaLoraCallback
+from adalora_kernels.peft import allocator_of
+
+full = pytest.mark.full
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:adalora_kernels")
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation"),
+    [
+        pytest.param({}, 1, id="causal_lm-1", marks=full),
+        pytest.param({}, 4, id="causal_lm-4"),
+        pytest.param({"task_type": None}, 2, id="no_task_type-2"),
+        pytest.param({"orth_reg_weight": 0.0}, 1, id="no_regulariser-1"),
+        pytest.param({"deltaT": 3, "tfinal": 0}, 1, id="tfinal_0-1", marks=full),
+    ],
+)
+def test_follows_plain_peft_trained_by_hand(options, accumulation):
+    # In float64: what differs by more than rounding is wrong.
+    theirs, ours = (make(dtype=torch.float64, **options) for _ in range(2))
+    losses, patterns = train_by_hand(
+        theirs,
+        rows(STEPS * BATCH * accumulation),
+        accumulation,
+        options.get("orth_reg_weight", 0.1),
+    )
+    trainer = lightning_trainer(accumulate_grad_batches=accumulation)
+    module = fit(trainer, Module(ours), data(STEPS * BATCH * accumulation))
+    # The loss is the task's alone.
+    means = torch.tensor(module.losses, dtype=torch.float64).view(-1, accumulation).mean(1)
+    assert means.tolist() == pytest.approx(losses, rel=1e-6, abs=0)
+    assert_close(snapshot(ours), snapshot(theirs))
+    allocator = allocator_of(ours)
+    assert list(allocator.rank_pattern.values()) == list(patterns[-1].values())
+    assert allocator.global_step == trainer.global_step == STEPS and not allocator.attached
+
+
+class Penalties(pl.Callback):
+    """Notes the regulariser before each step, and the ranks after it."""
+
+    def __init__(self):
+        self.ranks = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.ranks.append(total_rank(pl_module.model))
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(5, marks=full)])
+def test_logs(every):
+    records, ranks = Records(), Penalties()
+    trainer = lightning_trainer(
+        callbacks=[AdaLoraCallback(), ranks], logger=records, log_every_n_steps=every
+    )
+    module = fit(trainer, Module())
+    logged = [(step, row) for step, row in records.rows if "adalora/budget" in row]
+    assert [step + 1 for step, _ in logged] == list(range(every, STEPS + 1, every))
+    schedule = allocator_of(module.model).schedule
+    for step, row in logged:
+        assert row["adalora/budget"] == schedule.budget(step + 1)
+        assert row["adalora/total_rank"] == row["adalora/budget"] == ranks.ranks[step]
+        assert row["adalora/skipped_steps"] == 0 and row["adalora/orth_reg"] > 0
+    assert trainer.callback_metrics["adalora/total_rank"] == logged[-1][1]["adalora/total_rank"]
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """An uninterrupted run with a checkpoint at every step, and dropout: (model, folder)."""
+    out = tmp_path_factory.mktemp("full")
+    torch.manual_seed(5)
+    module = Module(make(lora_dropout=0.1))
+    fit(lightning_trainer(out, callbacks=[AdaLoraCallback(), Seeds()], every=1), module)
+    return module.model, out
+
+
+class Seeds(pl.Callback):
+    """Lightning does not save the state of random numbers: each step has a seed of its own."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        torch.manual_seed(trainer.global_step)
+
+
+@pytest.mark.parametrize("total_step", [STEPS, None], ids=["total_step", "none"])
+@pytest.mark.parametrize("step", [1, 5, FINAL_STEP, FINAL_STEP + 1])
+def test_resume_is_bitwise_the_uninterrupted_run(step, total_step, full_run, tmp_path):
+    expected, folder = full_run
+    module = Module(make(seed=2, lora_dropout=0.1, total_step=total_step))
+    trainer = lightning_trainer(callbacks=[AdaLoraCallback(), Seeds()])
+    checkpoint = folder / f"step={step}.ckpt"
+    # As Lightning does it where it does not trust the file: tensors and plain values only.
+    fit(trainer, module, ckpt_path=str(checkpoint), weights_only=True)
+    assert trainer.global_step == STEPS
+    assert_same_run(module.model, expected)
+
+
+def test_resume_without_the_allocators_state_is_refused(tmp_path):
+    fit(lightning_trainer(tmp_path, callbacks=[], every=5, max_steps=5), Module())
+    trainer = lightning_trainer()
+    with pytest.raises(RuntimeError, match=r"step=5\.ckpt has no state of an AdaLoraCallback"):
+        fit(trainer, Module(), ckpt_path=str(tmp_path / "step=5.ckpt"))
+
+
+def test_resume_of_a_checkpoint_of_another_model_is_refused(full_run):
+    _, folder = full_run
+    module = Module(make(init_r=6))
+    module.strict_loading = False
+    with pytest.raises((ValueError, RuntimeError), match=r"state is for|size mismatch"):
+        fit(lightning_trainer(), module, ckpt_path=str(folder / "step=5.ckpt"))
+
+
+@pytest.mark.parametrize("fn", ["test", pytest.param("validate", marks=full)])
+@pytest.mark.parametrize("best", [4, pytest.param(10, marks=full)])
+def test_the_best_checkpoint(best, fn, tmp_path):
+    module, states = Module(), {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            states[trainer.global_step] = (
+                logits_of(module.model),
+                allocator_of(module.model).ranks(),
+            )
+
+    module.scores = {best: 1.0}
+    keeper = ModelCheckpoint(tmp_path, monitor="score", mode="max")
+    trainer = lightning_trainer(
+        callbacks=[AdaLoraCallback(), Keep(), keeper], enable_checkpointing=True,
+        val_check_interval=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, data(), data(BATCH))
+    getattr(trainer, fn)(module, data(BATCH), ckpt_path="best")
+    logits, ranks = states[best]
+    # One model, one function: in memory, in the allocator's view and in what is saved.
+    assert torch.equal(logits_of(module.model), logits)
+    assert allocator_of(module.model).ranks() == ranks
+    module.model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(in_plain_peft(tmp_path / "adapter"), logits)
+    # A fresh process has the same from the file.
+    other = Module(make(seed=2))
+    getattr(lightning_trainer(), fn)(other, data(BATCH), ckpt_path=keeper.best_model_path)
+    assert torch.equal(logits_of(other.model), logits)
+    assert allocator_of(other.model).ranks() == ranks
+
+
+def test_bf16_mixed():
+    module = fit(lightning_trainer(precision="bf16-mixed"), Module())
+    assert_at_target(module.model)
+    assert {p.dtype for p in trainable(module).values()} == {torch.float32}
+    expected = fit(lightning_trainer(), Module()).losses
+    assert module.losses != expected
+    assert module.losses == pytest.approx(expected, rel=2e-2)
+
+
+class Watch(pl.Callback):
+    """Averages and skipped steps after each step; an overflow at the step `overflow_at`."""
+
+    def __init__(self, overflow_at):
+        self.overflow_at, self.backwards = overflow_at, 0
+        self.averages, self.skipped = {}, {}
+
+    def on_after_backward(self, trainer, pl_module):
+        self.backwards += 1
+        if self.backwards == self.overflow_at:
+            next(iter(trainable(pl_module.model).values())).grad.fill_(math.inf)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        allocator = allocator_of(pl_module.model)
+        self.averages[self.backwards] = allocator.state_dict()["exp_avg_ipt"]
+        self.skipped[self.backwards] = allocator.summary()["skipped_steps"]
+        assert allocator.global_step == self.backwards
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=full)], ids=["", "fused"])
+@pytest.mark.parametrize("cls", [Module, Manual], ids=["automatic", "manual"])
+@pytest.mark.parametrize("overflow_at", [5, pytest.param(STEPS, marks=full)])
+def test_fp16_step_that_overflows(overflow_at, cls, fused):
+    # Lightning makes a scaler for GPUs only.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    watch, manual = Watch(overflow_at), cls is Manual
+    trainer = lightning_trainer(
+        callbacks=[AdaLoraCallback(), watch],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        gradient_clip_val=None if manual or fused else 1.0,
+        max_steps=2 * STEPS if manual else STEPS,
+    )
+    module = fit(trainer, cls(fused=fused))
+    assert scaler.get_scale() < 2.0**10
+    counted = [int(FINAL_STEP > overflow_at <= step) for step in range(1, STEPS + 1)]
+    assert list(watch.skipped.values()) == counted
+    if overflow_at < FINAL_STEP:
+        assert_equal_state(watch.averages[overflow_at], watch.averages[overflow_at - 1])
+    assert_at_target(module.model)
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=full)])
+def test_manual_optimization(every, tmp_path):
+    # Two optimizers are stepped, so the Trainer counts twice as many steps.
+    options = {"gradient_clip_val": None, "max_steps": 2 * STEPS}
+    expected = Manual(make(), every)
+    fit(lightning_trainer(tmp_path, every=2, **options), expected, data(STEPS * BATCH * every))
+    assert allocator_of(expected.model).global_step == STEPS
+    assert_at_target(expected.model)
+    alone = Module(make())
+    clip = {"gradient_clip_val": None, "accumulate_grad_batches": every}
+    fit(lightning_trainer(**clip), alone, data(STEPS * BATCH * every))
+    assert_equal_state(snapshot(expected.model), snapshot(alone.model))
+    for step in (5, FINAL_STEP + 1):
+        module = Manual(make(seed=2), every)
+        checkpoint = str(tmp_path / f"step={2 * step}.ckpt")
+        fit(lightning_trainer(**options), module, data(STEPS * BATCH * every), ckpt_path=checkpoint)
+        assert_same_run(module.model, expected.model)
+
+
+def test_manual_optimization_needs_a_total_step():
+    trainer = lightning_trainer(gradient_clip_val=None, max_steps=2 * STEPS)
+    with pytest.raises(ValueError, match=r"total_step is None.*AdaLoraCallback\(total_step="):
+        fit(trainer, Manual(make(total_step=None)))
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "steps"),
+    [
+        pytest.param({"limit_train_batches": 5, "max_epochs": 3}, 8, 15, id="limit"),
+        pytest.param({"max_epochs": 3, "accumulate_grad_batches": 2}, 5, 9, id="accumulation"),
+        pytest.param({"max_epochs": 5, "max_steps": 11}, 8, 11, id="both", marks=full),
+        pytest.param({"limit_train_batches": 0.5, "max_epochs": 3}, 10, 15, id="half", marks=full),
+        pytest.param({"overfit_batches": 4, "max_epochs": 3}, 10, 12, id="overfit", marks=full),
+    ],
+)
+def test_the_trainings_steps(options, batches, steps):
+    model = make(total_step=None)
+    trainer = lightning_trainer(**{"max_steps": -1, **options})
+    fit(trainer, Module(model), data(batches * BATCH))
+    assert trainer.global_step == steps == model.peft_config["default"].total_step
+    assert_at_target(model)
+
+
+def test_accumulation_that_changes():
+    model, changes = make(total_step=None), GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
+    trainer = lightning_trainer(callbacks=[AdaLoraCallback(), changes], max_steps=-1, max_epochs=3)
+    fit(trainer, Module(model), data(8 * BATCH))
+    assert trainer.global_step == 8 + 4 + 2 == model.peft_config["default"].total_step
+    assert_at_target(model)
+
+
+def test_a_dataset_of_unknown_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows(STEPS * BATCH))
+
+    def loader():
+        return torch.utils.data.DataLoader(Stream(), batch_size=BATCH)
+
+    epochs = {"max_steps": -1, "max_epochs": 1}
+    with pytest.raises(ValueError, match="total_step is None"):
+        fit(lightning_trainer(**epochs), Module(make(total_step=None)), loader())
+    for model, callback in (
+        (make(), AdaLoraCallback()),
+        (make(total_step=None), AdaLoraCallback(total_step=STEPS)),
+    ):
+        fit(lightning_trainer(callbacks=[callback], **epochs), Module(model), loader())
+        assert_at_target(model)
+    model = make(total_step=None)
+    fit(lightning_trainer(), Module(model), loader())
+    assert_at_target(model)
+
+
+def test_a_total_step_that_does_not_fit():
+    with pytest.warns(UserWarning, match="total_step is 100, but this training has 12 steps"):
+        fit(lightning_trainer(), Module(make(total_step=100)))
+    with pytest.warns(UserWarning, match="total_step is 9, .* 12 steps: .* final from step 5 on"):
+        fit(lightning_trainer(), Module(make(total_step=9)))
+    with pytest.raises(ValueError, match=r"training of 12 steps .*tinit=20 .*tfinal=4 .* is 100"):
+        fit(lightning_trainer(), Module(make(total_step=100, tinit=20)))
+
+
+@pytest.mark.parametrize("total_step", [1000, None])
+def test_fast_dev_run(total_step):
+    model = make(total_step=total_step)
+    fit(lightning_trainer(fast_dev_run=2, max_steps=-1), Module(model))
+    assert allocator_of(model).global_step == 2
+    model = make(total_step=total_step)
+    fit(lightning_trainer(callbacks=[AdaLoraCallback(total_step=STEPS)]), Module(model))
+    assert_at_target(model)
+
+
+class Configured(Module):
+    """Makes its model in `configure_model`."""
+
+    def __init__(self, seed=1):
+        super().__init__(nn.Identity())
+        self.seed = seed
+
+    def configure_model(self):
+        if isinstance(self.model, nn.Identity):
+            self.model = make(seed=self.seed)
+
+
+def test_a_model_that_configure_model_makes(tmp_path):
+    module = Configured()
+    fit(lightning_trainer(tmp_path, every=5), module)
+    assert_at_target(module.model)
+    expected = fit(lightning_trainer(), Module())
+    assert_same_run(module.model, expected.model)
+    resumed = Configured(seed=2)
+    fit(lightning_trainer(), resumed, ckpt_path=str(tmp_path / "step=5.ckpt"))
+    assert_same_run(resumed.model, expected.model)
+
+
+def test_an_allocator_that_was_attached_by_hand():
+    class Attached(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            self.allocator.attach(optimizer)
+            return optimizer
+
+    module = Attached()
+    module.allocator = adalora_kernels.peft.apply(module.model).allocator
+    fit(lightning_trainer(), module)
+    assert_same_run(module.model, fit(lightning_trainer(), Module()).model)
+    # Without the callback, this is all that a LightningModule needs.
+    module = Attached()
+    module.allocator = adalora_kernels.peft.apply(module.model).allocator
+    fit(lightning_trainer(callbacks=[]), module)
+    assert_same_run(module.model, fit(lightning_trainer(), Module()).model)
+
+
+class Interrupt(Exception):
+    pass
+
+
+class InterruptAt(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            raise Interrupt
+
+
+def test_training_again_after_an_interrupt():
+    module, callback = Module(), AdaLoraCallback()
+    with pytest.raises(Interrupt):
+        fit(lightning_trainer(callbacks=[callback, InterruptAt(5)]), module)
+    allocator = allocator_of(module.model)
+    assert not allocator.attached and not allocator.saves_all and allocator.global_step == 5
+    fit(lightning_trainer(callbacks=[callback]), module)
+    assert allocator.global_step == STEPS
+    assert_at_target(module.model)
+
+
+@pytest.mark.parametrize("other_callback", [False, pytest.param(True, marks=full)])
+def test_training_twice(other_callback):
+    module, callback, records = Module(), AdaLoraCallback(), Records()
+    fit(lightning_trainer(callbacks=[callback]), module)
+    ranks, before = allocator_of(module.model).ranks(), snapshot(module.model)
+    callback = AdaLoraCallback() if other_callback else callback
+    fit(lightning_trainer(callbacks=[callback], logger=records), module)
+    assert allocator_of(module.model).global_step == STEPS
+    assert allocator_of(module.model).ranks() == ranks
+    after = snapshot(module.model)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    rows_ = [row for _, row in records.rows if "adalora/budget" in row]
+    assert {row["adalora/total_rank"] for row in rows_} == {BUDGET["llama"]}
+    assert {row["adalora/budget"] for row in rows_} == {BUDGET["llama"]}
+
+
+def test_a_trainer_that_goes_on(tmp_path):
+    # First half an hour, then more epochs: the same Trainer, model and callback.
+    model = make(total_step=None)
+    trainer = lightning_trainer(
+        callbacks=[AdaLoraCallback(total_step=15)], max_steps=-1, max_epochs=1
+    )
+    module = fit(trainer, Module(model), data(5 * BATCH))
+    allocator = allocator_of(model)
+    assert allocator.global_step == 5 and not allocator.frozen
+    trainer.fit_loop.max_epochs = 3
+    fit(trainer, module, data(5 * BATCH))
+    assert trainer.global_step == allocator.global_step == 15
+    assert_at_target(model)
+    # Once the ranks are final, they stay it.
+    ranks = allocator.ranks()
+    trainer.fit_loop.max_epochs = 4
+    with pytest.warns(UserWarning, match="schedule has come to its end at step 15"):
+        fit(trainer, module, data(5 * BATCH))
+    assert allocator.global_step == 20 and allocator.ranks() == ranks
+
+
+def test_not_an_adalora_model():
+    module = Module()
+    module.model = base_model()
+    with pytest.raises(ValueError, match="no AdaLoRA adapter"):
+        fit(lightning_trainer(), module)
+
+
+def test_two_models_to_be_trained_are_refused():
+    two = Module()
+    two.other = make(seed=2)
+    with pytest.raises(ValueError, match=r"model.*other"):
+        fit(lightning_trainer(), two)
+
+
+def test_callback_arguments():
+    model = make()
+    report = adalora_kernels.peft.apply(model)
+    with pytest.raises(TypeError, match=r"report\.allocator"):
+        AdaLoraCallback(report)
+    with pytest.raises(TypeError, match="allocator must be a RankAllocator"):
+        AdaLoraCallback(model)
+    assert AdaLoraCallback(report.allocator, total_step=24 / 2).total_step == 12
+
+
+class PlainModule(pl.LightningModule):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net, self.allocator = plain(total_step=None, seed=seed)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch)["loss"]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(trainable(self).values(), lr=1e-2)
+
+
+def test_a_plain_torch_model(tmp_path):
+    loader = Loader(plain_rows(STEPS * BATCH), batch_size=BATCH)
+    module = PlainModule()
+    fit(
+        lightning_trainer(tmp_path, callbacks=[AdaLoraCallback(module.allocator)], every=5),
+        module,
+        loader,
+    )
+    assert isinstance(module.allocator, RankAllocator)
+    assert module.allocator.frozen and sum(module.allocator.ranks().values()) == 4
+    resumed = PlainModule(seed=3)
+    fit(
+        lightning_trainer(callbacks=[AdaLoraCallback(resumed.allocator)]), resumed, loader,
+        ckpt_path=str(tmp_path / "step=5.ckpt"),
+    )  # fmt: skip
+    assert_equal_state(resumed.net.state_dict(), module.net.state_dict())
+    assert_equal_state(resumed.allocator.state_dict(), module.allocator.state_dict())
+
+
+def test_the_other_package_name():
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = make()
+
+        def training_step(self, batch, batch_idx):
+            return self.model(**batch).loss
+
+        configure_optimizers = Module.configure_optimizers
+        fused = False
+
+    module = fit(lightning_trainer(cls=other.Trainer), Other())
+    assert_same_run(module.model, fit(lightning_trainer(), Module()).model)
+
+
+def test_two_processes(tmp_path):
+    script = Path(__file__).with_name("lightning_ddp.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, script, tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+    assert len(reports) == 2
+    # Two halves of a batch are the whole one, and both processes have the same.
+    assert reports[0]["ranks"] == reports[1]["ranks"] == reports[0]["expected"]
+    assert reports[0]["checksum"] == reports[1]["checksum"]
+    assert reports[0]["difference"] < 1e-6
+    assert reports[0]["step"] == STEPS and sum(reports[0]["ranks"].values()) == BUDGET["llama"]
