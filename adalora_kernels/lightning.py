@@ -13,16 +13,19 @@ import torch
 from .allocator import RankAllocator
 from .training import AllocatingCallback, logs_of, written_total_step
 
-# Lightning has two names, and the Trainer of each wants its own Callback. Importing the second of
-# those that are installed costs next to nothing.
-_BASES = tuple(
-    importlib.import_module(name).Callback
-    for name in ("lightning.pytorch", "pytorch_lightning")
-    if find_spec(name.partition(".")[0])
-)
-if not _BASES:
+
+def _callback_class() -> Any:
+    """Lightning's Callback. The package has two names, and the Trainer of each takes either's."""
+    for package, module in (
+        ("lightning", "lightning.pytorch"),
+        ("pytorch_lightning", "pytorch_lightning"),
+    ):
+        if find_spec(package):
+            return importlib.import_module(module).Callback
     raise ModuleNotFoundError("adalora_kernels.lightning needs the package lightning")
-_Callback: Any = type("_Callback", _BASES, {})
+
+
+_Callback: Any = _callback_class()
 
 
 class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]

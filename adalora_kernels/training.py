@@ -41,6 +41,14 @@ class AllocatingCallback:
         self.total_step = None if total_step is None else as_int("total_step", total_step, 1)
         self._training: RankAllocator | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        # Both callbacks have one name, so that the wrong one is soon imported.
+        raise AttributeError(
+            f"the AdaLoraCallback of {type(self).__module__} has no attribute {name!r}: "
+            "transformers' Trainer takes that of adalora_kernels.trainer, Lightning's that of "
+            "adalora_kernels.lightning"
+        )
+
     def _take_over(self, model: nn.Module) -> None:
         """Make a PEFT model ours on which nobody has called `peft.apply`."""
         if self.allocator is None and peft.is_adalora(model):

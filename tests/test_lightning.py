@@ -3,6 +3,7 @@
 The oracle is plain PEFT, trained by a loop that calls its allocator and its regulariser by hand.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -39,7 +40,9 @@ from trainer_runs import (
     trainable,
 )
 
+import adalora_kernels.lightning
 import adalora_kernels.peft
+import adalora_kernels.trainer
 from adalora_kernels import RankAllocator
 from adalora_kernels.lightning import AdaLoraCallback
 from adalora_kernels.peft import allocator_of
@@ -88,8 +91,10 @@ class Penalties(pl.Callback):
         self.ranks.append(total_rank(pl_module.model))
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(5, marks=full)])
-def test_logs(every):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=full), 5])
+def test_logs(every, monkeypatch):
+    summary, read = RankAllocator.summary, []
+    monkeypatch.setattr(RankAllocator, "summary", lambda self: read.append(1) or summary(self))
     records, ranks = Records(), Penalties()
     trainer = lightning_trainer(
         callbacks=[AdaLoraCallback(), ranks], logger=records, log_every_n_steps=every
@@ -97,6 +102,7 @@ def test_logs(every):
     module = fit(trainer, Module())
     logged = [(step, row) for step, row in records.rows if "adalora/budget" in row]
     assert [step + 1 for step, _ in logged] == list(range(every, STEPS + 1, every))
+    assert len(read) == len(logged), "the device is read for what is logged only"
     schedule = allocator_of(module.model).schedule
     for step, row in logged:
         assert row["adalora/budget"] == schedule.budget(step + 1)
@@ -250,6 +256,19 @@ def test_manual_optimization(every, tmp_path):
         checkpoint = str(tmp_path / f"step={2 * step}.ckpt")
         fit(lightning_trainer(**options), module, data(STEPS * BATCH * every), ckpt_path=checkpoint)
         assert_same_run(module.model, expected.model)
+
+
+def test_an_optimizer_that_has_some_of_the_adapters_is_refused():
+    class Halves(Manual):
+        def configure_optimizers(self):
+            parameters = list(trainable(self.model).values())
+            return torch.optim.SGD(parameters), torch.optim.SGD(parameters[:5])
+
+    module = Halves()
+    trainer = lightning_trainer(gradient_clip_val=None)
+    with pytest.raises(ValueError, match="optimizer must have all trainable adapter parameters"):
+        fit(trainer, module)
+    assert not allocator_of(module.model).attached
 
 
 def test_manual_optimization_needs_a_total_step():
@@ -451,6 +470,11 @@ def test_callback_arguments():
     assert AdaLoraCallback(report.allocator, total_step=24 / 2).total_step == 12
 
 
+def test_the_other_trainers_callback():
+    with pytest.raises(AttributeError, match=r"that of adalora_kernels\.trainer, Lightning's"):
+        fit(lightning_trainer(callbacks=[adalora_kernels.trainer.AdaLoraCallback()]), Module())
+
+
 class PlainModule(pl.LightningModule):
     def __init__(self, seed=0):
         super().__init__()
@@ -498,6 +522,17 @@ def test_the_other_package_name():
 
     module = fit(lightning_trainer(cls=other.Trainer), Other())
     assert_same_run(module.model, fit(lightning_trainer(), Module()).model)
+
+
+def test_the_other_package_alone(monkeypatch):
+    other = pytest.importorskip("pytorch_lightning")
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    spec = importlib.util.spec_from_file_location(
+        "adalora_kernels.lightning_again", adalora_kernels.lightning.__file__
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert issubclass(module.AdaLoraCallback, other.Callback)
 
 
 def test_two_processes(tmp_path):

@@ -143,6 +143,9 @@ def test_training_a_shrunk_model_again(tmp_path):
     after = snapshot(model)
     assert not all(torch.equal(before[name], after[name]) for name in before)
     assert_saves_its_function(trainer, tmp_path / "final")
+    resumed = make(seed=2)
+    trainer_of(resumed, tmp_path / "other").train(str(tmp_path / "checkpoint-5"))
+    assert_same_run(resumed, model)
 
 
 def test_an_allocator_that_somebody_has_attached(tmp_path):
