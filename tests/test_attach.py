@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -313,3 +314,74 @@ def test_sam_is_one_step_with_one_regulariser(form):
         runs.append((*model.parameters(), *allocator.scores().values()))
         assert allocator.global_step == 12 and allocator.summary()["total_rank"] == 9
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Overrides(torch.optim.AdamW):
+    """PyTorch runs the hooks of this step, and of the one inside."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_that_calls_another_is_one_step():
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # From now on AdamW's step has hooks.
+    results = []
+    for kind in (torch.optim.AdamW, Overrides):
+        torch.manual_seed(0)
+        model = Mlp()
+        allocator = RankAllocator(model, target_r=3, total_step=12, tfinal=3, orth_reg_weight=0.1)
+        optimizer = kind(trainable(model), lr=1e-2)
+        allocator.attach(optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(1, 13):
+                model.loss(*batch(step)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert allocator.global_step == 12
+        results.append([p.detach() for p in trainable(model)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_calls_another_is_no_lapse():
+    model = Mlp()
+    allocator = RankAllocator(model, target_r=3, total_step=12, tfinal=3)
+    optimizer = Overrides(trainable(model), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 4):
+            model.loss(*batch(step)).backward()
+            optimizer.step()
+            allocator.step(step)
+            optimizer.zero_grad()
+
+
+def test_an_exception_in_a_step_does_not_end_the_counting():
+    model = Mlp()
+    allocator = RankAllocator(model, target_r=3, total_step=12, tfinal=3, orth_reg_weight=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    allocator.attach(optimizer)
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step(fails)
+    for step in range(1, 4):
+        model.loss(*batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert allocator.global_step == 3 and allocator.orth_reg is not None
+
+
+def test_gradients_that_are_gone_after_the_step_are_warned_of():
+    model = Mlp()
+    allocator = RankAllocator(model, target_r=3, total_step=12, tfinal=3)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    allocator.attach(optimizer)
+    model.loss(*batch(1)).backward()
+    with pytest.warns(UserWarning, match="zero_grad"):
+        optimizer.step()
+    optimizer.step()  # Without any gradients there is nothing to warn of.

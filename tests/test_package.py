@@ -33,7 +33,7 @@ ALLOCATOR = [
     {"attach", "begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members"},
+    {"members", "steps"},
 ]
 KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]
 PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]

@@ -30,6 +30,7 @@ from hands import (
     take_over,
     tokens,
     train,
+    trainable,
 )
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -184,6 +185,25 @@ def test_adapters_are_thawed_in_the_middle_ours(tmp_path):
     freeze(model, False)
     train("ours", model, optimizer, range(5, STEPS + 1))
     assert rank(model) == TARGET and allocator.summary()["untrained"] == []
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_adapters_are_frozen_in_the_middle_ours(set_to_none):
+    """PEFT raises a TypeError, or prunes them for their gradients of 0."""
+    model = adapted()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    allocator = take_over("ours", model, optimizer)
+    train("ours", model, optimizer, range(1, 5))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    freeze(model)
+    before = of_layer(model, 0)
+    for step in range(5, STEPS + 1):
+        model(**tokens(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert all(torch.equal(v, before[n]) for n, v in of_layer(model, 0).items())
+    assert sum(int(v.count_nonzero()) for v in of_layer(model, 1).values()) == HALF
+    assert len(allocator.summary()["untrained"]) == 2
 
 
 class Experts(nn.Module):

@@ -25,6 +25,7 @@ from hands import (
     train,
     trainable,
 )
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -127,6 +128,57 @@ def test_sam_attached_at_its_outside_ours():
     allocator = take_over("ours", model, sam)
     train_with_sam("ours", model, sam, range(1, STEPS + 1))
     assert (rank(model), allocator.global_step) == (TARGET, STEPS)
+
+
+class OverridesStep(torch.optim.AdamW):
+    """PyTorch calls the step hooks twice here: of this `step`, and of the one inside."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Lookahead:
+    """As public implementations have it: no torch optimizer of its own, with plain dicts."""
+
+    def __init__(self, optimizer, k=5, alpha=0.5):
+        self.optimizer, self.k, self.alpha, self.steps = optimizer, k, alpha, 0
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self):
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.k == 0:
+            fast = [p for g in self.param_groups for p in g["params"]]
+            for p, slow in zip(fast, self.slow, strict=True):
+                p.copy_(slow.lerp_(p, self.alpha))
+
+
+@both_sides
+@pytest.mark.parametrize("kind", ["overrides_step", "lookahead", "lora_plus", "sgd"])
+def test_other_optimizers(side, kind):
+    model = adapted()
+    optimizer = adamw(model)
+    if kind == "overrides_step":
+        optimizer = OverridesStep(trainable(model), lr=1e-2)
+    elif kind == "lookahead":
+        optimizer = Lookahead(optimizer)
+    elif kind == "lora_plus":
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4
+        )
+    else:
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9, weight_decay=0.1)
+    allocator = take_over(side, model, optimizer)
+    train(side, model, optimizer)
+    assert rank(model) == TARGET
+    if side == "ours":
+        assert allocator.global_step == STEPS
 
 
 @both_sides

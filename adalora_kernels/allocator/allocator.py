@@ -122,7 +122,7 @@ class RankAllocator(FollowsOptimizers, BeginsRuns):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no optimizer that would step it.
-        left_out = ("_hooks", "was_attached", "reminder")
+        left_out = ("_hooks", "_steps", "_loses_gradients", "was_attached", "reminder")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters import Adapter, refuse_sharded
 from ..orthogonality import orth_reg_grad_
 from .report import Reports
+from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
 # What a step hook of torch gets beside the optimizer; the first of the tuple is the optimizer too.
@@ -37,6 +40,8 @@ class FollowsOptimizers(Reports):
         # Weak: an allocator that waits for an optimizer that is gone is not attached.
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]]
         self._hooks = weakref.WeakKeyDictionary()
+        self._steps = Steps()
+        self._loses_gradients = False  # what the step in progress would be warned of
         self.was_attached = False
 
     @property
@@ -89,8 +94,12 @@ class FollowsOptimizers(Reports):
         self._before_attaching()
         allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
         for wrapper in wrappers:
-            # Not all of them have torch's hooks; that which computes has.
+            # Not all of them have torch's hooks; that which computes has. Some make the table of
+            # hooks themselves, as a plain dict, which has no handles.
             with contextlib.suppress(AttributeError):
+                if type(wrapper._optimizer_step_post_hooks) is dict:
+                    hooks = OrderedDict(wrapper._optimizer_step_post_hooks)
+                    wrapper._optimizer_step_post_hooks = hooks
                 self._hooks[wrapper] = [
                     wrapper.register_step_post_hook(_hook(allocator, "_after_wrapper_step"))
                 ]
@@ -110,9 +119,12 @@ class FollowsOptimizers(Reports):
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
         refuse_capture(self._device)
-        if self.orth_reg_weight == 0.0:
+        if not self._steps.begins(optimizer):
             return None
         closure = closure_in(args, kwargs)
+        self._loses_gradients = closure is None and self._has_gradients()
+        if self.orth_reg_weight == 0.0:
+            return None
         if closure is not None:
             add = functools.partial(self._add_regulariser, optimizer)
             return with_closure(args, kwargs, then_add(closure, add))
@@ -129,12 +141,20 @@ class FollowsOptimizers(Reports):
         return self.orth_reg
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._has_gradients():
+        if not self._steps.ends(optimizer):
+            self._after_wrapper_step()
+        elif self._has_gradients():
             scale = overflow_as_scale(optimizer, self._device)
             self._step_after(scale)
+        elif self._loses_gradients:
+            warnings.warn(
+                "AdaLoRA is training as plain LoRA: the adapters' gradients are gone when "
+                "optimizer.step() ends. Call zero_grad() after it, not within it or in its hooks",
+                stacklevel=3,
+            )
 
     def _after_wrapper_step(self, *_: Any) -> None:
-        """A wrapper may have changed the weights once more (Lookahead)."""
+        """What wraps a step may have changed the weights once more (Lookahead)."""
         if self._has_gradients():
             self._write_zeros()
 
@@ -199,8 +219,9 @@ def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
     if isinstance(optimizer, torch.nn.Module):
         return None
     attributes = getattr(optimizer, "__dict__", {}).values()
-    inner = [v for v in attributes if isinstance(v, torch.optim.Optimizer) and v is not optimizer]
-    return inner[0] if len(inner) == 1 else None
+    inner = {id(v): v for v in attributes if isinstance(v, torch.optim.Optimizer)}
+    inner.pop(id(optimizer), None)
+    return next(iter(inner.values())) if len(inner) == 1 else None
 
 
 def _missing(optimizer: torch.optim.Optimizer, adapters: Sequence[Adapter]) -> Adapter | None:

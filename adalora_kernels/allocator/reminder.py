@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .steps import Steps
 
 if TYPE_CHECKING:
     from .allocator import RankAllocator
 
 # Everyone whose adapters an optimizer may train.
 _allocators: weakref.WeakSet[RankAllocator] = weakref.WeakSet()
+_steps = Steps()
 
 
 class Reminder:
@@ -85,10 +91,17 @@ def expect_steps(allocator: RankAllocator) -> None:
 def _watch_optimizers() -> None:
     # For every optimizer, because nobody says which one it is going to be; and once for all:
     # PyTorch can't remove such a hook while it runs the hooks.
+    register_optimizer_step_pre_hook(_before_optimizer_step)
     register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    _steps.begins(optimizer)
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _steps.ends(optimizer):
+        return
     for allocator in tuple(_allocators):
         if allocator.shrunk or allocator.follows(optimizer):
             continue
