@@ -89,6 +89,22 @@ def test_a_model_is_freed_at_once(how, life, tmp_path, without_gc):
     assert [weight for weight in weights if weight() is not None] == []
 
 
+def test_who_keeps_an_allocator_keeps_no_base_model(without_gc):
+    model = make(config_of())
+    base = [
+        weakref.ref(p)
+        for name, p in model.named_parameters()
+        if "lora_" not in name and "ranknum" not in name
+    ]
+    report = apply(model)
+    allocator, (_, optimizer) = report.allocator, attached(model)
+    del model, _
+    assert [weight for weight in base if weight() is not None] == []
+    assert report.allocator is allocator and optimizer.param_groups
+    with pytest.raises(ValueError, match="the model of .* has been deleted"):
+        _ = allocator.adapters[0].module
+
+
 @pytest.mark.parametrize("how", ["apply", "enable"])
 @pytest.mark.parametrize("wrap", [injected, mixed])
 def test_a_model_of_another_kind_is_freed_at_once(wrap, how, without_gc):
