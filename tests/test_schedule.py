@@ -87,7 +87,11 @@ def test_numbers_as_scripts_have_them():
         plain.budget(2.5)
 
 
-@pytest.mark.parametrize("number", [np.int64, np.float32, torch.tensor, float], ids=str)
+@pytest.mark.parametrize(
+    "number",
+    [np.int64, np.float32, torch.tensor, float],
+    ids=["numpy_int", "numpy_float", "tensor", "float"],
+)
 def test_an_allocator_takes_any_kind_of_number(number):
     kinds = {"total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 1, "target_r": 3}
     runs = []
