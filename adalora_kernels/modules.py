@@ -31,7 +31,7 @@ class SVDLinear(nn.Linear):
     are written to (an average swapped in, an optimizer step), `forward` leaves the merged weight
     aside until `eval()` or `merge()` has merged anew. On a CPU it sees every write. Elsewhere it
     sees those that raise a tensor's version: call `eval()` once more after writing through
-    `.data` (as torch_ema and Lightning's WeightAveraging do) or with a fused optimizer there. A
+    `.data` (as diffusers' EMAModel and Lightning's WeightAveraging do) or with a fused optimizer. A
     merged weight takes no gradient to the adapter: differentiate in training mode, or give
     merge_weights=False.
 
