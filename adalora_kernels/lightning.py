@@ -39,8 +39,9 @@ class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]
       the LightningModule, every `log_every_n_steps` steps: loggers, the progress bar's metrics and
       a ModelCheckpoint's `monitor` know them.
     - Checkpoints hold the allocator's state, as tensors and plain values, so that
-      `fit(ckpt_path=...)` goes on bitwise. Where `validate`, `test` or `predict` load a checkpoint,
-      the allocator comes to that state too, so that what is saved afterwards has its ranks.
+      `fit(ckpt_path=...)` goes on bitwise where the data and dropout do (Lightning itself keeps no
+      random numbers). Where `validate`, `test` or `predict` load a checkpoint, the allocator comes
+      to that state too, so that what is saved afterwards has its ranks.
 
     A PEFT model in the LightningModule on which nobody has called `peft.apply` is taken over when
     `fit` begins, also if `configure_model` makes it. With manual optimization every step of an
