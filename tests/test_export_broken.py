@@ -196,7 +196,8 @@ def test_state_file_alone(tmp_path):
     _, allocator, _ = trained(12)
     save_state(allocator, tmp_path / "deep" / "state")
     assert_same([allocator.state_dict()], [load_state(tmp_path / "deep" / "state")])
-    other = adalora_kernels.peft.apply(make()).allocator
+    other_model = make()
+    other = adalora_kernels.peft.apply(other_model).allocator
     other.load_state_dict(load_state(tmp_path / "deep" / "state"))
     assert_same([allocator.state_dict()], [other.state_dict()])
     with pytest.raises(FileNotFoundError, match="nothing is missing"):

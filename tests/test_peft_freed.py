@@ -32,10 +32,10 @@ def trained_and(then, model, *arguments):
 
 
 def shrunk(model):
-    report = apply(model)
+    allocator = apply(model).allocator
     train(model)
-    report.allocator.shrink()
-    return report
+    allocator.shrink()
+    return allocator
 
 
 # What is done with a new model, by hand as in PEFT, or with what only we have.
@@ -87,6 +87,19 @@ def test_a_model_is_freed_at_once(how, life, tmp_path, without_gc):
     assert any(weight() is not None for weight in weights)
     del model, what_it_has_become
     assert [weight for weight in weights if weight() is not None] == []
+
+
+def test_a_report_does_not_keep_its_model(without_gc):
+    model = make(config_of(), "peft")
+    report, optimizer = apply(model), optimizer_of(model, "adamw")
+    report.attach(optimizer)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model, optimizer
+    assert [weight for weight in weights if weight() is not None] == []
+    assert report.allocator is None and report.notes == []
+    assert "the model is gone" in str(report)
+    with pytest.raises(ValueError, match="the model is gone"):
+        report.attach(None)
 
 
 @pytest.mark.parametrize("how", ["apply", "enable"])

@@ -9,6 +9,7 @@ of its own beside it.
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,33 +43,44 @@ class ApplyReport:
             models, their names come first.
         left: names of the AdaLoRA layers that keep PEFT's forward, each with the reason. They
             take part in the allocation all the same.
-        allocator: the allocator that `update_and_allocate` steps; None for an inference adapter.
     """
 
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    allocator: PeftRankAllocator | None = None
+    # Weak, so that a report that somebody keeps does not keep the model.
+    _allocator: weakref.ref[PeftRankAllocator] | None = None
     _bypasses_regulariser: bool = False
+
+    @property
+    def allocator(self) -> PeftRankAllocator | None:
+        """The allocator that `update_and_allocate` steps; None for an inference adapter.
+
+        It lives as long as its model.
+        """
+        return None if self._allocator is None else self._allocator()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Attach the allocator to `optimizer`; see `RankAllocator.attach`.
 
         Raises:
-            ValueError: there is no allocator, because no adapter is trainable.
+            ValueError: there is no allocator, because no adapter is trainable or the model is gone.
             TypeError, ValueError, RuntimeError: as `RankAllocator.attach`.
         """
-        if self.allocator is None:
-            raise ValueError(
-                "there is no allocator to attach: the model has no trainable AdaLoRA adapter"
-            )
-        self.allocator.attach(optimizer)
+        allocator = self.allocator
+        if allocator is None:
+            raise ValueError(f"there is no allocator to attach: {self._why_no_allocator()}")
+        allocator.attach(optimizer)
+
+    def _why_no_allocator(self) -> str:
+        return "no trainable adapter" if self._allocator is None else "the model is gone"
 
     @property
     def notes(self) -> list[str]:
         """What one should know before the training, as it is now. Reads the device."""
-        if self.allocator is None:
+        allocator = self.allocator
+        if allocator is None:
             return []
-        notes, config, summary = [], self.allocator.config, self.allocator.summary()
+        notes, config, summary = [], allocator.config, allocator.summary()
         if summary["init_budget"] <= summary["target_budget"]:
             numbers = f"target_r is {config.target_r}, init_r {config.init_r}"
             swapped = ": are they swapped?" if config.target_r > config.init_r else ""
@@ -83,11 +95,7 @@ class ApplyReport:
                 "total_step is not known yet: AdaLoraCallback takes the Trainer's; elsewhere set "
                 "total_step on the config, or call allocator.set_total_step, before the first step"
             )
-        if (
-            self._bypasses_regulariser
-            and not self.allocator.attached
-            and config.orth_reg_weight > 0
-        ):
+        if self._bypasses_regulariser and not allocator.attached and config.orth_reg_weight > 0:
             notes.append(
                 "in a hand-written loop, without a task_type, PEFT's model(...) bypasses the "
                 "regulariser in the loss: call report.attach(optimizer), or model.base_model(...), "
@@ -98,7 +106,7 @@ class ApplyReport:
     def __str__(self) -> str:
         lines = [f"adalora_kernels: {len(self.swapped)} AdaLoRA layers swapped"]
         if self.allocator is None:
-            lines.append("no trainable adapter: nothing to allocate")
+            lines.append(f"{self._why_no_allocator()}: nothing to allocate")
         else:
             lines.append(
                 "budget {init_budget} -> {target_budget} triplets over {matrices} matrices".format(
@@ -151,8 +159,8 @@ def apply(peft_model: nn.Module) -> ApplyReport:
     report = ApplyReport()
     for (name, one), allocator in zip(adapted.items(), allocators, strict=True):
         one.take_over(allocator)
-        if one is trained:
-            report.allocator = allocator
+        if one is trained and allocator is not None:
+            report._allocator = weakref.ref(allocator)
         prefix = f"{name}." if name and len(adapted) > 1 else ""
         for layer_name, layer in adalora_layers(one.root).items():
             if isinstance(layer, FusedLayer):
