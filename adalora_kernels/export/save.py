@@ -46,11 +46,13 @@ def save_adapter(
 ) -> None:
     """Write an AdaLoRA adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
-    Plain PEFT reads both kinds. The one for release is pruned, and the same function: a triplet is
-    left out only if it is pruned *and* adds nothing now (its lora_E is 0). The rank_pattern
-    says which of the init_r triplets there are. Without an allocator, pruned is what has
-    lora_E = 0, unless all of it is. Files are written beside and then renamed, so a file is never
-    half written.
+    `PeftModel` reads both kinds, also in plain PEFT. The one for release is compact, and the same
+    function: a triplet is left out only if it is pruned *and* adds nothing now (its lora_E is 0).
+    The rank_pattern says which of the init_r triplets there are, and of all loaders only
+    `PeftModel` asks for it: for transformers' `load_adapter` and `AutoModel.from_pretrained`, or
+    sentence-transformers, write with `save_pretrained`, which keeps all rows. Without an
+    allocator, pruned is what has lora_E = 0, unless all of it is. Files are written beside and
+    then renamed, so a file is never half written.
 
     Args:
         model: a PEFT model (ours or plain, or with injected layers), or one of `SVDLinear` layers,
