@@ -25,6 +25,7 @@ from hands import (
     trainable,
 )
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from adalora_kernels.peft import allocator_of, apply
@@ -59,9 +60,11 @@ def test_gradient_of_a_gradient(dropout):
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("transform", ["grad", "per_sample", "jvp", "hessian", "jacrev", "vmap"])
+@pytest.mark.parametrize(
+    "transform", ["grad", "per_sample", "jvp", "dual", "hessian", "jacrev", "vmap"]
+)
 def test_torch_func(transform):
-    """torch.func over the model: ours and PEFT's agree."""
+    """torch.func over the model, and forward-mode AD by hand: ours and PEFT's agree."""
     results = []
     for side in ("peft", "ours"):
         _, net = perturbed_net(side)
@@ -84,6 +87,10 @@ def test_torch_func(transform):
             results.append(torch.func.vmap(one, (None, 0))(parameters, x))
         elif transform == "jvp":
             results.append(torch.func.jvp(net, (x,), (torch.ones_like(x),)))
+        elif transform == "dual":
+            with forward_ad.dual_level():
+                y = forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x))))
+                results.append((y.primal.clone(), y.tangent.clone()))
         elif transform == "hessian":
             results.append(torch.func.hessian(of_E)(lora_E))
         elif transform == "jacrev":
