@@ -101,7 +101,7 @@ def test_who_keeps_an_allocator_keeps_no_base_model(without_gc):
     del model, _
     assert [weight for weight in base if weight() is not None] == []
     assert report.allocator is allocator and optimizer.param_groups
-    with pytest.raises(ValueError, match="the model of .* has been deleted"):
+    with pytest.raises(ValueError, match=r"the model of .* has been deleted"):
         _ = allocator.adapters[0].module
 
 
