@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import adalora_kernels.peft
-from adalora_kernels import plot
+from adalora_kernels import export, plot
 
 DEMO = Path(__file__).resolve().parent.parent / "build" / "demo"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +91,7 @@ def fine_tune(method: str, run: dict[str, Any], parts: dict[str, Batches], out: 
         return result | {"rank": TARGET_R}
     plot.rank_heatmap(allocator, out / "ranks.png")
     plot.budget_curve(history, out / "curves.png")
-    model.save_pretrained(out / "adapter")
+    export.save_adapter(model, out / "adapter")  # the compact form
     saved = load_file(out / "adapter" / "adapter_model.safetensors").values()
     return result | {"ranks": allocator.ranks(), "kept_parameters": sum(map(Tensor.numel, saved))}
 
