@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 _SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not supported; DDP is"
@@ -121,6 +121,18 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
         for module_name, module in _modules_with_adapters(model)
         for adapter in _adapters_of(_unwrapped(module_name), module, adapter_name)
     ]
+
+
+def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
+    """Which triplets have any value that is not 0: all others can't learn, and so are none.
+
+    Args:
+        lora_A, lora_E, lora_B: (r, in), (r, 1) and (out, r) of one adapter.
+
+    Returns:
+        (r,) bool on their device.
+    """
+    return (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
 
 
 def refuse_sharded(adapters: Sequence[Adapter]) -> None:
