@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
 from ..orthogonality import orth_reg_grad_
-from .report import Reports
+from .begin import BeginsRuns
 from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
@@ -24,7 +24,7 @@ Closure: TypeAlias = Callable[[], Any]
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers(Reports):
+class FollowsOptimizers(BeginsRuns):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
@@ -32,7 +32,6 @@ class FollowsOptimizers(Reports):
     """
 
     orth_reg_weight: float
-    orth_reg: Tensor | None
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
 
@@ -91,7 +90,8 @@ class FollowsOptimizers(Reports):
         *wrappers, inner = unwrapped(optimizer, self.adapters)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
-        self._before_attaching()
+        self.count_triplets()
+        self._warn_if_over()
         allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
         for wrapper in wrappers:
             # Not all of them have torch's hooks; that which computes has. Some make the table of
@@ -144,8 +144,7 @@ class FollowsOptimizers(Reports):
         if not self._steps.ends(optimizer):
             self._after_wrapper_step()
         elif self._has_gradients():
-            scale = overflow_as_scale(optimizer, self._device)
-            self._step_after(scale)
+            self._step(self.global_step + 1, overflow_as_scale(optimizer, self._device))
         elif self._loses_gradients:
             warnings.warn(
                 "AdaLoRA is training as plain LoRA: the adapters' gradients are gone when "
@@ -153,18 +152,26 @@ class FollowsOptimizers(Reports):
                 stacklevel=3,
             )
 
+    @torch.no_grad()
     def _after_wrapper_step(self, *_: Any) -> None:
         """What wraps a step may have changed the weights once more (Lookahead)."""
-        if self._has_gradients():
-            self._write_zeros()
+        if self.shrunk or not self._has_gradients():
+            return
+        if self.frozen or self.schedule.masks_at(self.global_step):
+            self._state.prune(self._parameters()[1::3], again=True)
 
-    def _before_attaching(self) -> None:
-        raise NotImplementedError
+    def _warn_if_over(self) -> None:
+        total_step = self.schedule.total_step
+        is_over = total_step is not None and self.global_step >= total_step
+        if self.frozen and is_over and not self.shrunk:
+            warnings.warn(
+                f"AdaLoRA's schedule has come to its end at step {self.global_step}, and its "
+                "pattern is final: call restart() if a new run is to begin",
+                stacklevel=3,
+            )
 
-    def _step_after(self, grad_scale: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def _write_zeros(self) -> None:
+    def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
+        """What `RankAllocator.step` does when its arguments have been checked."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What an allocator tells of itself."""
+"""What an allocator has, and what it tells of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import AllocatorState
 
 
 class Reports:
-    """The part of a `RankAllocator` that says where the run stands, and changes nothing."""
+    """The part of a `RankAllocator` that all others need, and that says where the run stands."""
 
     adapters: list[Adapter]
     schedule: BudgetSchedule
