@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from helpers import trainable
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,10 +81,6 @@ def adapted_net(**options):
 def tokens(seed, size=4):
     ids = torch.randint(3, 64, (size, 12), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def adamw(model, lr=1e-2):

@@ -28,8 +28,8 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
 

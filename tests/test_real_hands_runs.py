@@ -32,8 +32,8 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft import get_peft_model
 from torch.multiprocessing import get_context
 from torch.utils.data import DataLoader

@@ -25,8 +25,8 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_avg_fn, update_bn

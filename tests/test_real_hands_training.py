@@ -20,8 +20,8 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft.optimizers import create_loraplus_optimizer
 from sam import SAM
 from transformers import Trainer, TrainerCallback, TrainingArguments
