@@ -32,6 +32,8 @@ class FollowsOptimizers(BeginsRuns):
     """
 
     orth_reg_weight: float
+    # A copy has no optimizer that would step it.
+    _NOT_COPIED = ("_hooks", "_steps", "_loses_gradients", "was_attached")
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -173,12 +173,17 @@ def the_trained(adapted: dict[str, AdaptedModel]) -> AdaptedModel | None:
     """
     trained = {name: one for name, one in adapted.items() if _is_trained(one.root)} or adapted
     if len(trained) > 1:
-        names = ", ".join(repr(name) if name else "the model itself" for name in trained)
         raise ValueError(
-            f"model has several AdaLoRA models that are trained: {names}. Each has its own budget: "
-            "give them to apply one by one, and attach each one's allocator to the optimizer"
+            f"model has several AdaLoRA models that are trained: {listed(trained)}. Each has its "
+            "own budget: give them to apply one by one, and attach each one's allocator to the "
+            "optimizer"
         )
     return next(iter(trained.values()), None)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of modules, as messages have them."""
+    return ", ".join(repr(name) if name else "the model itself" for name in names)
 
 
 def _is_trained(root: nn.Module) -> bool:
