@@ -125,6 +125,20 @@ def train(side, model, optimizer, steps=range(1, STEPS + 1), seed=0):
     return losses
 
 
+def train_attached(model, loss):
+    """Train on what `loss()` returns, with an allocator that the optimizer steps; return that."""
+    optimizer = adamw(model, lr=2e-2)
+    allocator = take_over("ours", model, optimizer)
+    model.train()
+    for _ in range(STEPS):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    allocator.detach()
+    model.eval()
+    return allocator
+
+
 def singular_values(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_E" in n}
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hands import STEPS, config, enabled, llama
+from hands import STEPS, config, enabled, llama, train_attached
 from helpers import triplets_in
 from peft import (
     AutoPeftModelForCausalLM,
@@ -32,21 +32,6 @@ from adalora_kernels.trainer import AdaLoraCallback
 
 IDS = torch.arange(24).reshape(2, 12) + 3
 full = pytest.mark.full
-
-
-def train(model, forward, steps=STEPS):
-    """Through the optimizer; the allocator."""
-    allocator = adalora_kernels.peft.apply(model).allocator
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator.attach(optimizer)
-    model.train()
-    for _ in range(steps):
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    allocator.detach()
-    model.eval()
-    return allocator
 
 
 def logits(model, ids=IDS):
@@ -74,7 +59,7 @@ class Saved:
             model = get_peft_model(model, config())
         else:
             model.add_adapter(config())
-        allocator = train(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+        allocator = train_attached(model, lambda: model(input_ids=IDS, labels=IDS).loss)
         if shrunk:
             allocator.shrink()
         assert sum(allocator.ranks().values()) == 12

@@ -171,25 +171,6 @@ def test_adapters_are_frozen_in_the_middle_ours(set_to_none):
 # One model, one function
 
 
-@pytest.mark.parametrize("loaded_with", ["load_state_dict", "assign", "copy_"])
-def test_the_best_weights_are_restored_ours(loaded_with, tmp_path):
-    """PEFT's file has other ranks than its model then: it cuts by the pattern of the last step."""
-    model = adapted()
-    optimizer = adamw(model, lr=5e-2)
-    take_over("ours", model, optimizer)
-    train("ours", model, optimizer, range(1, 5))
-    best, expected = copy.deepcopy(model.state_dict()), logits(model)
-    train("ours", model, optimizer, range(5, STEPS + 1))
-    assert (logits(model) - expected).abs().max() > 1e-3
-    if loaded_with == "copy_":
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(best[name])
-    else:
-        model.load_state_dict(best, assign=loaded_with == "assign")
-    assert torch.equal(logits(model), expected)
-    assert_one_function(model, expected, tmp_path)
-
-
 @both_sides
 def test_average_weights_are_swapped_in_and_out(side, tmp_path):
     """An EMA over the state dict, as timm and diffusers keep it, evaluated after the freeze."""
