@@ -98,7 +98,7 @@ class AllocatingCallback:
             fit_schedule(allocator, self.total_step, steps)
             if state is not None:
                 allocator.load_state_dict(state)
-            elif not continues and (allocator.global_step > 0 or allocator.frozen):
+            elif not continues and allocator.begun:
                 allocator.restart()
         try:
             for optimizer in optimizers:

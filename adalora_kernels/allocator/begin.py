@@ -34,7 +34,7 @@ class BeginsRuns(Reports):
         when the allocator is made, in `attach` and in `restart`; otherwise call it after weights
         have been loaded. Without effect when something has been stepped. Reads the device.
         """
-        if self.global_step > 0 or self.frozen:
+        if self.begun:
             return
         restarted = self._state.members.restarted
         if restarted and self._has_gradients():

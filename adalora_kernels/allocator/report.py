@@ -38,6 +38,11 @@ class Reports:
             for p in adapter.parameters
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether there has been a step, so that there may be something that is pruned."""
+        return self.global_step > 0 or self.frozen
+
     def _schedule_of_members(self) -> BudgetSchedule:
         """The part of the schedule's budget that is for the adapters that take part."""
         members, schedule = self._state.members, self.schedule
