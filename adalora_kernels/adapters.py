@@ -155,7 +155,7 @@ def refuse_sharded(adapters: Sequence[Adapter]) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """The class of a model without adapters, and why FSDP may have taken them away."""
+    """Name the class of a model without adapters, and say so if FSDP may have hidden them."""
     flattened = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     return type(model).__name__ + (f": {_SHARDED}" if flattened else "")
 

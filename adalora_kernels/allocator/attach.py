@@ -134,7 +134,7 @@ class FollowsOptimizers(BeginsRuns):
         return None
 
     def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Add its gradient to gradients that are there; returns its value."""
+        """Add the regulariser's gradient to those that are there; returns its value."""
         if not self._has_gradients():
             return None
         self.orth_reg = orth_reg_grad_(
@@ -156,7 +156,7 @@ class FollowsOptimizers(BeginsRuns):
 
     @torch.no_grad()
     def _after_wrapper_step(self, *_: Any) -> None:
-        """What wraps a step may have changed the weights once more (Lookahead)."""
+        """Write the zeros again: what wraps the step may have moved the weights (Lookahead)."""
         if self.shrunk or not self._has_gradients():
             return
         if self.frozen or self.schedule.masks_at(self.global_step):
@@ -192,10 +192,10 @@ def _hook(allocator: Callable[[], FollowsOptimizers | None], method: str) -> Cal
 
 
 def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
-    """The optimizer that computes, after those around it whose steps call its steps.
+    """Return the wrappers around an optimizer, outermost first, and then the optimizer itself.
 
-    Accelerate's, Lightning's and many others hold it in an attribute, and so does SAM, whose own
-    `step` is called or not.
+    Accelerate's, Lightning's and many other wrappers hold it in an attribute, and so does SAM,
+    whose own `step` is called or not.
 
     Raises:
         TypeError: there is none.
@@ -273,7 +273,7 @@ def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure
 
 
 def then_add(closure: Closure, add_gradient: Callable[[], Tensor | None]) -> Closure:
-    """A closure that adds the gradient of something more, and its value to the loss.
+    """Return a closure that also calls `add_gradient`, and adds its value to the loss.
 
     An optimizer that searches along a line has to see the function whose gradient it gets.
     """

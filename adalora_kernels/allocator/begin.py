@@ -1,4 +1,4 @@
-"""Where the runs of an allocator begin."""
+"""How the run of an allocator begins, and begins again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BeginsRuns(Reports):
     _final_budget: int | None
 
     def _whole_parameters(self) -> list[nn.Parameter]:
-        """Those, or ValueError if FSDP has made something else of them."""
+        """Return the adapters' parameters; ValueError if FSDP has made something else of them."""
         parameters = self._parameters()
         if not all(type(E) is nn.Parameter and E.dim() == 2 for E in parameters[1::3]):
             refuse_sharded(self.adapters)

@@ -96,7 +96,7 @@ class Members:
         return flat.split_with_sizes(self._ranks)
 
     def _tell(self) -> None:
-        """Let the device know."""
+        """Write into the tensors who takes part."""
         for part, takes in zip(self._split(self._takes_part), self.taking, strict=True):
             part.fill_(takes)
         self.in_play.copy_(self._takes_part & self.there)

@@ -125,7 +125,7 @@ def _has_taken_its_place(
 
 
 def _first_lora_E(allocator: RankAllocator) -> Tensor | None:
-    """What tells these adapters from others; None once they have been deleted."""
+    """Return what tells these adapters from others; None once they have been deleted."""
     try:
         return allocator.adapters[0].lora_E
     except ValueError:

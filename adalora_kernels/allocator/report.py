@@ -44,7 +44,7 @@ class Reports:
         return self.global_step > 0 or self.frozen
 
     def _schedule_of_members(self) -> BudgetSchedule:
-        """The part of the schedule's budget that is for the adapters that take part."""
+        """Return the schedule with the budget that is for the adapters that take part."""
         members, schedule = self._state.members, self.schedule
         if all(members.taking):
             return schedule

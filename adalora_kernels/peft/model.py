@@ -62,7 +62,7 @@ class AdaptedModel:
 
     @property
     def allocator(self) -> PeftRankAllocator | None:
-        """Our allocator, which the model keeps alive, while it has the adapter of that."""
+        """Our allocator, if there is one. The model keeps it alive while it has its adapter."""
         allocator = getattr(self.root.__dict__.get("update_and_allocate"), "__self__", None)
         if not isinstance(allocator, PeftRankAllocator):
             return None
@@ -166,7 +166,10 @@ class AdaptedModel:
 
 
 def the_trained(adapted: dict[str, AdaptedModel]) -> AdaptedModel | None:
-    """The only one, or the only one of which an adapter is not frozen; None if there is none.
+    """Find the one that is trained: the only one, or the only one whose adapter is not frozen.
+
+    Returns:
+        It, or None if there is none at all.
 
     Raises:
         ValueError: there are several. It names them.
@@ -277,7 +280,7 @@ _METHODS_OF_ROOT: dict[str, Callable[..., Any]] = {
 
 
 class _MethodOfRoot:
-    """Calls one of these functions with the model that it stands in.
+    """A method of a model that is no class's: calls a function with the model that it stands in.
 
     It holds that model weakly, so that `del model` frees it at once; a copy or a pickle of the
     model has one for itself.

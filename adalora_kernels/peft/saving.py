@@ -88,7 +88,7 @@ class AdaptedLayer:
         return part.new_zeros(shape).index_copy_(dim, rows[kept].to(part.device), values)
 
     def compact(self, part: Tensor, dim: int, chosen: Tensor) -> Tensor:
-        """Cut one of the three to the chosen triplets; the arguments are those of `whole`."""
+        """Cut one of the three parameters to the chosen triplets; the arguments are `whole`'s."""
         numbers = chosen.nonzero().squeeze(1)
         if torch.equal(numbers, self._rows_of(part, dim)):
             return part
@@ -180,14 +180,14 @@ def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> li
 
 
 def _numbers_of_first(pattern: list[bool] | None, length: int, init_r: int) -> Tensor:
-    """Which of the init_r triplets a run has begun with, if they are `length`: (length,) int64."""
+    """Which of the init_r triplets a run of `length` triplets has begun with: (length,) int64."""
     if pattern is not None and len(pattern) == init_r and sum(pattern) == length < init_r:
         return torch.tensor(pattern).nonzero().squeeze(1)
     return torch.arange(length)
 
 
 def fit_rows_(state_dict: dict[str, Any], prefix: str, adapter_name: str, rows: int) -> None:
-    """Cut an adapter in `state_dict` to so many triplets, if the others are not there.
+    """Cut an adapter in `state_dict` to `rows` triplets, if all others in it are 0.
 
     A layer that was shrunk, or loaded from a compact file, so takes a file that has zeros for the
     triplets that the layer does not hold. Anything else is left to PyTorch's check of shapes.
