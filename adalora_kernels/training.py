@@ -191,4 +191,4 @@ def _set_total_step(
             f"{schedule.tinit} steps and to end tfinal={schedule.tfinal} steps before the last; "
             f"the schedule's own total_step is {written}"
         ) from error
-    _replaced[allocator] = allocator.schedule.total_step or total_step, written
+    _replaced[allocator] = total_step, written
