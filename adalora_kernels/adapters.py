@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 _SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not supported; DDP is"
@@ -123,6 +123,18 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
     ]
 
 
+def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
+    """Which triplets have any value that is not 0: all others can't learn, and so are none.
+
+    Args:
+        lora_A, lora_E, lora_B: (r, in), (r, 1) and (out, r) of one adapter.
+
+    Returns:
+        (r,) bool on their device.
+    """
+    return (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
+
+
 def refuse_sharded(adapters: Sequence[Adapter]) -> None:
     """Raise ValueError if lora_A is not (r, in), lora_E not (r, 1) or lora_B not (out, r).
 
@@ -143,7 +155,7 @@ def refuse_sharded(adapters: Sequence[Adapter]) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """The class of a model without adapters, and why FSDP may have taken them away."""
+    """Name the class of a model without adapters, and say so if FSDP may have hidden them."""
     flattened = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     return type(model).__name__ + (f": {_SHARDED}" if flattened else "")
 

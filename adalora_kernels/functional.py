@@ -229,7 +229,7 @@ def _check_adapter(
 
 
 def _numbers(scaling: float, dropout_p: float) -> tuple[float, float]:
-    """Return both as plain floats, checked."""
+    """Return scaling and dropout_p as plain floats, checked."""
     if type(scaling) is not float:
         scaling = as_float("scaling", scaling)
     if type(dropout_p) is not float:

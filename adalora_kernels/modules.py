@@ -312,7 +312,7 @@ class SVDLinear(nn.Linear):
 
 
 def _adapter_options(r: int, lora_alpha: float, lora_dropout: float) -> tuple[int, float, float]:
-    """Return them as plain numbers, checked."""
+    """Return r, lora_alpha and lora_dropout as plain numbers, checked."""
     r, lora_alpha = as_int("r", r, 0), as_float("lora_alpha", lora_alpha)
     lora_dropout = as_float("lora_dropout", lora_dropout)
     if not 0.0 <= lora_dropout < 1.0:

@@ -339,13 +339,13 @@ def _plain_backward(
         keep = mask_of(dropped, dropout_p, seed) / (1.0 - dropout_p)
         dropped = dropped * keep
     h = dropped @ A.T.to(dropped.dtype)
-    dx, *others = reference.svd_linear_backward(
+    dx, dA, dE, dB = reference.svd_linear_backward(
         grad_y, dropped, None, A, E, B, mask, h, scaling, 0.0, None, need_dx
     )
     if need_dx:
         dx = dx if keep is None else dx * keep
         dx = (dx if weight is None else grad_y @ weight + dx).to(x.dtype)
-    return dx, others[0], others[1], others[2]
+    return dx, dA, dE, dB
 
 
 def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

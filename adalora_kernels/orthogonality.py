@@ -25,7 +25,8 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
     """The orthogonality regulariser (paper, eq. 4), differentiable.
 
     weight · mean over all lora_A, lora_B of ‖G - I‖_F (loralib, PEFT), or the paper's
-    weight · Σ ‖G - I‖²_F if `squared`; G = A·Aᵀ or Bᵀ·B.
+    weight · Σ ‖G - I‖²_F if `squared`; G = A·Aᵀ or Bᵀ·B. It can be differentiated any number of
+    times, and transformed by `torch.func`.
 
     Args:
         pairs_or_model: (lora_A (r, in), lora_B (out, r)) pairs of floating point tensors on one
@@ -39,8 +40,6 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
     Raises:
         TypeError: not a model or pairs of floating point tensors, or weight is not a number.
         ValueError: no pair at all, shapes or devices that do not fit, or a negative weight.
-
-    It can be differentiated any number of times, and transformed by `torch.func`.
     """
     lora_A, lora_B = _pairs(pairs_or_model)
     weight = as_weight("weight", weight)

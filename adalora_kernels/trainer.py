@@ -61,9 +61,10 @@ class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc
             not yet mark its checkpoints. A training from the start does not look at it.
 
     Raises:
-        TypeError: allocator is not a RankAllocator, total_step not an int, or resume_from no path.
-        ValueError: when the training begins: a model without a trainable adapter, a schedule that
-            does not fit into the training, a malformed state, or as `RankAllocator.attach`.
+        TypeError: allocator is not a RankAllocator, total_step no number, or resume_from no path.
+        ValueError: total_step is not a whole number of at least 1; or when the training begins: a
+            model without a trainable adapter, or with several PEFT models that have one, a schedule
+            that does not fit into the training, a malformed state, or as `RankAllocator.attach`.
         RuntimeError: when a training is resumed, and the allocator's state of its checkpoint is not
             found, or resume_from has that of another one.
     """

@@ -98,7 +98,7 @@ class AllocatingCallback:
             fit_schedule(allocator, self.total_step, steps)
             if state is not None:
                 allocator.load_state_dict(state)
-            elif not continues and (allocator.global_step > 0 or allocator.frozen):
+            elif not continues and allocator.begun:
                 allocator.restart()
         try:
             for optimizer in optimizers:
@@ -191,4 +191,4 @@ def _set_total_step(
             f"{schedule.tinit} steps and to end tfinal={schedule.tfinal} steps before the last; "
             f"the schedule's own total_step is {written}"
         ) from error
-    _replaced[allocator] = allocator.schedule.total_step or total_step, written
+    _replaced[allocator] = total_step, written

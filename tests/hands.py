@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from helpers import trainable
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,10 +83,6 @@ def tokens(seed, size=4):
     return {"input_ids": ids, "labels": ids}
 
 
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def adamw(model, lr=1e-2):
     return torch.optim.AdamW(trainable(model), lr=lr)
 
@@ -126,6 +123,20 @@ def train(side, model, optimizer, steps=range(1, STEPS + 1), seed=0):
         end_step(side, model, step, optimizer)
         losses.append(loss.item())
     return losses
+
+
+def train_attached(model, loss):
+    """Train on what `loss()` returns, with an allocator that the optimizer steps; return that."""
+    optimizer = adamw(model, lr=2e-2)
+    allocator = take_over("ours", model, optimizer)
+    model.train()
+    for _ in range(STEPS):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    allocator.detach()
+    model.eval()
+    return allocator
 
 
 def singular_values(model):

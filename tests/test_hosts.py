@@ -5,32 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from hands import config, train_attached
 from helpers import triplets_in
 from peft import AdaLoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
-import adalora_kernels.peft
 from adalora_kernels.export import export_lora, save_adapter
-
-
-def config(targets, **options):
-    schedule = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "total_step": 12}
-    return AdaLoraConfig(**schedule, target_modules=targets, **options)
-
-
-def train(model, loss):
-    allocator = adalora_kernels.peft.apply(model).allocator
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator.attach(optimizer)
-    model.train()
-    for _ in range(12):
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return allocator
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +39,8 @@ def test_sentence_transformers(bert, tmp_path):
         )
 
     model = make()
-    model.add_adapter(config(["query", "value"], task_type="FEATURE_EXTRACTION"))
-    allocator = train(
+    model.add_adapter(config(target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
+    allocator = train_attached(
         model, lambda: model(model.tokenize(words))["sentence_embedding"].square().mean()
     )
     assert sum(allocator.ranks().values()) == 12
@@ -112,8 +94,8 @@ def test_diffusers(tmp_path):
             return model.eval()(*x).sample
 
     model = unet(library).requires_grad_(False)
-    model.add_adapter(config(["to_q", "to_v"]))
-    allocator = train(model, lambda: model(*x).sample.square().mean())
+    model.add_adapter(config(target_modules=["to_q", "to_v"], task_type=None))
+    allocator = train_attached(model, lambda: model(*x).sample.square().mean())
     expected = sample(model)
     assert (expected - sample(unet(library))).abs().max() > 1e-3
     # diffusers writes an AdaLoRA adapter, ours like PEFT's, and reads only LoRA.

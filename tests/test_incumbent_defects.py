@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from hands import enabled
 from helpers import CountOps
 from loralib_twin import TwinLinear
 from peft import (
@@ -47,7 +48,7 @@ from transformers import (
 
 import adalora_kernels.loralib as loralib
 from adalora_kernels.export import export_lora, save_adapter
-from adalora_kernels.peft import allocator_of, apply, disable, enable
+from adalora_kernels.peft import allocator_of, apply
 from adalora_kernels.trainer import AdaLoraCallback
 
 # In this version every defect was seen, so its absence here means that a test has gone wrong.
@@ -71,15 +72,6 @@ def fails(error, message):
         caught = e
     defect(caught is not None)
     assert re.search(message, str(caught)), caught
-
-
-@contextlib.contextmanager
-def enabled():
-    enable()
-    try:
-        yield
-    finally:
-        disable()
 
 
 def as_it_is(model):

@@ -1,5 +1,6 @@
 """What we save goes through the loaders of PEFT, transformers, sentence-transformers, diffusers."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -9,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hands import STEPS, config, enabled, llama, train_attached
 from helpers import triplets_in
 from peft import (
-    AdaLoraConfig,
     AutoPeftModelForCausalLM,
     PeftModel,
     get_peft_model,
@@ -21,8 +22,6 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -31,44 +30,8 @@ import adalora_kernels.peft
 from adalora_kernels.export import export_lora, load_adapter, save_adapter
 from adalora_kernels.trainer import AdaLoraCallback
 
-STEPS = 12
-SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "total_step": STEPS}
 IDS = torch.arange(24).reshape(2, 12) + 3
 full = pytest.mark.full
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            max_position_embeddings=64,
-        )
-    )
-
-
-def config(**options):
-    targets = ["q_proj", "v_proj"]
-    return AdaLoraConfig(**{**SCHEDULE, "target_modules": targets, **options})
-
-
-def train(model, forward, steps=STEPS):
-    """Through the optimizer; the allocator."""
-    allocator = adalora_kernels.peft.apply(model).allocator
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator.attach(optimizer)
-    model.train()
-    for _ in range(steps):
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    allocator.detach()
-    model.eval()
-    return allocator
 
 
 def logits(model, ids=IDS):
@@ -93,10 +56,10 @@ class Saved:
     def __init__(self, base, folder, how, shrunk):
         model = based(base)
         if how == "peft":
-            model = get_peft_model(model, config(task_type="CAUSAL_LM"))
+            model = get_peft_model(model, config())
         else:
-            model.add_adapter(config(task_type="CAUSAL_LM"))
-        allocator = train(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+            model.add_adapter(config())
+        allocator = train_attached(model, lambda: model(input_ids=IDS, labels=IDS).loss)
         if shrunk:
             allocator.shrink()
         assert sum(allocator.ranks().values()) == 12
@@ -137,18 +100,14 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "enabled"])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, enabled], ids=["plain", "enabled"])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_loaders_of_peft_and_transformers(loader, enabled, saved):
+def test_loaders_of_peft_and_transformers(loader, around, saved):
     for name in ("saved", "trainer"):
         folder = saved.folder / name
         assert sum(triplets_in(folder).values()) == 12
-        if enabled:
-            adalora_kernels.peft.enable()
-        try:
+        with around():
             model = LOADERS[loader](saved, folder)
-        finally:
-            adalora_kernels.peft.disable()
         torch.testing.assert_close(logits(model), saved.expected)
 
 
@@ -183,7 +142,7 @@ def put_into(model, saved):
 
 
 def test_state_dict_round_trip(saved):
-    put_into(get_peft_model(based(saved.base), config(task_type="CAUSAL_LM")), saved)
+    put_into(get_peft_model(based(saved.base), config()), saved)
 
 
 @pytest.mark.parametrize("whose", ["a copy of the model's", "the user's", "the model's"])
@@ -192,7 +151,7 @@ def test_a_second_model_from_its_config(whose, saved):
     of_model = saved.model.peft_config["default"]
     configs = {
         "a copy of the model's": copy.deepcopy(of_model),
-        "the user's": config(task_type="CAUSAL_LM"),
+        "the user's": config(),
         "the model's": of_model,
     }
     model = get_peft_model(based(saved.base), configs[whose])
@@ -203,12 +162,12 @@ def test_a_second_model_from_its_config(whose, saved):
 
 
 @pytest.mark.parametrize("writer", ["compact", "checkpoint", "peft"])
-@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "enabled"])
-def test_pefts_own_form_still_loads(writer, enabled, saved, tmp_path):
+@pytest.mark.parametrize("around", [contextlib.nullcontext, enabled], ids=["plain", "enabled"])
+def test_pefts_own_form_still_loads(writer, around, saved, tmp_path):
     """What `save_adapter` writes, earlier versions wrote, and PEFT itself: with a rank_pattern."""
     expected = saved.expected
     if writer == "peft":
-        model = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
+        model = get_peft_model(based(saved.base), config())
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
         for step in range(1, STEPS + 1):
             model(input_ids=IDS, labels=IDS).loss.backward()
@@ -221,13 +180,9 @@ def test_pefts_own_form_still_loads(writer, enabled, saved, tmp_path):
         save_adapter(saved.model, tmp_path, full_rank=writer == "checkpoint")
     pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
     assert (pattern is None) == (writer == "checkpoint")
-    if enabled:
-        adalora_kernels.peft.enable()
-    try:
+    with around():
         model = PeftModel.from_pretrained(based(saved.base), tmp_path)
-        other = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
-    finally:
-        adalora_kernels.peft.disable()
+        other = get_peft_model(based(saved.base), config())
     torch.testing.assert_close(logits(model), expected)
     load_adapter(other, tmp_path)
     torch.testing.assert_close(logits(other), expected)
@@ -279,18 +234,14 @@ def test_training_on_with_ours(form, how, loop, saved, tmp_path):
     if form == "compact":
         folder = tmp_path / "compact"
         save_adapter(saved.model, folder)
-    if how == "enable":
-        adalora_kernels.peft.enable()
-    try:
+    with enabled() if how == "enable" else contextlib.nullcontext():
         if how == "load_adapter":
-            model = get_peft_model(based(saved.base), config(task_type="CAUSAL_LM"))
+            model = get_peft_model(based(saved.base), config())
             allocator = adalora_kernels.peft.apply(model).allocator
             load_adapter(model, folder)
             assert allocator.schedule.init_budget == 12  # also for who steps it by hand
         else:
             model = PeftModel.from_pretrained(based(saved.base), folder, is_trainable=True)
-    finally:
-        adalora_kernels.peft.disable()
     torch.testing.assert_close(logits(model), saved.expected)
     model.peft_config["default"].target_r = 2
     model.train()

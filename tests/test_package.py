@@ -30,7 +30,8 @@ LAYERS = [
 ]
 ALLOCATOR = [
     {"allocator"},
-    {"attach", "begin"},
+    {"attach"},
+    {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps"},

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from hands import enabled
 from peft import (
     AdaLoraConfig,
     LoraConfig,
@@ -18,7 +19,6 @@ from peft.tuners.adalora import SVDLinear as PeftSVDLinear
 from test_peft import Net, batch, optimizer_of
 from torch import nn
 
-import adalora_kernels.peft
 from adalora_kernels.peft import allocator_of, apply
 
 STEPS, ALL, TARGET = 12, 18, 9
@@ -31,20 +31,10 @@ def config_of(**options):
     return AdaLoraConfig(**{**arguments, "target_modules": LAYERS, **options})
 
 
-@contextlib.contextmanager
-def enabled(how="enable"):
-    if how == "enable":
-        adalora_kernels.peft.enable()
-    try:
-        yield
-    finally:
-        adalora_kernels.peft.disable()
-
-
 def make(config, how="apply", wrap=get_peft_model):
     """One more model of that config: PEFT's, or ours by `apply` or under `enable()`."""
     torch.manual_seed(0)
-    with enabled(how):
+    with enabled() if how == "enable" else contextlib.nullcontext():
         model = wrap(Net(), config).train()
     if how == "apply":
         apply(model)
@@ -158,7 +148,7 @@ def test_a_second_adapter_with_one_config(how):
     config, models = config_of(), []
     for _ in range(2):
         model = make(config_of(inference_mode=True), how)
-        with enabled(how):
+        with enabled() if how == "enable" else contextlib.nullcontext():
             model.add_adapter("second", config)
         model.set_adapter("second")
         models.append(model)

@@ -2,12 +2,11 @@
 
 Plain PEFT and ours run the same script side by side, wherever PEFT is right; where it is not, the
 test says so. The other files of this name have optimizers and trainings, what happens in the
-middle of one, other tools, and torch's own.
+middle of one, and other tools.
 """
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from hands import (
     assert_one_function,
     both_sides,
     config,
-    enabled,
     llama,
     logits,
     perturbed,
@@ -30,39 +28,16 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
-
-from adalora_kernels.peft import apply
 
 HALF = TARGET // 2  # triplets at the end in each of the two decoder layers
 PREFIX = "base_model.model."  # of PEFT's names in a PeftModel
 
 
 # One allocator per model, whoever shares the config
-
-
-@pytest.mark.parametrize("side", ["peft", "ours", "enable"])
-def test_models_of_one_config_side_by_side(side):
-    """A teacher and a student, a GAN, an ensemble: made up front, trained in turns."""
-    shared = config()
-    with enabled() if side == "enable" else warnings.catch_warnings():
-        models = [get_peft_model(llama(), shared) for _ in range(2)]
-    optimizers = [adamw(model) for model in models]
-    if side == "ours":
-        for model in models:
-            apply(model)
-    for step in range(1, STEPS + 1):
-        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            model(**tokens(step + 50 * i)).loss.backward()
-            optimizer.step()
-            model.base_model.update_and_allocate(step)
-            optimizer.zero_grad()
-    assert [rank(model) for model in models] == [TARGET, TARGET]
-    first, second = (model.base_model.rankallocator for model in models)
-    assert first is not second
 
 
 @both_sides
@@ -174,19 +149,6 @@ def test_frozen_adapters_keep_their_values_ours(when, tmp_path):
     assert_one_function(model, logits(model), tmp_path / "saved")
 
 
-def test_adapters_are_thawed_in_the_middle_ours(tmp_path):
-    model = continued(tmp_path)
-    freeze(model, False)
-    optimizer = adamw(model)
-    allocator = take_over("ours", model, optimizer)
-    freeze(model)
-    train("ours", model, optimizer, range(1, 5))
-    assert all(v.all() for v in of_layer(model, 0).values())
-    freeze(model, False)
-    train("ours", model, optimizer, range(5, STEPS + 1))
-    assert rank(model) == TARGET and allocator.summary()["untrained"] == []
-
-
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_adapters_are_frozen_in_the_middle_ours(set_to_none):
     """PEFT raises a TypeError, or prunes them for their gradients of 0."""
@@ -206,57 +168,7 @@ def test_adapters_are_frozen_in_the_middle_ours(set_to_none):
     assert len(allocator.summary()["untrained"]) == 2
 
 
-class Experts(nn.Module):
-    """Two experts, of which only the first is ever asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.used(x)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_an_expert_that_is_never_asked_stays_ours(set_to_none):
-    """PEFT raises a TypeError here."""
-    options = {"init_r": 4, "target_r": 2, "tfinal": 2, "total_step": 8}
-    model = get_peft_model(Experts(), AdaLoraConfig(target_modules=["used", "idle"], **options))
-    perturbed(model)
-    before = singular_values(model)
-    optimizer = adamw(model)
-    allocator = take_over("ours", model, optimizer)
-    for _ in range(8):
-        model(torch.randn(4, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)
-    after = singular_values(model)
-    idle = "base_model.model.idle.lora_E.default"
-    assert torch.equal(after[idle], before[idle])
-    assert [PREFIX + name for name in allocator.summary()["untrained"]] == [idle]
-    assert rank(model) == 4 + 2
-
-
 # One model, one function
-
-
-@pytest.mark.parametrize("loaded_with", ["load_state_dict", "assign", "copy_"])
-def test_the_best_weights_are_restored_ours(loaded_with, tmp_path):
-    """PEFT's file has other ranks than its model then: it cuts by the pattern of the last step."""
-    model = adapted()
-    optimizer = adamw(model, lr=5e-2)
-    take_over("ours", model, optimizer)
-    train("ours", model, optimizer, range(1, 5))
-    best, expected = copy.deepcopy(model.state_dict()), logits(model)
-    train("ours", model, optimizer, range(5, STEPS + 1))
-    assert (logits(model) - expected).abs().max() > 1e-3
-    if loaded_with == "copy_":
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(best[name])
-    else:
-        model.load_state_dict(best, assign=loaded_with == "assign")
-    assert torch.equal(logits(model), expected)
-    assert_one_function(model, expected, tmp_path)
 
 
 @both_sides

@@ -32,8 +32,8 @@ from hands import (
     take_over,
     tokens,
     train,
-    trainable,
 )
+from helpers import trainable
 from peft import get_peft_model
 from torch.multiprocessing import get_context
 from torch.utils.data import DataLoader
@@ -332,15 +332,13 @@ def test_lightning(side, how, tmp_path):
 
 
 def test_two_processes_ours(tmp_path):
-    """PEFT raises for both: it has no gradient to multiply with."""
+    """PEFT raises here: it has no gradient to multiply with."""
     script = Path(__file__).with_name("hands_distributed.py")
     result = subprocess.run(
         [sys.executable, script, tmp_path / "rendezvous"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout.splitlines()[-1])
-    assert first["ddp"] == second["ddp"], "the same triplets everywhere"
-    alive = [sum(pattern) for pattern in first["ddp"].values()]
+    assert first == second, "the same triplets everywhere"
+    alive = [sum(pattern) for pattern in first.values()]
     assert alive[2] == 4 and sum(alive) == 8, "an expert that nobody asks stays as it is"
-    for report in (first, second):
-        assert "shard" in report["fsdp1"] or "FSDP" in report["fsdp1"]

@@ -5,6 +5,7 @@ Earlier or averaged weights are put into a model whose ranks are final.
 
 import copy
 
+import hands
 import pytest
 import torch
 from helpers import batch, triplets_in
@@ -18,7 +19,7 @@ from peft import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import adalora_kernels.peft
 from adalora_kernels.export import export_lora, load_adapter, save_adapter
@@ -291,34 +292,14 @@ def test_a_shrunk_model_has_no_room_for_earlier_weights(finished):
 
 def test_trainer_save_model_after_restoring(tmp_path):
     """A Trainer hands its model's state over as it saves."""
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
-
-    def base():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
-
-    schedule = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": STEPS}
-    targets = ["q_proj", "v_proj", "up_proj"]
-    model = get_peft_model(
-        base(), AdaLoraConfig(**schedule, target_modules=targets, task_type="CAUSAL_LM")
-    )
-    allocator = adalora_kernels.peft.apply(model).allocator
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    allocator.attach(optimizer)
-    ids = torch.arange(16).reshape(2, 8) + 3
-    for step in range(1, STEPS + 1):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == BEST:
-            best = copy.deepcopy(model.state_dict())
-            expected = model.eval()(input_ids=ids).logits
-            model.train()
+    model = hands.adapted()
+    optimizer = hands.adamw(model, lr=3e-2)
+    hands.take_over("ours", model, optimizer)
+    hands.train("ours", model, optimizer, range(1, BEST + 1))
+    best, expected = copy.deepcopy(model.state_dict()), hands.logits(model)
+    hands.train("ours", model, optimizer, range(BEST + 1, hands.STEPS + 1))
     model.load_state_dict(best)
     trainer = Trainer(model, TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True))
     trainer.save_model(tmp_path / "saved")
-    loaded = PeftModel.from_pretrained(base(), tmp_path / "saved").eval()
-    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    loaded = PeftModel.from_pretrained(hands.llama(), tmp_path / "saved")
+    torch.testing.assert_close(hands.logits(loaded), expected)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from hands import adapted, adapted_net, perturbed, take_over
 from torch import nn
+from torch.autograd import forward_ad
 
 from adalora_kernels import SVDLinear
 
@@ -45,34 +47,6 @@ def test_an_ensemble(mode):
     torch.testing.assert_close(y, torch.stack([net(x) for net in nets]))
 
 
-def peft_llama(ours):
-    """PEFT's AdaLoRA over a small Llama whose attention is differentiable twice."""
-    peft = pytest.importorskip("peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_attention_heads=4, **sizes))
-    config = peft.AdaLoraConfig(
-        init_r=4,
-        target_r=2,
-        total_step=12,
-        target_modules=["q_proj", "v_proj"],
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(model, config)
-    model.get_base_model().set_attn_implementation("eager")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_E" in name:
-                p.normal_()
-    if ours:
-        from adalora_kernels.peft import apply
-
-        apply(model)
-    return model.double()
-
-
 def gradient_penalty(model, leaves, loss_of):
     """Of the loss: value, gradients, and the gradients of their norm."""
     loss = loss_of(model, {})
@@ -100,8 +74,52 @@ def test_second_order_methods_through_a_model_of_peft(second_order):
         return torch.func.functional_call(model, parameters, kwargs=inputs).loss
 
     results = []
-    for ours in (True, False):
-        model = peft_llama(ours)
+    for side in ("ours", "peft"):
+        model = perturbed(adapted())
+        model.get_base_model().set_attn_implementation("eager")  # is differentiable twice
+        take_over(side, model.double())
         leaves = {name: p for name, p in model.named_parameters() if "lora_" in name}
         results.append(second_order(model, leaves, loss_of))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "transform", ["grad", "per_sample", "jvp", "dual", "hessian", "jacrev", "vmap"]
+)
+def test_transforms_of_a_model_of_peft(transform):
+    """torch.func over the model, and forward-mode AD by hand: ours and PEFT's agree."""
+    results = []
+    for side in ("peft", "ours"):
+        model = perturbed(adapted_net()).eval()
+        take_over(side, model)
+        net = model.base_model.model
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+        # PEFT's scaling depends on the parameter ranknum; ours is a number.
+        named = {k: v for k, v in net.named_parameters() if "ranknum" not in k}
+        parameters = {k: v.detach() for k, v in named.items()}
+
+        def loss(parameters, x, net=net):
+            return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+        def of_E(lora_E, net=net, parameters=parameters, x=x, loss=loss):
+            return loss({**parameters, "a.lora_E.default": lora_E}, x)
+
+        lora_E = parameters["a.lora_E.default"]
+        if transform == "grad":
+            results.append(torch.func.grad(loss)(parameters, x))
+        elif transform == "per_sample":
+            one = torch.func.grad(lambda p, row, loss=loss: loss(p, row[None]))
+            results.append(torch.func.vmap(one, (None, 0))(parameters, x))
+        elif transform == "jvp":
+            results.append(torch.func.jvp(net, (x,), (torch.ones_like(x),)))
+        elif transform == "dual":
+            with forward_ad.dual_level():
+                y = forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x))))
+                results.append((y.primal.clone(), y.tangent.clone()))
+        elif transform == "hessian":
+            results.append(torch.func.hessian(of_E)(lora_E))
+        elif transform == "jacrev":
+            results.append(torch.func.jacrev(net)(x))
+        else:
+            results.append(torch.func.vmap(net)(x[:, None]))
+    torch.testing.assert_close(results[1], results[0])

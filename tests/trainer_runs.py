@@ -1,4 +1,4 @@
-"""Models, data and Trainers for test_trainer.py and test_trainer_resume.py."""
+"""Models, data and Trainers for the tests of both callbacks."""
 
 import copy
 import importlib.util

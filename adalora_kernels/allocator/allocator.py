@@ -1,4 +1,9 @@
-"""The allocator, which spends the budget on the most important triplets."""
+"""The allocator, which spends the budget on the most important triplets.
+
+What stands here is its steps, its state and `shrink`. Its other methods are in its base classes:
+what it reports (report.py), where its runs begin (begin.py), and which optimizers step it
+(attach.py).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,13 @@ from torch import Tensor, nn
 from ..adapters import describe, find_adapters, refuse_sharded
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
 from .attach import FollowsOptimizers, chain, check_is_optimizer
-from .begin import BeginsRuns
 from .reminder import Reminder, expect_steps
 from .schedule import BudgetSchedule
 from .shrink import shrink_
 from .state import FORMAT, AllocatorState
 
 
-class RankAllocator(FollowsOptimizers, BeginsRuns):
+class RankAllocator(FollowsOptimizers):
     """Scores every triplet of every adapter, and keeps the best ones within the budget.
 
     Either `attach` it to the optimizer, or call `step` once per optimizer step, after
@@ -121,8 +125,7 @@ class RankAllocator(FollowsOptimizers, BeginsRuns):
         expect_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no optimizer that would step it.
-        left_out = ("_hooks", "_steps", "_loses_gradients", "was_attached", "reminder")
+        left_out = (*self._NOT_COPIED, "reminder")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,25 +280,6 @@ class RankAllocator(FollowsOptimizers, BeginsRuns):
         self.frozen = True
         self._final_budget = self._schedule_of_members().budget(self.global_step)
         self._state.drop_averages()
-
-    def _before_attaching(self) -> None:
-        self.count_triplets()
-        total_step = self.schedule.total_step
-        is_over = total_step is not None and self.global_step >= total_step
-        if self.frozen and is_over and not self.shrunk:
-            warnings.warn(
-                f"AdaLoRA's schedule has come to its end at step {self.global_step}, and its "
-                "pattern is final: call restart() if a new run is to begin",
-                stacklevel=3,
-            )
-
-    def _step_after(self, grad_scale: Tensor | None) -> None:
-        self._step(self.global_step + 1, grad_scale)
-
-    @torch.no_grad()
-    def _write_zeros(self) -> None:
-        if (self.frozen or self.schedule.masks_at(self.global_step)) and not self.shrunk:
-            self._state.prune(self._parameters()[1::3], again=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as tensors (copied), ints, bools and strings."""

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
 from ..orthogonality import orth_reg_grad_
-from .report import Reports
+from .begin import BeginsRuns
 from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
@@ -24,7 +24,7 @@ Closure: TypeAlias = Callable[[], Any]
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers(Reports):
+class FollowsOptimizers(BeginsRuns):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
@@ -32,7 +32,8 @@ class FollowsOptimizers(Reports):
     """
 
     orth_reg_weight: float
-    orth_reg: Tensor | None
+    # A copy has no optimizer that would step it.
+    _NOT_COPIED = ("_hooks", "_steps", "_loses_gradients", "was_attached")
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
 
@@ -91,7 +92,8 @@ class FollowsOptimizers(Reports):
         *wrappers, inner = unwrapped(optimizer, self.adapters)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
-        self._before_attaching()
+        self.count_triplets()
+        self._warn_if_over()
         allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
         for wrapper in wrappers:
             # Not all of them have torch's hooks; that which computes has. Some make the table of
@@ -132,7 +134,7 @@ class FollowsOptimizers(Reports):
         return None
 
     def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Add its gradient to gradients that are there; returns its value."""
+        """Add the regulariser's gradient to those that are there; returns its value."""
         if not self._has_gradients():
             return None
         self.orth_reg = orth_reg_grad_(
@@ -144,8 +146,7 @@ class FollowsOptimizers(Reports):
         if not self._steps.ends(optimizer):
             self._after_wrapper_step()
         elif self._has_gradients():
-            scale = overflow_as_scale(optimizer, self._device)
-            self._step_after(scale)
+            self._step(self.global_step + 1, overflow_as_scale(optimizer, self._device))
         elif self._loses_gradients:
             warnings.warn(
                 "AdaLoRA is training as plain LoRA: the adapters' gradients are gone when "
@@ -153,18 +154,26 @@ class FollowsOptimizers(Reports):
                 stacklevel=3,
             )
 
+    @torch.no_grad()
     def _after_wrapper_step(self, *_: Any) -> None:
-        """What wraps a step may have changed the weights once more (Lookahead)."""
-        if self._has_gradients():
-            self._write_zeros()
+        """Write the zeros again: what wraps the step may have moved the weights (Lookahead)."""
+        if self.shrunk or not self._has_gradients():
+            return
+        if self.frozen or self.schedule.masks_at(self.global_step):
+            self._state.prune(self._parameters()[1::3], again=True)
 
-    def _before_attaching(self) -> None:
-        raise NotImplementedError
+    def _warn_if_over(self) -> None:
+        total_step = self.schedule.total_step
+        is_over = total_step is not None and self.global_step >= total_step
+        if self.frozen and is_over and not self.shrunk:
+            warnings.warn(
+                f"AdaLoRA's schedule has come to its end at step {self.global_step}, and its "
+                "pattern is final: call restart() if a new run is to begin",
+                stacklevel=3,
+            )
 
-    def _step_after(self, grad_scale: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def _write_zeros(self) -> None:
+    def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
+        """What `RankAllocator.step` does when its arguments have been checked."""
         raise NotImplementedError
 
 
@@ -183,10 +192,10 @@ def _hook(allocator: Callable[[], FollowsOptimizers | None], method: str) -> Cal
 
 
 def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
-    """The optimizer that computes, after those around it whose steps call its steps.
+    """Return the wrappers around an optimizer, outermost first, and then the optimizer itself.
 
-    Accelerate's, Lightning's and many others hold it in an attribute, and so does SAM, whose own
-    `step` is called or not.
+    Accelerate's, Lightning's and many other wrappers hold it in an attribute, and so does SAM,
+    whose own `step` is called or not.
 
     Raises:
         TypeError: there is none.
@@ -264,7 +273,7 @@ def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure
 
 
 def then_add(closure: Closure, add_gradient: Callable[[], Tensor | None]) -> Closure:
-    """A closure that adds the gradient of something more, and its value to the loss.
+    """Return a closure that also calls `add_gradient`, and adds its value to the loss.
 
     An optimizer that searches along a line has to see the function whose gradient it gets.
     """

@@ -1,4 +1,4 @@
-"""Where the runs of an allocator begin."""
+"""How the run of an allocator begins, and begins again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BeginsRuns(Reports):
     _final_budget: int | None
 
     def _whole_parameters(self) -> list[nn.Parameter]:
-        """Those, or ValueError if FSDP has made something else of them."""
+        """Return the adapters' parameters; ValueError if FSDP has made something else of them."""
         parameters = self._parameters()
         if not all(type(E) is nn.Parameter and E.dim() == 2 for E in parameters[1::3]):
             refuse_sharded(self.adapters)
@@ -34,7 +34,7 @@ class BeginsRuns(Reports):
         when the allocator is made, in `attach` and in `restart`; otherwise call it after weights
         have been loaded. Without effect when something has been stepped. Reads the device.
         """
-        if self.global_step > 0 or self.frozen:
+        if self.begun:
             return
         restarted = self._state.members.restarted
         if restarted and self._has_gradients():

@@ -96,7 +96,7 @@ class Members:
         return flat.split_with_sizes(self._ranks)
 
     def _tell(self) -> None:
-        """Let the device know."""
+        """Write into the tensors who takes part."""
         for part, takes in zip(self._split(self._takes_part), self.taking, strict=True):
             part.fill_(takes)
         self.in_play.copy_(self._takes_part & self.there)
@@ -116,17 +116,3 @@ class Members:
         self.had_gradient = list(saved.get("had_gradient", [True] * len(self._ranks)))
         there = saved.get("there", torch.ones_like(self.there))
         self.count(there, restarted=saved.get("restarted", False))
-
-
-def triplets_with_values(parameters: Sequence[Tensor]) -> Tensor:
-    """Which triplets have any value that is not 0, (n,) bool.
-
-    Args:
-        parameters: lora_A (r, in), lora_E (r, 1) and lora_B (out, r) of each adapter in turn.
-    """
-    return torch.cat(
-        [
-            (A != 0).any(1) | (E != 0).any(1) | (B != 0).any(0)
-            for A, E, B in zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
-        ]
-    )

@@ -33,8 +33,8 @@ class Reminder:
     """
 
     def __init__(self) -> None:
-        self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, int]
-        self._steps = weakref.WeakKeyDictionary()
+        self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int]
+        self._counts = weakref.WeakKeyDictionary()
         self._total = 0
         self._has_warned = False
         # What each optimizer has of the adapters, and what it was looked up for.
@@ -44,7 +44,7 @@ class Reminder:
     def allocator_stepped(self) -> None:
         """Begin to count anew."""
         if self._total:
-            self._steps.clear()
+            self._counts.clear()
             self._total, self._has_warned = 0, False
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer, allocator: RankAllocator) -> bool:
@@ -52,7 +52,7 @@ class Reminder:
         if not any(p.grad is not None for p in self._held_by(optimizer, allocator)):
             return False
         self._total += 1
-        self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        self._counts[optimizer] = self._counts.get(optimizer, 0) + 1
         if self._has_warned or not self.has_lapsed(optimizer):
             return False
         self._has_warned = True
@@ -60,8 +60,8 @@ class Reminder:
 
     def has_lapsed(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer, or others that are gone, have stepped twice."""
-        own = self._steps.get(optimizer, 0)
-        gone = self._total - sum(self._steps.values())
+        own = self._counts.get(optimizer, 0)
+        gone = self._total - sum(self._counts.values())
         return own + gone > 1
 
     def _held_by(self, optimizer: torch.optim.Optimizer, allocator: RankAllocator) -> list[Tensor]:
@@ -125,7 +125,7 @@ def _has_taken_its_place(
 
 
 def _first_lora_E(allocator: RankAllocator) -> Tensor | None:
-    """What tells these adapters from others; None once they have been deleted."""
+    """Return what tells these adapters from others; None once they have been deleted."""
     try:
         return allocator.adapters[0].lora_E
     except ValueError:

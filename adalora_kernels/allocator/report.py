@@ -1,4 +1,4 @@
-"""What an allocator tells of itself."""
+"""What an allocator has, and what it tells of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import AllocatorState
 
 
 class Reports:
-    """The part of a `RankAllocator` that says where the run stands, and changes nothing."""
+    """The part of a `RankAllocator` that all others need, and that says where the run stands."""
 
     adapters: list[Adapter]
     schedule: BudgetSchedule
@@ -38,8 +38,13 @@ class Reports:
             for p in adapter.parameters
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether there has been a step, so that there may be something that is pruned."""
+        return self.global_step > 0 or self.frozen
+
     def _schedule_of_members(self) -> BudgetSchedule:
-        """The part of the schedule's budget that is for the adapters that take part."""
+        """Return the schedule with the budget that is for the adapters that take part."""
         members, schedule = self._state.members, self.schedule
         if all(members.taking):
             return schedule

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines the op that is called here)
+from ..adapters import triplets_there
 from ..reference import top_b_mask
-from .members import Members, triplets_with_values
+from .members import Members
 
 FORMAT = 1
 # What states of an earlier version don't have.
@@ -95,7 +96,8 @@ class AllocatorState:
             return
         nonzero = (torch.cat(list(parameters[1::3])) != 0).squeeze(1)
         leaves = restarted and bool(nonzero.any())
-        there = triplets_with_values(parameters)
+        triples = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
+        there = torch.cat([triplets_there(A, E, B) for A, E, B in triples])
         if leaves:
             there &= nonzero | self.members.untouched
         if not there.any():

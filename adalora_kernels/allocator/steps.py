@@ -1,4 +1,4 @@
-"""Where an optimizer's step begins and ends, if classes of optimizers call each other's."""
+"""When an optimizer's step begins and ends, where its class calls the step of its base class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Steps:
         return begins
 
     def ends(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The same for the post-hook."""
+        """Whether the post-hook that calls this is that of a step, not of one inside."""
         ends = optimizer in self._begun
         self._begun.discard(optimizer)
         return ends

@@ -15,7 +15,7 @@ from ..adapters import Adapter, find_adapters
 from ..allocator import RankAllocator
 from ..modules import SVDLinear
 from ..peft import allocator_of
-from ..peft.model import AdaptedModel
+from ..peft.model import AdaptedModel, listed
 from ..peft.saving import (
     AdaptedLayer,
     adapted_layers,
@@ -162,9 +162,8 @@ def _adapted_model_in(model: nn.Module) -> nn.Module:
     """The only PEFT model in `model`, or the model that has an injected adapter; else itself."""
     names = list(AdaptedModel.find_all(model))
     if len(names) > 1:
-        listed = ", ".join(repr(name) if name else "the model itself" for name in names)
         raise ValueError(
-            f"model has several AdaLoRA models, each an adapter of its own: {listed}. "
+            f"model has several AdaLoRA models, each an adapter of its own: {listed(names)}. "
             "Give them one by one"
         )
     return model.get_submodule(names[0]) if names else model

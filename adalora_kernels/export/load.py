@@ -10,8 +10,9 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from ..adapters import triplets_there
 from ..allocator import RankAllocator
-from ..peft.saving import FACTORS, AdaptedLayer, positive_alpha, triplets_there
+from ..peft.saving import FACTORS, AdaptedLayer, positive_alpha
 from .adapter import PREFIX, OpenedAdapter, lora_E_factor, open_adapter
 from .files import read_config, read_tensors
 from .state import STATE_NAME, load_state

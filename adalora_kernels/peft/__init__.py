@@ -223,7 +223,7 @@ def enable() -> None:
         self: AdaLoraModel, model: nn.Module, config: Any, *args: Any, **kwargs: Any
     ) -> None:
         for new in config.values() if isinstance(config, dict) else [config]:
-            refuse_lora_ranks(getattr(new, "rank_pattern", None))
+            refuse_lora_ranks(vars(new).get("rank_pattern"))
         make_model(self, model, config, *args, **kwargs)
         adapted = AdaptedModel(self.model, self.peft_config, self)
         adapted.take_over(adapted.make_allocator())

@@ -81,11 +81,6 @@ class PeftRankAllocator(RankAllocator):
     def orth_reg_weight(self, weight: float) -> None:
         self.config.set_own("orth_reg_weight", weight)
 
-    @property
-    def begun(self) -> bool:
-        """Whether there may be something that is pruned."""
-        return self.global_step > 0 or self.frozen
-
     def begin_anew(self, root: nn.Module) -> None:
         """Begin with the ranks that the layers have now, after they have got new parameters."""
         self.detach()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_unhooked
+from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked
 from .saving import fit_rows_
 
 
@@ -164,6 +164,6 @@ def _is_plain(base: Any) -> bool:
     return (
         type(base) in (nn.Linear, Conv1D)
         and is_unhooked(base)
-        and type(base.weight) in (Tensor, nn.Parameter)
+        and is_plain_tensor(base.weight)
         and base.weight.is_floating_point()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class AdaptedModel:
 
     @property
     def allocator(self) -> PeftRankAllocator | None:
-        """Our allocator, which the model keeps alive, while it has the adapter of that."""
+        """Our allocator, if there is one. The model keeps it alive while it has its adapter."""
         allocator = getattr(self.root.__dict__.get("update_and_allocate"), "__self__", None)
         if not isinstance(allocator, PeftRankAllocator):
             return None
@@ -166,19 +166,27 @@ class AdaptedModel:
 
 
 def the_trained(adapted: dict[str, AdaptedModel]) -> AdaptedModel | None:
-    """The only one, or the only one of which an adapter is not frozen; None if there is none.
+    """Find the one that is trained: the only one, or the only one whose adapter is not frozen.
+
+    Returns:
+        It, or None if there is none at all.
 
     Raises:
         ValueError: there are several. It names them.
     """
     trained = {name: one for name, one in adapted.items() if _is_trained(one.root)} or adapted
     if len(trained) > 1:
-        names = ", ".join(repr(name) if name else "the model itself" for name in trained)
         raise ValueError(
-            f"model has several AdaLoRA models that are trained: {names}. Each has its own budget: "
-            "give them to apply one by one, and attach each one's allocator to the optimizer"
+            f"model has several AdaLoRA models that are trained: {listed(trained)}. Each has its "
+            "own budget: give them to apply one by one, and attach each one's allocator to the "
+            "optimizer"
         )
     return next(iter(trained.values()), None)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of modules, as messages have them."""
+    return ", ".join(repr(name) if name else "the model itself" for name in names)
 
 
 def _is_trained(root: nn.Module) -> bool:
@@ -272,7 +280,7 @@ _METHODS_OF_ROOT: dict[str, Callable[..., Any]] = {
 
 
 class _MethodOfRoot:
-    """Calls one of these functions with the model that it stands in.
+    """A method of a model that is no class's: calls a function with the model that it stands in.
 
     It holds that model weakly, so that `del model` frees it at once; a copy or a pickle of the
     model has one for itself.

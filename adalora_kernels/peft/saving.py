@@ -15,7 +15,7 @@ import torch
 from peft import AdaLoraConfig
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, triplets_there
 from ..allocator import RankAllocator
 
 # The three parameters of an adapter, and the dimension in which each counts its triplets.
@@ -88,7 +88,7 @@ class AdaptedLayer:
         return part.new_zeros(shape).index_copy_(dim, rows[kept].to(part.device), values)
 
     def compact(self, part: Tensor, dim: int, chosen: Tensor) -> Tensor:
-        """Cut one of the three to the chosen triplets; the arguments are those of `whole`."""
+        """Cut one of the three parameters to the chosen triplets; the arguments are `whole`'s."""
         numbers = chosen.nonzero().squeeze(1)
         if torch.equal(numbers, self._rows_of(part, dim)):
             return part
@@ -157,7 +157,7 @@ def _alive_without_allocator(adapters: list[Adapter], known: dict[str, list[bool
         return nonzero
     result = []
     for adapter in adapters:
-        alive = triplets_there(*adapter.parameters)
+        alive = triplets_there(*adapter.parameters).cpu()
         pattern = known.get(module_name(adapter.name, adapter.key), [])
         result.append(alive & torch.tensor(pattern) if len(pattern) == len(alive) else alive)
     return result
@@ -180,24 +180,14 @@ def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> li
 
 
 def _numbers_of_first(pattern: list[bool] | None, length: int, init_r: int) -> Tensor:
-    """Which of the init_r triplets a run has begun with, if they are `length`: (length,) int64."""
+    """Which of the init_r triplets a run of `length` triplets has begun with: (length,) int64."""
     if pattern is not None and len(pattern) == init_r and sum(pattern) == length < init_r:
         return torch.tensor(pattern).nonzero().squeeze(1)
     return torch.arange(length)
 
 
-def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
-    """(n,) bool on the CPU: false where all three are 0, which is no triplet and can't become one.
-
-    Args:
-        lora_A, lora_E, lora_B: (n, in), (n, 1), (out, n), on any device, which is read.
-    """
-    there = (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
-    return there.detach().cpu()
-
-
 def fit_rows_(state_dict: dict[str, Any], prefix: str, adapter_name: str, rows: int) -> None:
-    """Cut an adapter in `state_dict` to so many triplets, if the others are not there.
+    """Cut an adapter in `state_dict` to `rows` triplets, if all others in it are 0.
 
     A layer that was shrunk, or loaded from a compact file, so takes a file that has zeros for the
     triplets that the layer does not hold. Anything else is left to PyTorch's check of shapes.
@@ -215,7 +205,7 @@ def fit_rows_(state_dict: dict[str, Any], prefix: str, adapter_name: str, rows: 
     lora_A, lora_E, lora_B = parts
     if not len(lora_A) == len(lora_E) == lora_B.shape[1] or len(lora_E) <= rows:
         return
-    there = triplets_there(lora_A, lora_E, lora_B)
+    there = triplets_there(lora_A, lora_E, lora_B).cpu()
     if int(there.sum()) > rows:
         return
     for number in (~there).nonzero().squeeze(1)[: rows - int(there.sum())].tolist():
