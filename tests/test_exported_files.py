@@ -1,4 +1,7 @@
-"""Files of torch.jit.trace, torch.export and ONNX: they run where this package is not installed."""
+"""Files of torch.jit.trace, torch.export and ONNX: they run where this package is not installed.
+
+Plain PEFT stands beside our models.
+"""
 
 import subprocess
 import sys
@@ -48,7 +51,7 @@ class Base(nn.Module):
 
 def model(kind, training=False):
     """A model of one of the KINDS, with an adapter that is not zero."""
-    if kind == "peft":
+    if kind in ("plain_peft", "peft"):
         peft = pytest.importorskip("peft")
         from adalora_kernels.peft import apply
 
@@ -57,9 +60,10 @@ def model(kind, training=False):
             target_modules=["a", "b"],
         )
         wrapped = peft.get_peft_model(Base(), config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            apply(wrapped)
+        if kind == "peft":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                apply(wrapped)
         net = wrapped.base_model.model
     else:
         net = Own(lora_dropout=0.25, merge_weights=kind == "merged")
@@ -70,7 +74,7 @@ def model(kind, training=False):
     return net.train(training)
 
 
-KINDS = ("peft", "unmerged", "merged")
+KINDS = ("plain_peft", "peft", "unmerged", "merged")
 
 
 def own_ops(program):
@@ -125,7 +129,7 @@ def test_a_trace_of_three_dimensions_and_of_autocast():
         torch.testing.assert_close(traced(x), expected)
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:2], pytest.param("merged", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", [*KINDS[:3], pytest.param("merged", marks=pytest.mark.full)])
 def test_onnx(kind, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
