@@ -257,7 +257,7 @@ def test_accelerate_saves_and_loads_a_run(side, tmp_path):
 
 
 def lightning_module(side, how):
-    import lightning
+    lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -286,7 +286,7 @@ def lightning_module(side, how):
 
 
 def fit(module, folder, callbacks=(), **options):
-    import lightning
+    lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     rows = [{k: v[0] for k, v in tokens(i, 1).items()} for i in range(8)]
