@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -19,26 +20,41 @@ class Adapter:
 
     They are looked up at every access, so that a layer may replace them. An adapter of PEFT's does
     not keep its layer alive, which holds the base model's weight: whoever keeps an allocator keeps
-    no more than an optimizer does.
+    no more than an optimizer does. When the layer is gone, because the model has another one in its
+    place or has been deleted, its parameters stand there frozen.
 
     Args:
         name: the name of its lora_E among the model's parameters, without wrapper prefixes.
         module: the layer that owns the parameters.
         key: None where lora_A is a Parameter of the layer (ours, loralib); else the adapter name
             under which the layer's ParameterDicts hold it (PEFT).
+        owners: those ParameterDicts, where a copy is made of an adapter whose layer is gone.
     """
 
-    def __init__(self, name: str, module: nn.Module, key: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module | None,
+        key: str | None,
+        owners: Sequence[nn.ParameterDict] = (),
+    ) -> None:
         self.name = name
         self.key = key
-        self._module: Callable[[], nn.Module | None]
-        self._module = weakref.ref(module) if key is not None else (lambda: module)
+        self._module: Callable[[], nn.Module | None] = lambda: module
         # PEFT's ParameterDicts, which stay the same.
-        self._owners = [] if key is None else [getattr(module, factor) for factor in _FACTORS]
+        self._owners: list[Any] = list(owners)
+        if key is not None and module is not None:
+            self._owners = [getattr(module, factor) for factor in _FACTORS]
+            self._module = weakref.ref(module, functools.partial(_freeze, self._owners, key))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A weak reference can be neither copied nor pickled.
-        return type(self), (self.name, self.module, self.key)
+        return type(self), (self.name, self._module(), self.key, self._owners)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the layer is gone."""
+        return self._module() is None
 
     @property
     def module(self) -> nn.Module:
@@ -93,11 +109,18 @@ class Adapter:
 
     def set_rank(self, rank: int) -> None:
         """Tell the layer the number of triplets that its parameters now hold."""
-        module = cast(Any, self.module)
+        module: Any = self._module()
         if self.key is None:
             module.r = rank
-        else:
+        elif module is not None:
             module.r[self.key] = rank
+
+
+def _freeze(owners: Sequence[nn.ParameterDict], key: str, _: object) -> None:
+    """Let an adapter whose layer is gone have no part in the allocation any more."""
+    for owner in owners:
+        if key in owner:
+            owner[key].requires_grad_(False)
 
 
 def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:

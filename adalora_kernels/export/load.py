@@ -159,7 +159,8 @@ def _masks_in_state(
     parts = state["mask"].split_with_sizes(ranks)
     if not state["shrunk"]:
         parts = [torch.ones_like(part) for part in parts]
-    return {id(a.module): part for a, part in zip(allocator.adapters, parts, strict=True)}
+    pairs = zip(allocator.adapters, parts, strict=True)
+    return {id(a.module): part for a, part in pairs if not a.is_deleted}
 
 
 def _rows_to_write(

@@ -305,7 +305,7 @@ class AllocatedAdaLoraModel(AdaLoraModel):
             and not allocator.attached
             and self.training
             and allocator.orth_reg_weight > 0
-            and not allocator.adapters[0].module.disable_adapters
+            and not next((layer.disable_adapters for layer in allocator.layers), True)
             and isinstance(getattr(outputs, "loss", None), Tensor)
         ):
             penalty = functional.orth_reg(allocator.adapters, allocator.orth_reg_weight)

@@ -169,6 +169,7 @@ def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> li
         for adapter, pattern in zip(
             allocator.adapters, allocator.rank_pattern.values(), strict=True
         )
+        if not adapter.is_deleted
     }
     keys = [(id(adapter.module), adapter.key) for adapter in adapters]
     if patterns.keys().isdisjoint(keys):
