@@ -23,9 +23,11 @@ from hands import (
     tokens,
     train,
 )
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+
+from adalora_kernels import export
 
 
 def pefts_own(config):
@@ -146,3 +148,46 @@ def test_a_forward_that_is_patched_in_the_class_is_used(side, kind, monkeypatch)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     part = layer.base_layer if kind is nn.Linear else layer.lora_dropout["default"]
     assert sum(module is part for module in calls) == 1
+
+
+@pytest.fixture
+def other_default_device():
+    """As `torch.set_default_device("cuda")` is, for a file that is made on the CPU."""
+    yield lambda: torch.set_default_device("meta")
+    torch.set_default_device(None)
+
+
+@both_sides
+def test_files_under_another_default_device(side, other_default_device, tmp_path):
+    model = adapted(lora_dropout=0.1)
+    optimizer = adamw(model)
+    take_over(side, model, optimizer)
+    train(side, model, optimizer)
+    expected = logits(model)
+    other_default_device()
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].rank_pattern is not None
+    torch.set_default_device(None)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.allclose(logits(loaded), expected, atol=1e-6)
+
+
+def test_exports_under_another_default_device_ours(other_default_device, tmp_path):
+    model, fresh = adapted(), adapted()
+    optimizer = adamw(model)
+    allocator = take_over("ours", model, optimizer)
+    take_over("ours", fresh)
+    train("ours", model, optimizer)
+    other_default_device()
+    export.export_lora(model, tmp_path / "lora")
+    export.save_adapter(model, tmp_path / "compact")
+    export.save_adapter(model, tmp_path / "whole", full_rank=True)
+    export.load_adapter(fresh, tmp_path / "whole")
+    torch.set_default_device(None)
+    assert torch.equal(logits(fresh), logits(model))
+    plain = get_peft_model(llama(), config())
+    other_default_device()
+    export.load_adapter(plain, tmp_path / "compact")
+    allocator.shrink()
+    torch.set_default_device(None)
+    assert torch.allclose(logits(plain), logits(model), atol=1e-6)

@@ -142,7 +142,9 @@ def _read_rank_pattern(config: dict[str, Any], opened: OpenedAdapter) -> dict[st
         if len(pattern) != init_r:
             raise ValueError(f"rank_pattern of {key!r} has {len(pattern)} entries, not {init_r}")
         patterns[name] = pattern
-    return {name: torch.tensor(p).nonzero().squeeze(1) for name, p in patterns.items()}
+    return {
+        name: torch.tensor(p, device="cpu").nonzero().squeeze(1) for name, p in patterns.items()
+    }
 
 
 def _masks_in_state(
@@ -205,5 +207,7 @@ def _rows_to_write(
         )
     # A model whose adapter was itself loaded pruned may have other rows than the file.
     fits = bool(torch.isin(numbers, places).all())
-    taken = torch.searchsorted(places, numbers) if fits else torch.arange(len(numbers))
+    taken = (
+        torch.searchsorted(places, numbers) if fits else torch.arange(len(numbers), device="cpu")
+    )
     return taken, a, e / lora_E_factor(layer, *scaling_and_ranknum), b

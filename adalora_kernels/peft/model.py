@@ -237,7 +237,7 @@ def _resize_modules(adapted: AdaptedModel, rank_pattern: dict[str, Any], adapter
     for name, alive in rank_pattern.items():
         module = module_name(name, adapter_name)
         layer: Any = adapted.root.get_submodule(module)
-        numbers = torch.as_tensor(alive).bool().view(-1).nonzero().squeeze(1)
+        numbers = torch.as_tensor(alive, device="cpu").bool().view(-1).nonzero().squeeze(1)
         rows = len(layer.lora_E[adapter_name])
         if rows == len(numbers):
             continue
