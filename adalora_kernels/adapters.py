@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -20,8 +19,7 @@ class Adapter:
 
     They are looked up at every access, so that a layer may replace them. An adapter of PEFT's does
     not keep its layer alive, which holds the base model's weight: whoever keeps an allocator keeps
-    no more than an optimizer does. When the layer is gone, because the model has another one in its
-    place or has been deleted, its parameters stand there frozen.
+    no more than an optimizer does.
 
     Args:
         name: the name of its lora_E among the model's parameters, without wrapper prefixes.
@@ -45,7 +43,7 @@ class Adapter:
         self._owners: list[Any] = list(owners)
         if key is not None and module is not None:
             self._owners = [getattr(module, factor) for factor in _FACTORS]
-            self._module = weakref.ref(module, functools.partial(_freeze, self._owners, key))
+            self._module = weakref.ref(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A weak reference can be neither copied nor pickled.
@@ -53,7 +51,7 @@ class Adapter:
 
     @property
     def is_deleted(self) -> bool:
-        """Whether the layer is gone."""
+        """Whether the layer is gone: with its model, or because that has another in its place."""
         return self._module() is None
 
     @property
@@ -114,13 +112,6 @@ class Adapter:
             module.r = rank
         elif module is not None:
             module.r[self.key] = rank
-
-
-def _freeze(owners: Sequence[nn.ParameterDict], key: str, _: object) -> None:
-    """Let an adapter whose layer is gone have no part in the allocation any more."""
-    for owner in owners:
-        if key in owner:
-            owner[key].requires_grad_(False)
 
 
 def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Adapter]:

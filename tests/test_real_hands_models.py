@@ -120,6 +120,24 @@ def test_layers_are_taken_out_of_the_model(side, change, after, tmp_path):
 
 
 @both_sides
+def test_the_regulariser_is_of_the_layers_that_are_left(side):
+    model = adapted()
+    allocator = take_over(side, model)
+    replaced(model)
+    optimizer = adamw(model)  # It has nothing of the layer that is gone.
+    products = [A @ A.T for name, A in model.named_parameters() if "lora_A" in name]
+    products += [B.T @ B for name, B in model.named_parameters() if "lora_B" in name]
+    expected = 0.5 * torch.stack([(p - torch.eye(6)).norm() for p in products]).mean()
+    task = model.base_model.model(**tokens(1)).loss
+    assert torch.allclose(model(**tokens(1)).loss - task, expected)
+    if side == "ours":
+        allocator.attach(optimizer)
+        task.backward()
+        optimizer.step()
+        assert torch.allclose(allocator.orth_reg, expected)
+
+
+@both_sides
 def test_hooks_on_all_modules_see_the_base_layers(side):
     model = perturbed(adapted())
     take_over(side, model)

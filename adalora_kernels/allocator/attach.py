@@ -88,7 +88,7 @@ class FollowsOptimizers(Reports):
                 are sharded or flattened (FSDP).
             RuntimeError: already attached to this one.
         """
-        *wrappers, inner = unwrapped(optimizer, self.adapters)
+        *wrappers, inner = unwrapped(optimizer, self.adapters_left)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
         self._before_attaching()
@@ -136,7 +136,7 @@ class FollowsOptimizers(Reports):
         if not self._has_gradients():
             return None
         self.orth_reg = orth_reg_grad_(
-            self.adapters, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
+            self.adapters_left, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
         )
         return self.orth_reg
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from peft import AdaLoraConfig
@@ -81,11 +80,6 @@ class PeftRankAllocator(RankAllocator):
     @orth_reg_weight.setter
     def orth_reg_weight(self, weight: float) -> None:
         self.config.set_own("orth_reg_weight", weight)
-
-    @property
-    def layers(self) -> Iterator[Any]:
-        """The layers of the adapters, but for those that the model has no more."""
-        return (adapter.module for adapter in self.adapters if not adapter.is_deleted)
 
     @property
     def begun(self) -> bool:

@@ -147,7 +147,7 @@ class AllocatedConfig(AdaLoraConfig):
 
     def _layers(self, allocator: PeftRankAllocator) -> list[AdaptedLayer]:
         init_r = as_int("init_r", self.init_r, 1)
-        adapters = [adapter for adapter in allocator.adapters if not adapter.is_deleted]
+        adapters = allocator.adapters_left
         return adapted_layers(adapters, allocator, init_r, self.first_rank_pattern)
 
     def __getstate__(self) -> dict[str, Any]:

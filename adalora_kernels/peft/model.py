@@ -305,10 +305,11 @@ class AllocatedAdaLoraModel(AdaLoraModel):
             and not allocator.attached
             and self.training
             and allocator.orth_reg_weight > 0
-            and not next((layer.disable_adapters for layer in allocator.layers), True)
             and isinstance(getattr(outputs, "loss", None), Tensor)
+            and (adapters := allocator.adapters_left)
+            and not adapters[0].module.disable_adapters
         ):
-            penalty = functional.orth_reg(allocator.adapters, allocator.orth_reg_weight)
+            penalty = functional.orth_reg(adapters, allocator.orth_reg_weight)
             outputs.loss = outputs.loss + penalty.to(outputs.loss.dtype)
         return outputs
 
