@@ -26,19 +26,33 @@ class Adapter:
         module: the layer that owns the parameters.
         key: None where lora_A is a Parameter of the layer (ours, loralib); else the adapter name
             under which the layer's ParameterDicts hold it (PEFT).
+        owners: those ParameterDicts, where a copy is made of an adapter whose layer is gone.
     """
 
-    def __init__(self, name: str, module: nn.Module, key: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module | None,
+        key: str | None,
+        owners: Sequence[nn.ParameterDict] = (),
+    ) -> None:
         self.name = name
         self.key = key
-        self._module: Callable[[], nn.Module | None]
-        self._module = weakref.ref(module) if key is not None else (lambda: module)
+        self._module: Callable[[], nn.Module | None] = lambda: module
         # PEFT's ParameterDicts, which stay the same.
-        self._owners = [] if key is None else [getattr(module, factor) for factor in _FACTORS]
+        self._owners: list[Any] = list(owners)
+        if key is not None and module is not None:
+            self._owners = [getattr(module, factor) for factor in _FACTORS]
+            self._module = weakref.ref(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A weak reference can be neither copied nor pickled.
-        return type(self), (self.name, self.module, self.key)
+        return type(self), (self.name, self._module(), self.key, self._owners)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the layer is gone: with its model, or because that has another in its place."""
+        return self._module() is None
 
     @property
     def module(self) -> nn.Module:
@@ -93,10 +107,10 @@ class Adapter:
 
     def set_rank(self, rank: int) -> None:
         """Tell the layer the number of triplets that its parameters now hold."""
-        module = cast(Any, self.module)
+        module: Any = self._module()
         if self.key is None:
             module.r = rank
-        else:
+        elif module is not None:
             module.r[self.key] = rank
 
 

@@ -24,9 +24,9 @@ def dropout_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:
     16 bits of torch's generator for each entry. p is meant to the nearest 2⁻¹⁶.
     """
     generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64)
+    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device="cpu")
     words.random_(-(2**63), None, generator=generator)
-    keep = torch.empty(like.numel(), dtype=like.dtype)
+    keep = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
     # Writing the comparison as numbers saves a pass over a bool tensor.
     bits = words.view(torch.int16)[: like.numel()]
     return torch.ge(bits, drop_below(p) - 2**15, out=keep).view(like.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_exporting
+from torch.nn.modules.module import _has_any_global_hook
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 # An op has a fake, so it serves what stands for a tensor while PyTorch records a graph.
@@ -19,6 +21,9 @@ _SERVED = _PLAIN | {FakeTensor, FunctionalTensor, type(None)}
 # The first has no public name. It is what autograd.Function asks itself.
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+# Tools patch classes, too. Those of the modules that become part of an op, as they are here.
+_FORWARDS: dict[type, Any] = {k: k.forward for k in (nn.Linear, nn.Dropout, nn.Identity)}
 
 TRACED = "what torch.jit.trace records has to run without this package"
 
@@ -55,14 +60,19 @@ def is_plain_tensor(t: Tensor) -> bool:
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling `module` is the forward of its class and nothing else.
 
-    It is not where the module has a hook, forward or backward, or where somebody has given the
-    instance a `forward` of its own.
+    It is not where the module has a hook, forward or backward, or all modules have one; where
+    somebody has given the instance a `forward` of its own; or the class of PyTorch another one.
     """
-    return "forward" not in module.__dict__ and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return (
+        "forward" not in module.__dict__
+        and type(module).forward is _FORWARDS.get(type(module), type(module).forward)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        )
     )
 
 

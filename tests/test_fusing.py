@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from adalora_kernels.fusing import fused_dropout_p, is_unhooked
 
@@ -64,3 +65,18 @@ def test_it_compiles_as_one_graph():
     module = nn.Dropout(0.25)
     run = torch.compile(lambda x: x + fused_dropout_p(module), fullgraph=True, backend="eager")
     assert torch.equal(run(torch.zeros(2)), torch.full((2,), 0.25))
+
+
+def test_hooks_on_all_modules_are_seen():
+    handle = register_module_forward_pre_hook(lambda *args: None)
+    try:
+        assert not is_unhooked(nn.Linear(2, 2))
+    finally:
+        handle.remove()
+    assert is_unhooked(nn.Linear(2, 2))
+
+
+def test_a_class_with_another_forward_is_seen(monkeypatch):
+    monkeypatch.setattr(nn.Dropout, "forward", lambda module, x: x)
+    assert fused_dropout_p(nn.Dropout(0.25)) is None
+    assert is_unhooked(nn.Linear(2, 2))

@@ -225,6 +225,7 @@ class RankAllocator(FollowsOptimizers):
                 "Call restart() before a training that is to begin with those of the last one",
                 stacklevel=4,
             )
+        self._freeze_what_is_gone()
         self._state.follow(parameters)
         self._state.members.take_step(parameters[1::3])
         budget = self._schedule_of_members().budget(global_step)

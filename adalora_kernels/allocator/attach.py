@@ -89,7 +89,7 @@ class FollowsOptimizers(BeginsRuns):
                 are sharded or flattened (FSDP).
             RuntimeError: already attached to this one.
         """
-        *wrappers, inner = unwrapped(optimizer, self.adapters)
+        *wrappers, inner = unwrapped(optimizer, self.adapters_left)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
         self.count_triplets()
@@ -138,7 +138,7 @@ class FollowsOptimizers(BeginsRuns):
         if not self._has_gradients():
             return None
         self.orth_reg = orth_reg_grad_(
-            self.adapters, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
+            self.adapters_left, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
         )
         return self.orth_reg
 

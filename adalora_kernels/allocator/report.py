@@ -27,6 +27,18 @@ class Reports:
         return [p for adapter in self.adapters for p in adapter.parameters]
 
     @property
+    def adapters_left(self) -> list[Adapter]:
+        """The adapters, but for those whose layers the model has no more, while it has any."""
+        return [adapter for adapter in self.adapters if not adapter.is_deleted] or self.adapters
+
+    def _freeze_what_is_gone(self) -> None:
+        """Let adapters whose layers the model has no more take no part, like frozen ones."""
+        if len(self.adapters_left) < len(self.adapters):
+            for adapter in self.adapters:
+                if adapter.is_deleted:
+                    adapter.lora_E.requires_grad_(False)
+
+    @property
     def _device(self) -> torch.device:
         return self.adapters[0].lora_E.device
 
@@ -80,6 +92,7 @@ class Reports:
         numbers are those of the adapters that take part: the others keep their values, and have
         no share in the budget.
         """
+        self._freeze_what_is_gone()
         state, step = self._state, self.global_step
         state.members.look(self._parameters()[1::3])
         schedule, total_rank = self._schedule_of_members(), state.total_rank()

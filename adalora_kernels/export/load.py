@@ -143,7 +143,9 @@ def _read_rank_pattern(config: dict[str, Any], opened: OpenedAdapter) -> dict[st
         if len(pattern) != init_r:
             raise ValueError(f"rank_pattern of {key!r} has {len(pattern)} entries, not {init_r}")
         patterns[name] = pattern
-    return {name: torch.tensor(p).nonzero().squeeze(1) for name, p in patterns.items()}
+    return {
+        name: torch.tensor(p, device="cpu").nonzero().squeeze(1) for name, p in patterns.items()
+    }
 
 
 def _masks_in_state(
@@ -160,7 +162,8 @@ def _masks_in_state(
     parts = state["mask"].split_with_sizes(ranks)
     if not state["shrunk"]:
         parts = [torch.ones_like(part) for part in parts]
-    return {id(a.module): part for a, part in zip(allocator.adapters, parts, strict=True)}
+    pairs = zip(allocator.adapters, parts, strict=True)
+    return {id(a.module): part for a, part in pairs if not a.is_deleted}
 
 
 def _rows_to_write(
@@ -205,5 +208,7 @@ def _rows_to_write(
         )
     # A model whose adapter was itself loaded pruned may have other rows than the file.
     fits = bool(torch.isin(numbers, places).all())
-    taken = torch.searchsorted(places, numbers) if fits else torch.arange(len(numbers))
+    taken = (
+        torch.searchsorted(places, numbers) if fits else torch.arange(len(numbers), device="cpu")
+    )
     return taken, a, e / lora_E_factor(layer, *scaling_and_ranknum), b

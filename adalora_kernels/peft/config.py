@@ -10,7 +10,13 @@ from peft import AdaLoraConfig
 from torch import Tensor
 
 from ..checks import as_int
-from .saving import AdaptedLayer, adapted_layers, config_for_file, rank_pattern_for_file
+from .saving import (
+    AdaptedLayer,
+    adapted_layers,
+    by_module,
+    config_for_file,
+    rank_pattern_for_file,
+)
 
 if TYPE_CHECKING:
     from .allocator import PeftRankAllocator
@@ -42,16 +48,18 @@ class AllocatedConfig(AdaLoraConfig):
     """
 
     # The reference is weak, because a config may live on when its model is gone. For each number
-    # that only this model has: what the field was when it got it, and the number.
-    __slots__ = ("_allocator", "_own_numbers")
+    # that only this model has: what the field was when it got it, and the number. The rank_pattern
+    # of another model, and the allocator's step when it was assigned.
+    __slots__ = ("_allocator", "_other_pattern", "_own_numbers")
 
     _allocator: weakref.ref[PeftRankAllocator] | None
     _own_numbers: dict[str, tuple[Any, Any]]
+    _other_pattern: tuple[dict[str, Any] | None, int] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AllocatedConfig:
         """An object without fields, as copies and pickles make it, that follows no allocator."""
         config: AllocatedConfig = super().__new__(cls)
-        config._allocator, config._own_numbers = None, {}
+        config._allocator, config._own_numbers, config._other_pattern = None, {}, None
         return config
 
     @classmethod
@@ -69,6 +77,12 @@ class AllocatedConfig(AdaLoraConfig):
     def allocator(self) -> PeftRankAllocator | None:
         """The allocator that this follows, while that exists."""
         return None if self._allocator is None else self._allocator()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the fields are equal; those of the object that its user has made are."""
+        if not isinstance(other, AdaLoraConfig):
+            return NotImplemented
+        return vars(self) == vars(other)
 
     def set_own(self, name: str, number: Any) -> None:
         """Set a number for this model only, until somebody sets the field to another one."""
@@ -90,12 +104,15 @@ class AllocatedConfig(AdaLoraConfig):
     def rank_pattern(self) -> dict[str, Any] | None:
         """PEFT's rank_pattern over the triplets that an adapter starts with, by their lora_E.
 
-        Where nothing has been pruned, it is what has been assigned; PEFT assigns a shortened
-        pattern when it saves, which is not needed. Reads the device.
+        Where nothing has been pruned, it is what has been assigned. What is assigned later comes
+        from a model of PEFT's that has been given this object, and is read until the allocator
+        steps again. Reads the device.
         """
         allocator = self.allocator
         if allocator is None or not allocator.begun:
             return self.first_rank_pattern
+        if self._other_pattern is not None and self._other_pattern[1] == allocator.global_step:
+            return self._other_pattern[0]
         layers = self._layers(allocator)
         if all(torch.equal(layer.alive, layer.first) for layer in layers):
             return self.first_rank_pattern
@@ -104,8 +121,15 @@ class AllocatedConfig(AdaLoraConfig):
     @rank_pattern.setter
     def rank_pattern(self, pattern: dict[str, Any] | None) -> None:
         refuse_lora_ranks(pattern)
-        if self.allocator is None or not self.allocator.begun:
+        allocator = self.allocator
+        if allocator is None or not allocator.begun:
             self.__dict__["rank_pattern"] = pattern
+            return
+        self._other_pattern = None
+        # PEFT assigns the model's own with shorter names when it saves, which is not needed.
+        name = allocator.adapter_name
+        if by_module(pattern, name) != by_module(self.rank_pattern, name):
+            self._other_pattern = pattern, allocator.global_step
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's, as it goes to files (`save_pretrained`, diffusers' metadata): what loads again.
@@ -123,7 +147,8 @@ class AllocatedConfig(AdaLoraConfig):
 
     def _layers(self, allocator: PeftRankAllocator) -> list[AdaptedLayer]:
         init_r = as_int("init_r", self.init_r, 1)
-        return adapted_layers(allocator.adapters, allocator, init_r, self.first_rank_pattern)
+        adapters = allocator.adapters_left
+        return adapted_layers(adapters, allocator, init_r, self.first_rank_pattern)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has the rank_pattern that this run has begun with: it may be for another model,

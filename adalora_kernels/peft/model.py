@@ -245,7 +245,7 @@ def _resize_modules(adapted: AdaptedModel, rank_pattern: dict[str, Any], adapter
     for name, alive in rank_pattern.items():
         module = module_name(name, adapter_name)
         layer: Any = adapted.root.get_submodule(module)
-        numbers = torch.as_tensor(alive).bool().view(-1).nonzero().squeeze(1)
+        numbers = torch.as_tensor(alive, device="cpu").bool().view(-1).nonzero().squeeze(1)
         rows = len(layer.lora_E[adapter_name])
         if rows == len(numbers):
             continue
@@ -313,10 +313,11 @@ class AllocatedAdaLoraModel(AdaLoraModel):
             and not allocator.attached
             and self.training
             and allocator.orth_reg_weight > 0
-            and not allocator.adapters[0].module.disable_adapters
             and isinstance(getattr(outputs, "loss", None), Tensor)
+            and (adapters := allocator.adapters_left)
+            and not adapters[0].module.disable_adapters
         ):
-            penalty = functional.orth_reg(allocator.adapters, allocator.orth_reg_weight)
+            penalty = functional.orth_reg(adapters, allocator.orth_reg_weight)
             outputs.loss = outputs.loss + penalty.to(outputs.loss.dtype)
         return outputs
 

@@ -96,7 +96,7 @@ class AdaptedLayer:
 
     def _rows_of(self, part: Tensor, dim: int) -> Tensor:
         """Which of the init_r triplets the entries of `part` are, (n,) int64 on the CPU."""
-        for rows in (self.stored, self.first.nonzero().squeeze(1), torch.arange(len(self.first))):
+        for rows in (self.stored, self.first.nonzero().squeeze(1), _numbers_to(len(self.first))):
             if len(rows) == part.shape[dim]:
                 return rows
         raise ValueError(
@@ -139,11 +139,11 @@ def adapted_layers(
         if length > init_r:
             raise ValueError(f"{name} has {length} triplets, its init_r is {init_r}")
         # After shrink() the parameters hold only what is alive.
-        stored = torch.arange(rows) if length == rows else alive.nonzero().squeeze(1)
+        stored = _numbers_to(rows) if length == rows else alive.nonzero().squeeze(1)
         if len(stored) != rows:
             raise ValueError(f"allocator is for {len(stored)} triplets of {name}, it has {rows}")
         numbers = _numbers_of_first(known.get(name), length, init_r)
-        first, whole = (torch.zeros(init_r, dtype=torch.bool) for _ in range(2))
+        first, whole = (_flags([False] * init_r) for _ in range(2))
         first[numbers] = True
         whole[numbers] = alive
         layers.append(AdaptedLayer(adapter, first, whole, numbers[stored]))
@@ -159,22 +159,23 @@ def _alive_without_allocator(adapters: list[Adapter], known: dict[str, list[bool
     for adapter in adapters:
         alive = triplets_there(*adapter.parameters).cpu()
         pattern = known.get(module_name(adapter.name, adapter.key), [])
-        result.append(alive & torch.tensor(pattern) if len(pattern) == len(alive) else alive)
+        result.append(alive & _flags(pattern) if len(pattern) == len(alive) else alive)
     return result
 
 
 def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> list[Tensor]:
     patterns = {
-        (id(adapter.module), adapter.key): torch.tensor(pattern, dtype=torch.bool)
+        (id(adapter.module), adapter.key): _flags(pattern)
         for adapter, pattern in zip(
             allocator.adapters, allocator.rank_pattern.values(), strict=True
         )
+        if not adapter.is_deleted
     }
     keys = [(id(adapter.module), adapter.key) for adapter in adapters]
     if patterns.keys().isdisjoint(keys):
         raise ValueError("allocator is for another model or adapter")
     return [
-        patterns.get(key, torch.zeros(len(adapter.lora_E), dtype=torch.bool))
+        patterns.get(key, _flags([False] * len(adapter.lora_E)))
         for adapter, key in zip(adapters, keys, strict=True)
     ]
 
@@ -182,8 +183,17 @@ def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> li
 def _numbers_of_first(pattern: list[bool] | None, length: int, init_r: int) -> Tensor:
     """Which of the init_r triplets a run of `length` triplets has begun with: (length,) int64."""
     if pattern is not None and len(pattern) == init_r and sum(pattern) == length < init_r:
-        return torch.tensor(pattern).nonzero().squeeze(1)
-    return torch.arange(length)
+        return _flags(pattern).nonzero().squeeze(1)
+    return _numbers_to(length)
+
+
+def _flags(flags: list[bool]) -> Tensor:
+    """On the CPU, whatever PyTorch's default device is."""
+    return torch.tensor(flags, dtype=torch.bool, device="cpu")
+
+
+def _numbers_to(length: int) -> Tensor:
+    return torch.arange(length, device="cpu")
 
 
 def fit_rows_(state_dict: dict[str, Any], prefix: str, adapter_name: str, rows: int) -> None:
@@ -250,7 +260,10 @@ def by_module(
 ) -> dict[str, list[bool]]:
     """PEFT's rank_pattern by the names of the layers, not by those of their lora_E."""
     return {
-        module_name(name, adapter_name): torch.as_tensor(pattern).bool().view(-1).tolist()
+        module_name(name, adapter_name): torch.as_tensor(pattern, device="cpu")
+        .bool()
+        .view(-1)
+        .tolist()
         for name, pattern in (rank_pattern or {}).items()
     }
 
