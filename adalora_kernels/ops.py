@@ -302,37 +302,29 @@ def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor, Tensor, 
 
     The tensors are grad_y, x, weight, A, E, B, mask, h and seed.
     """
-    (*arguments, h, seed), grad_y = tensors, tensors[0]
-    rest = (ctx.scaling, ctx.dropout_p, seed, need_dx)
+    *arguments, seed = tensors
     why: str | None = "its gradient is not differentiable itself (create_graph=True)"
     if not torch.is_grad_enabled():
-        why = why_plain(grad_y)
+        why = why_plain(tensors[0])
     if why is None:
-        return torch.ops.adalora.svd_linear_backward(*arguments, h, *rest, ctx.impl)  # type: ignore[no-any-return]
+        return torch.ops.adalora.svd_linear_backward(  # type: ignore[no-any-return]
+            *arguments, ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl
+        )
     if ctx.impl != "auto":
         raise RuntimeError(f"impl={ctx.impl!r} cannot run: {why}")
-    return _plain_backward(*(*arguments, *rest))
+    return _plain_gradients(tensors, ctx.scaling, ctx.dropout_p, need_dx)
 
 
 @outside_autocast
-def _plain_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
+def _plain_gradients(
+    tensors: tuple[Any, ...], scaling: float, dropout_p: float, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `svd_linear_backward` returns where `impl` is "auto", as autograd can record it.
+    """What the op returns where `impl` is "auto", as autograd can record it.
 
     h is computed again, because the one that was saved has no history. Dropout drops what it
     dropped in the forward, so its mask is that of the device's implementation.
     """
+    grad_y, x, weight, A, E, B, mask, _, seed = tensors
     dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
     if seed is not None:
         mask_of = cpu.dropout_mask if x.is_cpu else reference.philox_mask

@@ -33,10 +33,10 @@ class Reports:
 
     def _freeze_what_is_gone(self) -> None:
         """Let adapters whose layers the model has no more take no part, like frozen ones."""
-        if len(self.adapters_left) < len(self.adapters):
-            for adapter in self.adapters:
-                if adapter.is_deleted:
-                    adapter.lora_E.requires_grad_(False)
+        gone = [adapter for adapter in self.adapters if adapter.is_deleted]
+        if len(gone) < len(self.adapters):
+            for adapter in gone:
+                adapter.lora_E.requires_grad_(False)
 
     @property
     def _device(self) -> torch.device:
