@@ -18,6 +18,8 @@ from .launch import ceil_div, launch, launch_cublas
 
 # Where the parts of a workspace may begin. Triton's kernels and tensor maps need 16 bytes.
 _ALIGNMENT = 256
+# Most arguments are of these types, and the same in every call.
+_PLAIN = frozenset((int, bool, float, str, tuple, type(None)))
 
 
 class Count(NamedTuple):
@@ -116,28 +118,31 @@ def run(
     known = {**tensors, **_workspace(recipe.workspace, M, device)}
 
     def view(array: Array) -> Tensor:
-        tensor = known[array.name]
-        if array.strides is None:
+        tensor, strides = known[array.name], array.strides
+        # Strides alone would not tell a matrix of one row from one of one column.
+        if strides is None or (strides == tensor.stride() and array.shape[-1] == tensor.shape[-1]):
             return tensor
-        layout = (array.of(M), array.strides)
-        return tensor if layout == (tensor.shape, tensor.stride()) else tensor.as_strided(*layout)
+        return tensor.as_strided(array.of(M), strides)
 
     def value(argument: Any) -> Any:
-        match argument:
-            case Array():
-                return view(argument)
-            case Count():
-                return argument.of(M)
-            case Scalar():
-                return scalars[argument.name]
-            case Tile():
-                return TensorDescriptor.from_tensor(view(argument.array), list(argument.block))
-        if hasattr(argument, "_fields"):
-            return type(argument)(*map(value, argument))
+        kind = type(argument)
+        if kind is Array:
+            return view(argument)
+        if kind is Count:
+            return argument.of(M)
+        if kind is Scalar:
+            return scalars[argument.name]
+        if kind is Tile:
+            return TensorDescriptor.from_tensor(view(argument.array), list(argument.block))
+        if hasattr(kind, "_fields"):
+            return kind(*map(value, argument))
         return argument
 
     for step in recipe.steps:
-        arguments = {name: value(argument) for name, argument in step.arguments.items()}
+        arguments = {
+            name: argument if type(argument) in _PLAIN else value(argument)
+            for name, argument in step.arguments.items()
+        }
         if step.kernel is None:
             launch_cublas(**arguments)
         else:
