@@ -53,7 +53,7 @@ class Array(NamedTuple):
 
     def of(self, M: int) -> tuple[int, ...]:
         """Return the shape for M rows."""
-        return tuple(n if isinstance(n, int) else n.of(M) for n in self.shape)
+        return tuple([n if isinstance(n, int) else n.of(M) for n in self.shape])
 
     @property
     def T(self) -> Array:
@@ -135,7 +135,7 @@ def run(
         if kind is Tile:
             return TensorDescriptor.from_tensor(view(argument.array), list(argument.block))
         if hasattr(kind, "_fields"):
-            return kind(*map(value, argument))
+            return kind(*[a if type(a) in _PLAIN else value(a) for a in argument])
         return argument
 
     for step in recipe.steps:
@@ -153,13 +153,12 @@ def _workspace(parts: tuple[Part, ...], M: int, device: torch.device) -> dict[st
     """Allocate the one workspace, and return its parts by name."""
     if not parts:
         return {}
-    begins: list[int] = []
     ends: list[int] = []
+    places = []
     for array, after in parts:
-        begins.append(0 if after < 0 else ceil_div(ends[after], _ALIGNMENT) * _ALIGNMENT)
-        ends.append(begins[-1] + math.prod(array.of(M)) * array.dtype.itemsize)
+        shape = array.of(M)
+        begin = 0 if after < 0 else ceil_div(ends[after], _ALIGNMENT) * _ALIGNMENT
+        ends.append(begin + math.prod(shape) * array.dtype.itemsize)
+        places.append((array, shape, slice(begin, ends[-1])))
     memory = torch.empty(max(ends), dtype=torch.uint8, device=device)
-    return {
-        array.name: memory[begin:end].view(array.dtype).view(array.of(M))
-        for (array, _), begin, end in zip(parts, begins, ends, strict=True)
-    }
+    return {a.name: memory[place].view(a.dtype).view(shape) for a, shape, place in places}
