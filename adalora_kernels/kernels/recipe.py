@@ -53,6 +53,11 @@ class Array(NamedTuple):
         """Return the shape for M rows."""
         return tuple(n if isinstance(n, int) else n.of(M) for n in self.shape)
 
+    @property
+    def T(self) -> Array:
+        """Return the transpose of a matrix that has strides."""
+        return self._replace(shape=self.shape[::-1], strides=self.strides and self.strides[::-1])
+
 
 class Scalar(NamedTuple):
     """A `Scalar` is a number of the call: "scaling", "drop_below" or "keep_scale"."""
