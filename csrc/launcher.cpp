@@ -152,8 +152,9 @@ bool make_readable(Call& call) {
   for (const Array array : {of_bias, of_A, of_E, of_B, of_mask, of_seed, of_h}) {
     if (!make_contiguous(call, array)) return false;
   }
-  return as_rows(call, of_x, call.x_strides) && as_rows(call, of_weight, call.weight_strides) &&
-         as_rows(call, of_base, call.base_strides) && as_rows(call, of_grad_y, call.grad_strides);
+  if (call.has(of_weight)) std::copy_n(call[of_weight].strides, 2, call.weight_strides);
+  return as_rows(call, of_x, call.x_strides) && as_rows(call, of_base, call.base_strides) &&
+         as_rows(call, of_grad_y, call.grad_strides);
 }
 
 Key key_of(const Call& call) {

@@ -62,7 +62,7 @@ struct Map {
   int64_t type, element_bytes, swizzle, fill;
 };
 
-// Two dimensions of a tensor of the call, or of a part of its workspace.
+// Two dimensions of a tensor of the call.
 struct Matrix {
   int64_t array;
   Count rows, columns;
@@ -135,7 +135,7 @@ class Reader {
     return {per, times, plus, number()};
   }
   Matrix matrix() {
-    const int64_t of = array();
+    const int64_t of = number(0, of_workspace - 1);
     const Count rows = count(), columns = count();
     const int64_t stride = number();
     return {of, rows, columns, {stride, number()}};
