@@ -27,7 +27,7 @@ constexpr int64_t most_dims = 16, most_ranks = 256, most_size = INT32_MAX;
 
 // One call of a layer: what it gets, what it makes, and what the recipe needs to know of both.
 struct Call {
-  Owned owned[of_workspace];     // what it gets (or a copy), and what it makes
+  Owned owned[of_workspace];      // what it gets (or a copy), and what it makes
   Strided tensors[of_workspace];  // the same
   void* data[of_workspace + most_parts] = {};
   Owned workspace;
@@ -102,28 +102,27 @@ bool fits(Call& call) {
   }
   if (call.in < 1 || call.in > most_size || call.out < 1 || call.out > most_size) return false;
   if (call.ranks < 1 || call.ranks > most_ranks) return false;
-  const bool shapes =
-      A.is(call.ranks, call.in) && call[of_E].is(call.ranks, 1) && B.is(call.out, call.ranks) &&
-      (!call.has(of_weight) || call[of_weight].is(call.out, call.in)) &&
-      (!call.has(of_bias) || call[of_bias].is(call.out)) &&
-      (!call.has(of_base) || call[of_base].is_beside(x, call.out)) &&
-      (!call.has(of_mask) || call[of_mask].is(call.ranks)) &&
-      (!call.has(of_seed) || call[of_seed].is(1)) &&
-      (!call.has(of_h) || call[of_h].is_beside(x, call.ranks)) &&
-      (!call.has(of_grad_y) || call[of_grad_y].is_beside(x, call.out));
+  const bool shapes = A.is(call.ranks, call.in) && call[of_E].is(call.ranks, 1) &&
+                      B.is(call.out, call.ranks) &&
+                      (!call.has(of_weight) || call[of_weight].is(call.out, call.in)) &&
+                      (!call.has(of_bias) || call[of_bias].is(call.out)) &&
+                      (!call.has(of_base) || call[of_base].is_beside(x, call.out)) &&
+                      (!call.has(of_mask) || call[of_mask].is(call.ranks)) &&
+                      (!call.has(of_seed) || call[of_seed].is(1)) &&
+                      (!call.has(of_h) || call[of_h].is_beside(x, call.ranks)) &&
+                      (!call.has(of_grad_y) || call[of_grad_y].is_beside(x, call.out));
   if (!shapes) return false;
   const Codes& code = codes();
   for (const Array array : {of_x, of_base, of_A, of_E, of_grad_y}) {
     if (call.has(array) && !code.is_floating(call[array].dtype)) return false;
   }
-  const bool dtypes = B.dtype == A.dtype &&
-                      (!call.has(of_weight) || call[of_weight].dtype == x.dtype) &&
-                      (!call.has(of_bias) || call[of_bias].dtype == x.dtype) &&
-                      (!call.has(of_weight) || !call.has(of_grad_y) ||
-                       call[of_grad_y].dtype == x.dtype) &&
-                      (!call.has(of_mask) || call[of_mask].dtype == code.boolean) &&
-                      (!call.has(of_seed) || call[of_seed].dtype == code.int64) &&
-                      (!call.has(of_h) || call[of_h].dtype == code.promoted(x.dtype, A.dtype));
+  const bool dtypes =
+      B.dtype == A.dtype && (!call.has(of_weight) || call[of_weight].dtype == x.dtype) &&
+      (!call.has(of_bias) || call[of_bias].dtype == x.dtype) &&
+      (!call.has(of_weight) || !call.has(of_grad_y) || call[of_grad_y].dtype == x.dtype) &&
+      (!call.has(of_mask) || call[of_mask].dtype == code.boolean) &&
+      (!call.has(of_seed) || call[of_seed].dtype == code.int64) &&
+      (!call.has(of_h) || call[of_h].dtype == code.promoted(x.dtype, A.dtype));
   if (!dtypes) return false;
   for (const Strided& t : call.tensors) {
     if (t.handle != nullptr &&
@@ -180,8 +179,8 @@ const Recipe* make_recipe(const Call& call, const Key& key) {
   Plans::get().misses++;
   StableIValue stack[12];
   size_t next = 0;
-  for (const Array array : {of_x, of_weight, of_bias, of_base, of_A, of_E, of_B, of_mask, of_seed,
-                            of_h, of_grad_y}) {
+  for (const Array array :
+       {of_x, of_weight, of_bias, of_base, of_A, of_E, of_B, of_mask, of_seed, of_h, of_grad_y}) {
     const bool always = array == of_x || array == of_A || array == of_E || array == of_B;
     stack[next++] = always ? argument(call[array].handle) : optional_argument(call[array].handle);
   }
@@ -259,7 +258,8 @@ void launch(const Driver& driver, const Step& step, const Call& call, void* stre
       const int64_t value = patch.count.of(call.rows);
       std::memcpy(bytes + patch.offset, &value, patch.bytes);
     } else {
-      std::memcpy(bytes + patch.offset, reinterpret_cast<const char*>(&call.scalars) + 4 * patch.index, 4);
+      std::memcpy(bytes + patch.offset,
+                  reinterpret_cast<const char*>(&call.scalars) + 4 * patch.index, 4);
     }
   }
   for (const Map& map : step.maps) {
@@ -298,8 +298,8 @@ bool multiply(const Call& call, const Step& step) {
     return true;
   }
   const double one = 1.0;
-  StableIValue stack[] = {argument(bias.get()), argument(x.get()), argument(w.get()), stable::from(one),
-                          stable::from(one), argument(out.get())};
+  StableIValue stack[] = {argument(bias.get()), argument(x.get()), argument(w.get()),
+                          stable::from(one),    stable::from(one), argument(out.get())};
   if (!adalora::call("aten::addmm", "out", stack)) return false;
   const Owned same(stable::to<AtenTensorHandle>(stack[0]));
   return true;
@@ -327,7 +327,8 @@ bool set_scalars(Call& call, double scaling, double dropout_p) {
   call.has_dropout = call.has(of_seed) || dropout_p > 0.0;
   call.scalars.scaling = static_cast<float>(scaling);
   // Half to even, as Python rounds.
-  call.scalars.drop_below = static_cast<int32_t>(std::min(std::nearbyint(dropout_p * 65536.0), 65535.0));
+  call.scalars.drop_below =
+      static_cast<int32_t>(std::min(std::nearbyint(dropout_p * 65536.0), 65535.0));
   call.scalars.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   return true;
 }

@@ -12,8 +12,23 @@ namespace adalora {
 
 // The tensors of a call, in the order of encode.py; its workspace is divided into what follows.
 enum Array : int64_t {
-  of_x, of_weight, of_bias, of_base, of_A, of_E, of_B, of_mask, of_seed, of_h, of_grad_y,
-  of_y, of_dx, of_dA, of_dE, of_dB, of_workspace
+  of_x,
+  of_weight,
+  of_bias,
+  of_base,
+  of_A,
+  of_E,
+  of_B,
+  of_mask,
+  of_seed,
+  of_h,
+  of_grad_y,
+  of_y,
+  of_dx,
+  of_dA,
+  of_dE,
+  of_dB,
+  of_workspace
 };
 
 // The numbers of a call that are not sizes, as kernels take them: 4 bytes each.
@@ -196,7 +211,8 @@ class Reader {
     }
   }
   static uint32_t room(Step& step, int64_t bytes, int64_t alignment) {
-    const int64_t offset = (static_cast<int64_t>(step.bytes.size()) + alignment - 1) / alignment * alignment;
+    const int64_t offset =
+        (static_cast<int64_t>(step.bytes.size()) + alignment - 1) / alignment * alignment;
     require(offset + bytes <= most_bytes);
     step.bytes.resize(offset + bytes);
     step.offsets.push_back(static_cast<uint32_t>(offset));

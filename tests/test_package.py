@@ -36,7 +36,7 @@ ALLOCATOR = [
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps"},
 ]
-KERNELS = [{"tune"}, {"svd_linear"}, {"recipe"}, {"launch"}]
+KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]

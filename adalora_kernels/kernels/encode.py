@@ -22,10 +22,10 @@ from .svd_linear import plans
 from .svd_linear.calls import call_of, operands, recipe_of
 
 # The order in which the launcher numbers them; the parts of the workspace follow.
-_ARRAYS = ("x", "weight", "bias", "base", "A", "E", "B", "mask", "seed", "h", "grad_y")
-_ARRAYS += ("y", "dx", "dA", "dE", "dB")
-# A value of each scalar, to compile with, and the type in which the launcher hands it on.
-_SCALARS = {"scaling": (0.5, "fp32"), "drop_below": (3, "i32"), "keep_scale": (1.5, "fp32")}
+_GIVEN = ("x", "weight", "bias", "base", "A", "E", "B", "mask", "seed", "h", "grad_y")
+_ARRAYS = (*_GIVEN, "y", "dx", "dA", "dE", "dB")
+# The types in which the launcher hands on the scalars.
+_SCALARS = {"scaling": "fp32", "drop_below": "i32", "keep_scale": "fp32"}
 _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
 # CUtensorMapDataType.
 _MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
@@ -64,10 +64,8 @@ def plan_launches(
     planning or compiling raises: the call then goes the long way, which raises it again.
     """
     try:
-        given = operands(
-            **{"x": x, "weight": weight, "bias": bias, "base": base, "A": A, "E": E, "B": B},
-            **{"mask": mask, "seed": seed, "h": h, "grad_y": grad_y},
-        )
+        tensors = (x, weight, bias, base, A, E, B, mask, seed, h, grad_y)
+        given = operands(**dict(zip(_GIVEN, tensors, strict=True)))
         numbers = encode(recipe_of(call_of(given, need_dx)), len(given["x"]), given)
     except _CannotEncode:
         numbers = _NOTHING
@@ -167,7 +165,10 @@ class _Writer:
             case Count():
                 return leaf.of(self.M)
             case Scalar():
-                return _SCALARS[leaf.name][0]
+                # Triton compiles a whole number in if it is 1, or a multiple of 16. Without dropout
+                # it is 0 at every call.
+                whole = 3 if "seed" in self.tensors else 0
+                return whole if _SCALARS[leaf.name] == "i32" else 1.5
             case Tile():
                 _, strides = _matrix(leaf.array)
                 base = self._value(leaf.array)
@@ -199,7 +200,7 @@ class _Writer:
             yield from self._map(leaf, next(maps, None))
         elif isinstance(leaf, Array) and kind.startswith("*"):
             yield [_ADDRESS, self.numbers[leaf.name]]
-        elif isinstance(leaf, Scalar) and kind == _SCALARS[leaf.name][1]:
+        elif isinstance(leaf, Scalar) and kind == _SCALARS[leaf.name]:
             yield [_SCALAR, list(_SCALARS).index(leaf.name)]
         elif isinstance(leaf, float) and kind == "fp32":
             (bits,) = struct.unpack("<i", struct.pack("<f", leaf))
