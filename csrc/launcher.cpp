@@ -276,31 +276,30 @@ void launch(const Driver& driver, const Step& step, const Call& call, void* stre
   driver.launch(step.function, grid, step.threads, step.shared, stream, parameters);
 }
 
-// out = x w + bias by torch, which calls cuBLAS.
+// A matrix of a product, or its transpose.
+Owned view(const Call& call, const Matrix& matrix, bool transposed) {
+  int64_t sizes[2] = {matrix.rows.of(call.rows), matrix.columns.of(call.rows)};
+  int64_t strides[2] = {matrix.strides[0], matrix.strides[1]};
+  if (transposed) {
+    std::swap(sizes[0], sizes[1]);
+    std::swap(strides[0], strides[1]);
+  }
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(call.tensors[matrix.array].handle, 2, sizes,
+                                                        strides, 0, &made));
+  return Owned(made);
+}
+
+// out = x w + bias by torch, which calls cuBLAS. With a bias it is torch.addmm, to which linear.out
+// comes down; a call of its own would need numbers of a type that can't be passed.
 bool multiply(const Call& call, const Step& step) {
-  Owned views[4];
-  for (size_t i = 0; i < step.product.size(); i++) {
-    const Matrix& matrix = step.product[i];
-    const int64_t sizes[2] = {matrix.rows.of(call.rows), matrix.columns.of(call.rows)};
-    AtenTensorHandle view = nullptr;
-    // A bias has one dimension, the second.
-    const int first = i == 3;
-    if (aoti_torch__reinterpret_tensor(call.tensors[matrix.array].handle, 2 - first, sizes + first,
-                                       matrix.strides + first, 0, &view))
-      return false;
-    views[i] = Owned(view);
-  }
-  const Owned &out = views[0], &x = views[1], &w = views[2], &bias = views[3];
-  if (!bias) {
-    StableIValue stack[] = {argument(x.get()), argument(w.get()), argument(out.get())};
-    if (!adalora::call("aten::mm", "out", stack)) return false;
-    const Owned same(stable::to<AtenTensorHandle>(stack[0]));
-    return true;
-  }
-  const double one = 1.0;
-  StableIValue stack[] = {argument(bias.get()), argument(x.get()), argument(w.get()),
-                          stable::from(one),    stable::from(one), argument(out.get())};
-  if (!adalora::call("aten::addmm", "out", stack)) return false;
+  const bool has_bias = step.product.size() > 3;
+  const Owned out = view(call, step.product[0], false), x = view(call, step.product[1], false),
+              w = view(call, step.product[2], has_bias);
+  StableIValue stack[4] = {argument(x.get()), argument(w.get())};
+  if (has_bias) stack[2] = optional_argument(call.tensors[step.product[3].array].handle);
+  stack[has_bias ? 3 : 2] = argument(out.get());
+  if (!adalora::call(has_bias ? "aten::linear" : "aten::mm", "out", stack)) return false;
   const Owned same(stable::to<AtenTensorHandle>(stack[0]));
   return true;
 }

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <list>
 #include <mutex>
-#include <shared_mutex>
 #include <unordered_map>
 #include <utility>
 
@@ -48,19 +47,19 @@ class Plans {
 
   // Null if there is none yet. A recipe stays where it is for good.
   const Recipe* find(const Key& key) {
-    const std::shared_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = recipes_.find(key);
     return found == recipes_.end() ? nullptr : found->second;
   }
   // Where two threads make the same one at once, the first stays.
   const Recipe* add(const Key& key, Recipe recipe) {
-    const std::unique_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     const auto [at, is_new] = recipes_.try_emplace(key, nullptr);
     if (is_new) at->second = &all_.emplace_back(std::move(recipe));
     return at->second;
   }
   void forget() {
-    const std::unique_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     recipes_.clear();
   }
 
@@ -73,7 +72,7 @@ class Plans {
                    [] { get().mutex_.unlock(); });
   }
 
-  std::shared_mutex mutex_;
+  std::mutex mutex_;
   std::unordered_map<Key, const Recipe*, HashOfKey> recipes_;
   std::list<Recipe> all_;  // the forgotten ones too, as a thread may be carrying one out
 };

@@ -151,15 +151,13 @@ def named(launches: list[fake_gpu.Launch], tensors: dict[str, Any]) -> list[Any]
 def compare(problem: Problem) -> list[str]:
     """Assert that forward and backward launch what Triton would; return the kernels' names."""
     t, p = tensors_of(problem), problem.p
-    copies = "transposed" in problem or problem.small != "plain"
+    forwards = (lambda: forward(t, p), lambda: triton_forward(t, p))
+    backwards = (
+        lambda: backward(t, p, problem.need_dx),
+        lambda: triton_backward(t, p, problem.need_dx),
+    )
     kernels: list[str] = []
-    for mine, theirs in (
-        (lambda: forward(t, p), lambda: triton_forward(t, p)),
-        (
-            lambda: backward(t, p, problem.need_dx),
-            lambda: triton_backward(t, p, problem.need_dx),
-        ),
-    ):
+    for mine, theirs in (forwards, backwards):
         with fake_gpu.recorded() as ours:
             made = mine()
         with fake_gpu.recorded() as expected:
@@ -171,13 +169,25 @@ def compare(problem: Problem) -> list[str]:
         for name, result in reference.items():
             layout = (result.shape, result.stride(), result.dtype)
             assert (made[name].shape, made[name].stride(), made[name].dtype) == layout, name
-        a, b = named(ours, {**t, **made}), named(expected, {**t, **reference})
-        # How far a copy is from the workspace is up to the allocator.
-        for i, (one, other) in enumerate(zip(a[: -1 if copies else None], b, strict=not copies)):
-            assert one == other, f"{problem}, launch {i}:\n{one}\n{other}"
-        assert len(a) == len(b)
-        kernels += [launch.name.strip("_").removesuffix("_kernel") for launch in ours]
+        compare_launches(problem, named(ours, {**t, **made}), named(expected, {**t, **reference}))
+        names = [launch.name.strip("_").removesuffix("_kernel") for launch in ours]
+        if "gemm" not in names and not problem.delta:
+            # What torch has multiplied is really there.
+            for product in {"y", "dx"} & made.keys():
+                torch.testing.assert_close(made[product], reference[product], rtol=0, atol=0)
+                names.append("cublas")
+        kernels += names
     return kernels
+
+
+def compare_launches(problem: Problem, ours: list[Any], expected: list[Any]) -> None:
+    """Assert that two lists of `named` are the same."""
+    if "transposed" in problem or problem.small != "plain":
+        # How far a copy is from the workspace is up to the allocator.
+        ours, expected = ours[:-1], expected[:-1]
+    assert len(ours) == len(expected), problem
+    for i, (one, other) in enumerate(zip(ours, expected, strict=True)):
+        assert one == other, f"{problem}, launch {i}:\n{one}\n{other}"
 
 
 def library() -> Any:
