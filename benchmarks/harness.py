@@ -15,6 +15,7 @@ import contextlib
 import gc
 import itertools
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ GRAPH, WALL = "CUDA graph", "wall clock, eager, device synchronized"
 CPU = "CPU time of the process"
 _FLOORS = ("F.linear", "frozen nn.Linear", "memory traffic alone", "copy of as many bytes")
 _FLOORS += ("no adapter",)
+_MEETS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ def kind_of(provider: str) -> str:
         return "theirs"
     plain = provider.startswith("torch.")
     return "floor" if provider in _FLOORS else "plain" if plain else "ours"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Say how a figure stands to its goal: met or MISSED; empty where there is no goal."""
+    if not isinstance(row.get("goal"), str):
+        return ""
+    sign, limit = row["goal"].split()
+    met = "met" if _MEETS[sign](row["value"], float(limit)) else "MISSED"
+    within = row.get("p25", float("nan")) <= float(limit) <= row.get("p75", float("nan"))
+    return f"{met}, within the spread" if within else met
 
 
 def check(name: str, actual: Tensor, exact: Tensor, eager: Tensor | None = None) -> None:

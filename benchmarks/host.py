@@ -70,7 +70,7 @@ def _lines(device: Any) -> Iterator[str]:
 
 def _line(row: dict[str, Any]) -> str:
     """Write a ratio, or a count that has a goal; empty for other figures."""
-    from benchmarks.results import verdict
+    from benchmarks.harness import verdict
 
     if row["kind"] != "ours" or not ("p25" in row or "goal" in row):
         return ""
