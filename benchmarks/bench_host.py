@@ -21,24 +21,9 @@ import torch
 from benchmarks import fake_gpu, harness
 from benchmarks import host_layers as layers
 from benchmarks.harness import Call, Case, Context, Outcome, time_alone
-from benchmarks.host_layers import (
-    ADALORA,
-    APPLIED,
-    BACKWARD,
-    BY_TRITON,
-    CPU,
-    FAKE,
-    FORWARD,
-    FROZEN,
-    GPU,
-    LAYER,
-    LORA,
-    NO_GRAD,
-    OURS,
-    Host,
-)
+from benchmarks.host_layers import APPLIED, BACKWARD, CPU, FAKE, FORWARD, GPU, LAYER, LORA, Host
 
-TO_LORA, TO_ADALORA = f"time / {LORA}", f"time / {ADALORA}"
+TO_LORA, TO_ADALORA = f"time / {LORA}", f"time / {layers.ADALORA}"
 GOALS = {FORWARD: "<= 0.45", BACKWARD: "<= 0.6"}
 CPU_GOAL = "<= 1"
 PYTHON_CALLS, MISSES = "Python calls below the Function", "plans missed after the first call"
@@ -51,7 +36,7 @@ def cases(context: Context) -> Sequence[Case]:
         rows, columns = ((3,), 32) if context.smoke else (GPU_ROWS, 2048)
         hosts = [Host(GPU, d, 0.0, n, columns) for n in rows for d in (FORWARD, BACKWARD)]
         return [_case(host) for host in hosts]
-    hosts = [Host(FAKE, d, p) for d in (FORWARD, BACKWARD, NO_GRAD) for p in (0.0, 0.1)]
+    hosts = [Host(FAKE, d, p) for d in (FORWARD, BACKWARD, layers.NO_GRAD) for p in (0.0, 0.1)]
     hosts += [Host(FAKE, direction, llama=True) for direction in (FORWARD, BACKWARD)]
     hosts += [Host(CPU, d, 0.0, n, 384) for d in (FORWARD, BACKWARD) for n in CPU_ROWS]
     return [_case(host) for host in hosts]
@@ -87,23 +72,23 @@ def measure(case: Case, context: Context) -> Outcome:
         return outcome
     providers = {name: layers.make(host, name, context.device) for name in case.providers}
     exact = layers.CheckLaunches(host) if host.on == FAKE else None
-    outcome.keep_right(providers, exact or layers.CheckNumbers(host, providers[ADALORA]))
+    outcome.keep_right(providers, exact or layers.CheckNumbers(host, providers[layers.ADALORA]))
     calls: dict[str, list[Call]] = {}
     for name, provider in providers.items():
         call: Call = partial(provider.call, host.direction)
-        if name == BY_TRITON:
+        if name == layers.BY_TRITON:
             call = partial(layers.through_triton, call)
-        if host.on == FAKE and name in OURS:
+        if host.on == FAKE and name in layers.OURS:
             _count(outcome, name, call)
         # Many of a layer are a turn, for a single one would not be much longer than a look at the
         # clock.
         calls[name] = [call] * (1 if host.llama else 20)
     outcome.time(context, calls, seconds=1.0, rounds=(10, 60), clock=harness.CPU)
     if host.llama and context.timed:
-        frozen = outcome.seconds.pop(FROZEN)
+        frozen = outcome.seconds.pop(layers.FROZEN)
         outcome.seconds = outcome.seconds.sub(frozen, axis=0) / layers.ADAPTED
     outcome.compare(LORA, TO_LORA)
-    outcome.compare(ADALORA, TO_ADALORA)
+    outcome.compare(layers.ADALORA, TO_ADALORA)
     if host.on == GPU and context.timed:
         of_host = outcome.seconds.median()
         outcome.time(context, calls, seconds=1.0, rounds=(10, 60), clock=harness.WALL)
@@ -119,7 +104,7 @@ def _count(outcome: Outcome, name: str, call: Call) -> None:
     before, missed = fake_gpu.counts(), layers.plan_misses()
     call()
     outcome.add(name, "launches", fake_gpu.counts().launches - before.launches)
-    if missed is not None and name != BY_TRITON:
+    if missed is not None and name != layers.BY_TRITON:
         outcome.add(name, MISSES, (layers.plan_misses() or 0) - missed)
         outcome.add(name, PYTHON_CALLS, layers.python_calls(call))
 
