@@ -145,6 +145,8 @@ def _change_triton() -> None:
     load = CompiledKernel._init_handles
 
     def load_and_declare(kernel: Any) -> None:
+        if kernel.module is not None:  # Triton asks at every launch, which is to cost nothing.
+            return
         load(kernel)
         sizes = _parameter_sizes(kernel.asm["ptx"])
         array = (ctypes.c_uint * len(sizes))(*sizes)
