@@ -64,6 +64,14 @@ class TensorMap(NamedTuple):
     steps: tuple[int, ...]
 
 
+class Counts(NamedTuple):
+    """Launches, tensor maps, and calls that the driver refused."""
+
+    launches: int
+    maps: int
+    errors: int
+
+
 def why_not() -> str | None:
     """Say why a fresh process cannot have the fake GPU here; None if it can."""
     if not (shutil.which("cc") or shutil.which("gcc")):
@@ -75,6 +83,11 @@ def why_not() -> str | None:
     return None
 
 
+def installed() -> bool:
+    """Whether this process has the fake GPU."""
+    return _driver is not None
+
+
 def install(device: int = 0) -> None:
     """Give this process the fake GPU, on which tensors on the CPU then count as being.
 
@@ -82,7 +95,7 @@ def install(device: int = 0) -> None:
         RuntimeError: it cannot; the message says why.
     """
     global _driver
-    if _driver is not None:
+    if installed():
         return set_device(device)
     if why := why_not():
         raise RuntimeError(why)
@@ -132,6 +145,8 @@ def _change_triton() -> None:
     load = CompiledKernel._init_handles
 
     def load_and_declare(kernel: Any) -> None:
+        if kernel.module is not None:  # Triton asks at every launch, which is to cost nothing.
+            return
         load(kernel)
         sizes = _parameter_sizes(kernel.asm["ptx"])
         array = (ctypes.c_uint * len(sizes))(*sizes)
@@ -192,12 +207,10 @@ def set_device(index: int) -> None:
     ctypes.c_int.in_dll(_library(), "adalora_fake_device").value = index
 
 
-def counts() -> tuple[int, int, int]:
-    """How many launches, tensor maps and errors of the driver there were in this process."""
-    names = ("launches", "maps", "errors")
-    lib = _library()
-    launches, maps, errors = (ctypes.c_long.in_dll(lib, f"adalora_fake_{n}").value for n in names)
-    return launches, maps, errors
+def counts() -> Counts:
+    """Count what the driver was asked for in this process."""
+    numbers = (ctypes.c_long.in_dll(_library(), f"adalora_fake_{n}") for n in Counts._fields)
+    return Counts(*(number.value for number in numbers))
 
 
 class _Function(ctypes.Structure):
