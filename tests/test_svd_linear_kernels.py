@@ -184,6 +184,29 @@ def test_strided_columns():
 
 
 @pytest.mark.parametrize("path", ["two_pass", "cublas"])
+def test_vectors_and_h_that_are_not_contiguous(path):
+    case = random_case(
+        **SHAPES["aligned"], mask="mixed", dtype=FP16, adapter_dtype=FP32, device=DEVICE
+    )
+    seed, g = torch.tensor([5], device=DEVICE), torch.randn(40, 48).to(FP16).to(DEVICE)
+
+    def apart(t):
+        """The same values, with others between."""
+        t = t if t is None else torch.stack((t, torch.full_like(t, 3)), dim=-1)[..., 0]
+        assert t is None or not t.is_contiguous() or t.numel() == 1
+        return t
+
+    def run(change):
+        x, weight, bias, *factors, mask, scaling, p, s = arguments(case, 0.25, seed)
+        A, E, B, mask, bias, s = (change(t) for t in (*factors, mask, bias, s))
+        y, h = kernels.svd_linear_fwd(x, weight, bias, A, E, B, mask, scaling, p, s, path)
+        backward = (g, x, weight, A, E, B, mask, change(h), scaling, p, s, True, path)
+        return y, h, *kernels.svd_linear_bwd(*backward)
+
+    assert all(map(torch.equal, run(lambda t: t), run(apart)))
+
+
+@pytest.mark.parametrize("path", ["two_pass", "cublas"])
 def test_expanded_inputs_and_gradients(path):
     options = {"in_features": 32, "out_features": 48, "device": DEVICE}
     case = random_case(lead=(1, 5), **options)

@@ -18,6 +18,8 @@ from .launch import ceil_div, launch, launch_cublas
 
 # Where the parts of a workspace may begin. Triton's kernels and tensor maps need 16 bytes.
 _ALIGNMENT = 256
+# Most arguments are of these types, and the same in every call.
+_PLAIN = frozenset((int, bool, float, str, tuple, type(None)))
 
 
 class Count(NamedTuple):
@@ -51,7 +53,7 @@ class Array(NamedTuple):
 
     def of(self, M: int) -> tuple[int, ...]:
         """Return the shape for M rows."""
-        return tuple(n if isinstance(n, int) else n.of(M) for n in self.shape)
+        return tuple([n if isinstance(n, int) else n.of(M) for n in self.shape])
 
     @property
     def T(self) -> Array:
@@ -116,28 +118,31 @@ def run(
     known = {**tensors, **_workspace(recipe.workspace, M, device)}
 
     def view(array: Array) -> Tensor:
-        tensor = known[array.name]
-        if array.strides is None:
+        tensor, strides = known[array.name], array.strides
+        # Strides alone would not tell a matrix of one row from one of one column.
+        if strides is None or (strides == tensor.stride() and array.shape[-1] == tensor.shape[-1]):
             return tensor
-        layout = (array.of(M), array.strides)
-        return tensor if layout == (tensor.shape, tensor.stride()) else tensor.as_strided(*layout)
+        return tensor.as_strided(array.of(M), strides)
 
     def value(argument: Any) -> Any:
-        match argument:
-            case Array():
-                return view(argument)
-            case Count():
-                return argument.of(M)
-            case Scalar():
-                return scalars[argument.name]
-            case Tile():
-                return TensorDescriptor.from_tensor(view(argument.array), list(argument.block))
-        if hasattr(argument, "_fields"):
-            return type(argument)(*map(value, argument))
+        kind = type(argument)
+        if kind is Array:
+            return view(argument)
+        if kind is Count:
+            return argument.of(M)
+        if kind is Scalar:
+            return scalars[argument.name]
+        if kind is Tile:
+            return TensorDescriptor.from_tensor(view(argument.array), list(argument.block))
+        if hasattr(kind, "_fields"):
+            return kind(*[a if type(a) in _PLAIN else value(a) for a in argument])
         return argument
 
     for step in recipe.steps:
-        arguments = {name: value(argument) for name, argument in step.arguments.items()}
+        arguments = {
+            name: argument if type(argument) in _PLAIN else value(argument)
+            for name, argument in step.arguments.items()
+        }
         if step.kernel is None:
             launch_cublas(**arguments)
         else:
@@ -148,13 +153,12 @@ def _workspace(parts: tuple[Part, ...], M: int, device: torch.device) -> dict[st
     """Allocate the one workspace, and return its parts by name."""
     if not parts:
         return {}
-    begins: list[int] = []
     ends: list[int] = []
+    places = []
     for array, after in parts:
-        begins.append(0 if after < 0 else ceil_div(ends[after], _ALIGNMENT) * _ALIGNMENT)
-        ends.append(begins[-1] + math.prod(array.of(M)) * array.dtype.itemsize)
+        shape = array.of(M)
+        begin = 0 if after < 0 else ceil_div(ends[after], _ALIGNMENT) * _ALIGNMENT
+        ends.append(begin + math.prod(shape) * array.dtype.itemsize)
+        places.append((array, shape, slice(begin, ends[-1])))
     memory = torch.empty(max(ends), dtype=torch.uint8, device=device)
-    return {
-        array.name: memory[begin:end].view(array.dtype).view(array.of(M))
-        for (array, _), begin, end in zip(parts, begins, ends, strict=True)
-    }
+    return {a.name: memory[place].view(a.dtype).view(shape) for a, shape, place in places}

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Size, Step
 from . import plans
-from .common import NO_E, ROWS, Call, LowRank, dot, effective_e, keep_mask
+from .common import NO_E, ROWS, Call, LowRank, dot, effective_e, gradient, keep_mask
 from .gemm import gemm, low_rank_add
 
 _SUM_BLOCK, _SUM_PARTS = 1024, 16
@@ -158,7 +158,7 @@ def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array,
         "e": call.e,
         "out_grad_h_ptr": grad_h,
         "out_de_ptr": de_parts,
-        "out_db_ptr": call.dB,
+        "out_db_ptr": gradient(call.B),
         "M": ROWS,
         "N": call.N,
         "R": call.R,
@@ -292,8 +292,8 @@ def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
         "da_parts_ptr": da_parts,
         "de_parts_ptr": de_parts,
         "mask_ptr": call.mask,
-        "out_da_ptr": call.dA,
-        "out_de_ptr": call.dE,
+        "out_da_ptr": gradient(call.A),
+        "out_de_ptr": gradient(call.E),
         "numel": numel,
         "R": call.R,
         "scaling": call.e.scaling,
@@ -311,7 +311,7 @@ def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
 
 def _dx(call: Call, g: Array, grad_h: Array) -> tuple[Step, ...]:
     """Make dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
-    w, dx = call.weight, call.dx
+    w, dx = call.weight, gradient(call.x)
     # The last three operands of a kernel with a low-rank term.
     term = (LowRank(grad_h, call.A, None, call.R, call.K, 1), NO_E, call.dropout)
     if w is None:

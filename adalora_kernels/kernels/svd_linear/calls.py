@@ -1,16 +1,16 @@
 """From the tensors of a call to its recipe, and to its results by Triton's launch."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..recipe import Array, Recipe, run
+from ..recipe import Array, Recipe, Size, run
 from . import plans
 from .backward import backward_recipe
-from .common import ROWS, Call
+from .common import ROWS, Call, gradient
 from .forward import forward_recipe
 
 # Those that are taken as rows, and those that keep their strides.
@@ -28,8 +28,9 @@ def operands(**tensors: Tensor | None) -> dict[str, Tensor]:
     given = {}
     for name, t in tensors.items():
         if t is not None:
-            rows = t.reshape(t.shape[:-1].numel(), t.shape[-1]) if name in _OF_ROWS else t
-            given[name] = rows if name in _STRIDED else rows.contiguous()
+            if t.dim() != 2 and name in _OF_ROWS:
+                t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
+            given[name] = t if name in _STRIDED else t.contiguous()
     return given
 
 
@@ -46,21 +47,27 @@ def call_of(
         device: the GPU to plan for; that of x by default.
     """
     x, A, B = operands["x"], operands["A"], operands["B"]
-    (M, K), N, R = x.shape, len(B), len(A)
+    (M, K), N, R = x.shape, B.shape[0], A.shape[0]
     aligned = {name for name, n in (("y", N), ("dx", K)) if n % 16 == 0}
     arrays: dict[str, Any] = dict.fromkeys(_NAMES)
     arrays["h"] = Array("h", torch.promote_types(x.dtype, A.dtype), (ROWS, R))
     for name, t in operands.items():
-        arrays[name] = Array(name, t.dtype, tuple(t.shape))
+        shape: tuple[Size, ...] = t.shape
+        strides = None
         if name in _OF_ROWS:
-            arrays[name] = arrays[name]._replace(shape=(ROWS, t.shape[1]))
+            shape = (ROWS, t.shape[1])
         if name in _STRIDED:
-            # The first stride of a single row may be any number.
-            single = name != "weight" and M == 1 and t.stride(1) == 1
-            strides = (t.shape[1], 1) if single else t.stride()
-            arrays[name] = arrays[name]._replace(strides=strides)
-            if _is_aligned(t, *strides) or (name == "weight" and _is_aligned(t.T, *strides[::-1])):
+            n, strides = t.shape[1], t.stride()
+            if name != "weight" and M == 1 and strides[1] == 1:
+                # The first stride of a single row may be any number.
+                strides = (n, 1)
+            outer, inner = strides
+            if name == "weight" and inner != 1:
+                # It may lie by columns.
+                n, outer, inner = t.shape[0], inner, outer
+            if inner == 1 and outer >= n and (outer | n | t.data_ptr()) % 16 == 0:
                 aligned.add(name)
+        arrays[name] = Array(name, t.dtype, shape, strides)
     return Call(
         M=plans.rows_bucket(M),
         N=N,
@@ -76,12 +83,6 @@ def call_of(
     )
 
 
-def _is_aligned(t: Tensor, outer: int, inner: int) -> bool:
-    """Tell whether this matrix can be read by descriptors, and by vectors of at least 16 bytes."""
-    columns = t.shape[1]
-    return inner == 1 and outer >= columns and (outer | columns | t.data_ptr()) % 16 == 0
-
-
 @functools.lru_cache(maxsize=4096)
 def recipe_of(call: Call) -> Recipe:
     """Return the recipe of a call: of the backward where it has grad_y, else of the forward."""
@@ -92,14 +93,10 @@ plans.when_forgotten(recipe_of.cache_clear)
 
 
 def _carry_out(
-    recipe: Recipe,
-    operands: Mapping[str, Tensor],
-    results: Iterable[Array],
-    scaling: float,
-    dropout_p: float,
+    call: Call, tensors: Mapping[str, Tensor], scaling: float, dropout_p: float, *results: Array
 ) -> list[Tensor]:
-    """Run the recipe of a call with these `operands`, and return its results in their order."""
-    x = operands["x"]
+    """Carry the recipe of a call out on its operands, and return its results in their order."""
+    x = tensors["x"]
     M = len(x)
     new = {a.name: torch.empty(a.of(M), dtype=a.dtype, device=x.device) for a in results}
     scalars = {
@@ -107,7 +104,7 @@ def _carry_out(
         "drop_below": min(round(dropout_p * 2**16), 2**16 - 1),
         "keep_scale": 1.0 / (1.0 - dropout_p),
     }
-    run(recipe, M, {**operands, **new}, scalars)
+    run(recipe_of(call), M, {**tensors, **new}, scalars)
     return list(new.values())
 
 
@@ -132,7 +129,9 @@ def svd_linear_fwd(
         device: the GPU to plan for; that of x by default.
     """
     given = operands(x=x, weight=weight, bias=bias, A=A, E=E, B=B, mask=mask, seed=seed)
-    return _forward(given, scaling, dropout_p, x.shape[:-1], path, device)
+    call = call_of(given, path=path, device=device)
+    y, h = _carry_out(call, given, scaling, dropout_p, call.y, call.h)
+    return y.view(*x.shape[:-1], call.N), h.view(*x.shape[:-1], call.R)
 
 
 def svd_delta_fwd(
@@ -149,21 +148,9 @@ def svd_delta_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compute (y + delta, h) of `reference.svd_delta`, with the limits of `svd_linear_fwd`."""
     given = operands(base=y, x=x, A=A, E=E, B=B, mask=mask, seed=seed)
-    return _forward(given, scaling, dropout_p, x.shape[:-1], "auto", device)
-
-
-def _forward(
-    given: dict[str, Tensor],
-    scaling: float,
-    dropout_p: float,
-    leading: torch.Size,
-    path: str | plans.Plan,
-    device: plans.Device | None,
-) -> tuple[Tensor, Tensor]:
-    call = call_of(given, False, path, device)
-    results = (call.y, call.h)
-    y, h = _carry_out(recipe_of(call), given, results, scaling, dropout_p)
-    return y.view(*leading, call.N), h.view(*leading, call.R)
+    call = call_of(given, device=device)
+    out, h = _carry_out(call, given, scaling, dropout_p, call.y, call.h)
+    return out.view(y.shape), h.view(*x.shape[:-1], call.R)
 
 
 def svd_linear_bwd(
@@ -191,7 +178,6 @@ def svd_linear_bwd(
     """
     given = operands(x=x, weight=weight, A=A, E=E, B=B, mask=mask, seed=seed, h=h, grad_y=grad_y)
     call = call_of(given, need_dx, path, device)
-    results = (call.dA, call.dE, call.dB, *((call.dx,) if need_dx else ()))
-    made = _carry_out(recipe_of(call), given, results, scaling, dropout_p)
-    dA, dE, dB, dx = made if need_dx else (*made, x.new_empty(0))
-    return dx.view(x.shape) if need_dx else dx, dA, dE, dB
+    results = map(gradient, (call.A, call.E, call.B, *((call.x,) if need_dx else ())))
+    dA, dE, dB, *dx = _carry_out(call, given, scaling, dropout_p, *results)
+    return dx[0].view(x.shape) if need_dx else x.new_empty(0), dA, dE, dB

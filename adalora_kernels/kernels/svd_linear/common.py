@@ -61,6 +61,11 @@ class LowRank(NamedTuple):
         return 0 if self.left_ptr is None else self.left_ptr.shape[0]
 
 
+def gradient(t: Array) -> Array:
+    """Return the array of the gradient of x, A, E or B."""
+    return Array(f"d{t.name}", t.dtype, t.shape, (*t.of(1)[1:], 1))
+
+
 NO_E = EffectiveE(None, None, 1.0)
 NO_DROPOUT = Dropout(None, 0, 1.0)
 
@@ -173,26 +178,6 @@ class Call(NamedTuple):
     def y(self) -> Array:
         """Return the result of the forward."""
         return Array("y", (self.base or self.x).dtype, (ROWS, self.N), (self.N, 1))
-
-    @property
-    def dx(self) -> Array:
-        """Return the gradient of x."""
-        return Array("dx", self.x.dtype, (ROWS, self.K), (self.K, 1))
-
-    @property
-    def dA(self) -> Array:
-        """Return the gradient of A."""
-        return self.A._replace(name="dA")
-
-    @property
-    def dE(self) -> Array:
-        """Return the gradient of E."""
-        return self.E._replace(name="dE")
-
-    @property
-    def dB(self) -> Array:
-        """Return the gradient of B."""
-        return self.B._replace(name="dB")
 
     @property
     def e(self) -> EffectiveE:

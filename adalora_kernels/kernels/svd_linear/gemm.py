@@ -216,15 +216,14 @@ def gemm(
     """
     k, n = w.of(call.M)
     by_rows = w.strides is not None and w.strides[1] != 1
-    tiles: tuple[object, object, object] = (x, w, out)
-    if blocks.tma:
-        tiles = (
-            Tile(x, (blocks.m, blocks.k)),
-            Tile(w.T, (blocks.n, blocks.k)) if by_rows else Tile(w, (blocks.k, blocks.n)),
-            Tile(out, (blocks.m, blocks.n // 2)),
-        )
+
+    def tiles(matrix: Array, rows: int, columns: int) -> Array | Tile:
+        return Tile(matrix, (rows, columns)) if blocks.tma else matrix
+
     arguments = {
-        **dict(zip(("x", "w", "out"), tiles, strict=True)),
+        "x": tiles(x, blocks.m, blocks.k),
+        "w": tiles(w.T, blocks.n, blocks.k) if by_rows else tiles(w, blocks.k, blocks.n),
+        "out": tiles(out, blocks.m, blocks.n // 2),
         "bias_ptr": bias,
         "a_ptr": call.A if low_rank.left_ptr is None else None,
         "low_rank": low_rank,
