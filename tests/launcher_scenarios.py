@@ -200,26 +200,23 @@ def buckets() -> None:
 
 def threads() -> None:
     """Eight threads of different shapes, all at first without a plan, and without a context."""
-    problems = [PLAIN._replace(leading=(16 * i,), R=4 * i, p=0.1) for i in range(1, 9)]
+    problems = [DROPOUT._replace(leading=(16 * i,), R=4 * i) for i in range(1, 9)]
     expected = [launched(problem) for problem in problems]
-    forget()
-    made: list[Any] = []
+    # What a call gets is there before any workspace is, and so has an address of its own.
+    given = [[tensors_of(problem) for _ in range(20)] for problem in problems]
     raised: list[BaseException] = []
     start = threading.Barrier(len(problems))
 
     def work(number: int) -> None:
         try:
-            problem = problems[number]
             start.wait()
-            for _ in range(20):
-                t = tensors_of(problem)
-                y = Layer.apply(t["x"].requires_grad_(), t, problem.p)
+            for t in given[number]:
+                y = Layer.apply(t["x"].requires_grad_(), t, problems[number].p)
                 y.backward(t["grad_y"])
-                results = t.pop("made")
-                made.append((number, t, results))
         except BaseException as error:
             raised.append(error)
 
+    forget()
     with fake_gpu.recorded() as launches:
         workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
         for worker in workers:
@@ -227,39 +224,38 @@ def threads() -> None:
         for worker in workers:
             worker.join()
     assert not raised, raised
-    # Every launch is about tensors of one call, and of no other.
-    owners = {
-        tensor.data_ptr(): i
-        for i, (_, t, results) in enumerate(made)
-        for tensor in (*t.values(), *results.values())
-        if tensor is not None
-    }
-    by_call: list[list[Any]] = [[] for _ in made]
+    flat = [(number, t) for number, of_thread in enumerate(given) for t in of_thread]
+    own: list[list[Any]] = [[] for _ in flat]
+    owners = {t[name].data_ptr(): i for i, (_, t) in enumerate(flat) for name in Layer.given(t)}
     for launch in launches:
         words = [int.from_bytes(p[:8], "little") for p in launch.parameters if len(p) > 4]
-        by_call[next(owners[word] for word in words if word in owners)].append(launch)
-    for (number, t, results), own in zip(made, by_call, strict=True):
+        (owner,) = {owners[word] for word in words if word in owners}
+        own[owner].append(launch)
+    for (number, t), of_call in zip(flat, own, strict=True):
         forwards, backwards = expected[number]
         count = len(forwards) - 1
-        compare_launches(problems[number], named(own[:count], t | results), forwards)
-        compare_launches(problems[number], named(own[count:], results | t), backwards)
+        results = t.pop("results")
+        compare_launches(problems[number], named(of_call[:count], t | results[0]), forwards)
+        compare_launches(problems[number], named(of_call[count:], t | results[1]), backwards)
 
 
 class Layer(torch.autograd.Function):
     """A `Layer` is a forward and a backward, which torch calls on a thread of its choice."""
 
     @staticmethod
+    def given(t: dict[str, Any]) -> list[str]:
+        return [name for name, value in t.items() if isinstance(value, torch.Tensor)]
+
+    @staticmethod
     def forward(ctx: Any, x: Any, t: dict[str, Any], p: float) -> Any:
         ctx.t, ctx.p = t, p
-        t["made"] = forward(t, p)
-        return t["made"]["y"]
+        t["results"] = [{name: r for name, r in forward(t, p).items() if name != "seed"}]
+        return t["results"][0]["y"]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Any) -> Any:
-        gradients = backward(ctx.t, ctx.p, True)
-        ctx.t["made"].pop("seed")
-        ctx.t["made"] |= gradients
-        return gradients["dx"], None, None
+        ctx.t["results"].append(backward(ctx.t, ctx.p, True))
+        return ctx.t["results"][1]["dx"], None, None
 
 
 def fork() -> None:
