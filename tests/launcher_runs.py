@@ -71,7 +71,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     if layout == "shifted":  # one entry behind what is aligned
         return torch.cat([values.new_zeros(1), values.flatten()])[1:].view(shape)
     if layout == "transposed":  # the last two dimensions, or the leading ones
-        dims = (0, 1) if values.dim() > 2 else (-1, -2)
+        dims = (0, 1) if values.dim() > 2 else (0, -1)
         return values.transpose(*dims).contiguous().transpose(*dims)
     if layout == "expanded":  # all rows are one
         return values.flatten()[:n].expand(shape)
@@ -172,7 +172,7 @@ def compare(problem: Problem) -> list[str]:
             made = mine()
         with fake_gpu.recorded() as expected:
             reference = theirs()
-        assert made.pop("seed", t["seed"]) is None or t["seed"] is not None
+        assert made.pop("seed", None) is None
         if not problem.need_dx and "dx" in made:
             assert made.pop("dx") is None
             del reference["dx"]
