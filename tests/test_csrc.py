@@ -67,8 +67,9 @@ def test_the_library_refuses(update, says, change):
 # aoti_torch/c/shim.h as it was before 2.10, and of stable/c/shim.h what is marked 2.10 or 2.11.
 IN_TORCH_2_11 = re.compile(
     r"aoti_torch_(abi_version|(device_type|dtype|layout|memory_format)_\w+"
-    r"|(delete|new)_tensor_(object|handle)|delete_library_object|library_init_impl"
-    r"|get_(data_ptr|dim|numel|sizes?|strides?|dtype|device_type|device_index)|is_contiguous"
+    r"|(delete|new)_tensor_(object|handle)|delete_library_object|library_init_(impl|fragment)"
+    r"|library_def|empty_strided|_reinterpret_tensor"
+    r"|get_(data_ptr|dim|numel|sizes?|strides?|dtype|layout|device_type|device_index)|is_contiguous"
     r"|(create|delete)_device_guard|get_current_cuda_stream)"
     r"|torch_(call_dispatcher|library_impl|parallel_for|new_list_reserve_size|delete_list"
     r"|list_(size|get_item|push_back)|dtype_float8_e8m0fnu|dtype_float4_e2m1fn_x2)"

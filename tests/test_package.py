@@ -36,10 +36,10 @@ ALLOCATOR = [
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps"},
 ]
-KERNELS = [{"tune"}, {"svd_linear"}, {"launch"}]
+KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
-SVD_LINEAR = [{"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
+SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 
 
 def test_imports_are_made_when_they_are_needed():

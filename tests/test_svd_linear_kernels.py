@@ -184,6 +184,29 @@ def test_strided_columns():
 
 
 @pytest.mark.parametrize("path", ["two_pass", "cublas"])
+def test_vectors_and_h_that_are_not_contiguous(path):
+    case = random_case(
+        **SHAPES["aligned"], mask="mixed", dtype=FP16, adapter_dtype=FP32, device=DEVICE
+    )
+    seed, g = torch.tensor([5], device=DEVICE), torch.randn(40, 48).to(FP16).to(DEVICE)
+
+    def apart(t):
+        """The same values, with others between."""
+        t = t if t is None else torch.stack((t, torch.full_like(t, 3)), dim=-1)[..., 0]
+        assert t is None or not t.is_contiguous() or t.numel() == 1
+        return t
+
+    def run(change):
+        x, weight, bias, *factors, mask, scaling, p, s = arguments(case, 0.25, seed)
+        A, E, B, mask, bias, s = (change(t) for t in (*factors, mask, bias, s))
+        y, h = kernels.svd_linear_fwd(x, weight, bias, A, E, B, mask, scaling, p, s, path)
+        backward = (g, x, weight, A, E, B, mask, change(h), scaling, p, s, True, path)
+        return y, h, *kernels.svd_linear_bwd(*backward)
+
+    assert all(map(torch.equal, run(lambda t: t), run(apart)))
+
+
+@pytest.mark.parametrize("path", ["two_pass", "cublas"])
 def test_expanded_inputs_and_gradients(path):
     options = {"in_features": 32, "out_features": 48, "device": DEVICE}
     case = random_case(lead=(1, 5), **options)
@@ -494,8 +517,9 @@ def test_nothing_large_is_allocated():
     sizes = []
     with Allocations():
         planned(M, K, N)
-    # x, y, weight: given. y and dx: the results. Of the rest, the parts of u are the largest: r
-    # for 256 columns each, in float32.
+    # x, y, weight: given. y and dx: the results. Of the rest, the backward's workspace is the
+    # largest. It holds what `g_reduce` needs at once, R columns each, in float32: parts of u, one
+    # for 256 columns of g; grad_h; two parts of dB; and parts of dE, one for 64 rows.
     for size in (2 * M * K, 2 * M * N, 2 * N * K, 2 * M * N, 2 * M * K):
         sizes.remove(size)
-    assert max(sizes) <= 4 * M * 16 * N / 256
+    assert max(sizes) <= 4 * 16 * (M * N / 256 + M + 2 * N + M / 64)

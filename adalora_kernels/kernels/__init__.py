@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers. Importing this package needs triton, and nothing of ours."""
+"""Triton kernels, and recipes of launches. Importing this needs triton, and nothing of ours."""

@@ -3,7 +3,18 @@
 Shapes throughout: x (M, K), weight (N, K), A (R, K), E (R, 1), B (N, R), mask (R,), y and grad_y
 (M, N), h (M, R). e = scaling · E ⊙ mask, h = dropout(x)·Aᵀ, u = grad_y·B, and grad_h = u ⊙ e.
 
-x enters `svd_linear_fwd` (forward.py), which asks `plans.choose` once for one of three paths:
+What a call launches is a recipe (`kernels/recipe.py`). Both launchers get it in the same way:
+
+    given = operands(x=x, weight=weight, bias=bias, base=base, A=A, E=E, B=B, mask=mask, seed=seed,
+                     h=h, grad_y=grad_y)      # what is not None, as rows and contiguous
+    call = call_of(given, need_dx)            # dict[str, Tensor], bool -> Call, hashable
+    recipe = recipe_of(call)                  # Call -> Recipe, cached until plans.forget_tables()
+
+A call with grad_y is a backward; a forward has weight (svd_linear) or base (svd_delta). The
+scalars are "scaling", "drop_below" = min(round(p·2¹⁶), 2¹⁶ - 1) and "keep_scale" = 1 / (1 - p).
+`plans.when_forgotten(clear)` has `forget_tables` also clear what was made from recipes.
+
+`forward_recipe` (forward.py) asks `plans.choose` once for one of three paths:
 "two_pass" launches the down projection (h), then the GEMM over [x | h ⊙ e]·[weight | B]ᵀ (gemm.py);
 "one_pass" launches the GEMM alone, in which every tile makes its own h: for few rows, where
 reading the weight is all that counts; "cublas" launches cuBLAS, the down projection, and the
@@ -19,7 +30,6 @@ Adapters may be float32 over half-precision x. Products with them are then exact
 rounding: gradients of float32 parameters must not be worse than eager's.
 """
 
-from .backward import svd_linear_bwd
-from .forward import svd_delta_fwd, svd_linear_fwd
+from .calls import call_of, operands, recipe_of, svd_delta_fwd, svd_linear_bwd, svd_linear_fwd
 
-__all__ = ["svd_delta_fwd", "svd_linear_bwd", "svd_linear_fwd"]
+__all__ = ["call_of", "operands", "recipe_of", "svd_delta_fwd", "svd_linear_bwd", "svd_linear_fwd"]

@@ -7,22 +7,25 @@ parts in a fixed order. g is grad_y as rows, u = g·B, and grad_h = u ⊙ e.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import ceil_div, launch, launch_cublas
+from ..launch import ceil_div
+from ..recipe import Array, Count, Part, Recipe, Size, Step
 from . import plans
-from .common import NO_E, LayerOperands, LowRank, all_aligned, as_rows, dot, effective_e, keep_mask
+from .common import NO_E, ROWS, Call, LowRank, dot, effective_e, gradient, keep_mask
 from .gemm import gemm, low_rank_add
 
 _SUM_BLOCK, _SUM_PARTS = 1024, 16
 
 
-def _split_rows(layer: LayerOperands, column_blocks: int, blocks: plans.Blocks) -> tuple[int, int]:
-    """Split M into (parts, rows per part) so that parts x column blocks fill the GPU about once."""
-    row_blocks = ceil_div(layer.M, blocks.m)
-    parts = max(1, min(layer.device.sms // column_blocks, row_blocks))
-    per_part = ceil_div(row_blocks, parts) * blocks.m
-    return ceil_div(layer.M, per_part), per_part
+def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
+    """Split M so that parts x column blocks fill the GPU about once."""
+    row_blocks = ceil_div(call.M, blocks.m)
+    parts = max(1, min(call.device.sms // column_blocks, row_blocks))
+    return ceil_div(row_blocks, parts) * blocks.m
+
+
+def _parts(name: str, *shape: Size) -> Array:
+    return Array(name, torch.float32, shape)
 
 
 @triton.jit(do_not_specialize=["M", "m_per_split"])
@@ -72,32 +75,32 @@ def _g_pass_kernel(
     tl.store(out_db_ptr + split.to(tl.int64) * N * R + b_offsets, db, mask=b_inside)
 
 
-def _g_pass(layer: LayerOperands, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return parts of u (n_parts, M, R) and of dB (m_parts, N, R) from one read of g."""
-    blocks = layer.blocks("g_pass", g)
-    n_parts = ceil_div(layer.N, blocks.n)
-    m_parts, m_per_split = _split_rows(layer, n_parts, blocks)
-    u_parts = layer.new(n_parts, layer.M, layer.R)
-    db_parts = layer.new(m_parts, layer.N, layer.R)
+def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
+    """Make parts of u (n_parts, M, R) and of dB (m_parts, N, R) from one read of g."""
+    blocks = call.blocks("g_pass", g)
+    n_parts = ceil_div(call.N, blocks.n)
+    m_per_split = _rows_per_part(call, n_parts, blocks)
+    m_parts = Count(m_per_split)
+    u_parts = _parts("u_parts", n_parts, ROWS, call.R)
+    db_parts = _parts("db_parts", m_parts, call.N, call.R)
     arguments = {
         "g_ptr": g,
-        "b_ptr": layer.B,
-        "h_ptr": h,
-        "e": layer.e,
+        "b_ptr": call.B,
+        "h_ptr": call.h,
+        "e": call.e,
         "out_u_ptr": u_parts,
         "out_db_ptr": db_parts,
-        "M": layer.M,
-        "N": layer.N,
-        "R": layer.R,
-        "g_strides": g.stride(),
+        "M": ROWS,
+        "N": call.N,
+        "R": call.R,
+        "g_strides": g.strides,
         "m_per_split": m_per_split,
-        **layer.types(g),
+        **call.types(g),
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         **blocks.options,
     }
-    launch(_g_pass_kernel, (n_parts, m_parts), arguments)
-    return u_parts, db_parts
+    return Step(_g_pass_kernel, (n_parts, m_parts), arguments), u_parts, db_parts
 
 
 @triton.jit(do_not_specialize=["M", "n_parts", "m_parts"])
@@ -143,35 +146,30 @@ def _g_reduce_kernel(
         tl.store(out_db_ptr + offsets, total, mask=inside)
 
 
-def _g_reduce(
-    layer: LayerOperands, u_parts: Tensor, db_parts: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), and dB."""
-    blocks = layer.blocks("g_reduce", layer.x)
-    row_blocks = ceil_div(layer.M, blocks.m)
-    grad_h = layer.new(1, layer.M, layer.R)
-    de_parts = layer.new(row_blocks, layer.R)
-    dB = torch.empty_like(layer.B)
+def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array, Array]:
+    """Make grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), and dB."""
+    blocks = call.blocks("g_reduce", call.x)
+    grad_h = _parts("grad_h", 1, ROWS, call.R)
+    de_parts = _parts("de_parts", Count(blocks.m), call.R)
     arguments = {
         "u_parts_ptr": u_parts,
         "db_parts_ptr": db_parts,
-        "h_ptr": h,
-        "e": layer.e,
+        "h_ptr": call.h,
+        "e": call.e,
         "out_grad_h_ptr": grad_h,
         "out_de_ptr": de_parts,
-        "out_db_ptr": dB,
-        "M": layer.M,
-        "N": layer.N,
-        "R": layer.R,
-        "n_parts": len(u_parts),
-        "m_parts": len(db_parts),
-        "R_PAD": layer.r_pad,
+        "out_db_ptr": gradient(call.B),
+        "M": ROWS,
+        "N": call.N,
+        "R": call.R,
+        "n_parts": u_parts.shape[0],
+        "m_parts": db_parts.shape[0],
+        "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
         **blocks.options,
     }
-    grid = (row_blocks + ceil_div(layer.N, blocks.m),)
-    launch(_g_reduce_kernel, grid, arguments)
-    return grad_h, de_parts, dB
+    grid = (Count(blocks.m, plus=ceil_div(call.N, blocks.m)),)
+    return Step(_g_reduce_kernel, grid, arguments), grad_h, de_parts
 
 
 @triton.jit(do_not_specialize=["M", "m_per_split", "dropout"])
@@ -220,31 +218,31 @@ def _x_pass_kernel(
     tl.store(out, da * dropout.keep_scale, mask=inside)
 
 
-def _x_pass(layer: LayerOperands, grad_h: Tensor) -> Tensor:
-    """Return parts of dA (m_parts, R, K) from one read of x."""
-    x = layer.x
-    blocks = layer.blocks("x_pass", x)
-    k_blocks = ceil_div(layer.K, blocks.k)
-    m_parts, m_per_split = _split_rows(layer, k_blocks, blocks)
-    da_parts = layer.new(m_parts, layer.R, layer.K)
+def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
+    """Make parts of dA (m_parts, R, K) from one read of x."""
+    x = call.x
+    blocks = call.blocks("x_pass", x)
+    k_blocks = ceil_div(call.K, blocks.k)
+    m_per_split = _rows_per_part(call, k_blocks, blocks)
+    m_parts = Count(m_per_split)
+    da_parts = _parts("da_parts", m_parts, call.R, call.K)
     arguments = {
         "x_ptr": x,
         "grad_h_ptr": grad_h,
         "out_da_ptr": da_parts,
-        "dropout": layer.dropout,
-        "M": layer.M,
-        "K": layer.K,
-        "R": layer.R,
-        "x_strides": x.stride(),
+        "dropout": call.dropout,
+        "M": ROWS,
+        "K": call.K,
+        "R": call.R,
+        "x_strides": x.strides,
         "m_per_split": m_per_split,
-        "ALIGNED": layer.dropout.is_aligned(layer.K),
-        **layer.types(x),
+        "ALIGNED": call.dropout.is_aligned(call.K),
+        **call.types(x),
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
         **blocks.options,
     }
-    launch(_x_pass_kernel, (k_blocks, m_parts), arguments)
-    return da_parts
+    return Step(_x_pass_kernel, (k_blocks, m_parts), arguments), da_parts
 
 
 @triton.jit(do_not_specialize=["m_parts", "de_parts"])
@@ -287,91 +285,57 @@ def _x_reduce_kernel(
         tl.store(out_de_ptr + ranks, sums, mask=ranks < R)
 
 
-def _x_reduce(layer: LayerOperands, da_parts: Tensor, de_parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dA and dE from their parts."""
-    dA, dE = torch.empty_like(layer.A), torch.empty_like(layer.E)
-    numel = layer.R * layer.K
+def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
+    """Make dA and dE from their parts."""
+    numel = call.R * call.K
     arguments = {
         "da_parts_ptr": da_parts,
         "de_parts_ptr": de_parts,
-        "mask_ptr": layer.mask,
-        "out_da_ptr": dA,
-        "out_de_ptr": dE,
+        "mask_ptr": call.mask,
+        "out_da_ptr": gradient(call.A),
+        "out_de_ptr": gradient(call.E),
         "numel": numel,
-        "R": layer.R,
-        "scaling": layer.e.scaling,
-        "m_parts": len(da_parts),
-        "de_parts": len(de_parts),
-        "R_PAD": layer.r_pad,
+        "R": call.R,
+        "scaling": call.e.scaling,
+        "m_parts": da_parts.shape[0],
+        "de_parts": de_parts.shape[0],
+        "R_PAD": call.r_pad,
         "BLOCK": _SUM_BLOCK,
         "BLOCK_PARTS": _SUM_PARTS,
         "num_warps": 4,
         "num_stages": 1,
     }
     # One program more, for dE.
-    launch(_x_reduce_kernel, (ceil_div(numel, _SUM_BLOCK) + 1,), arguments)
-    return dA, dE
+    return Step(_x_reduce_kernel, (ceil_div(numel, _SUM_BLOCK) + 1,), arguments)
 
 
-def _adapter_grads(
-    layer: LayerOperands, g: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return grad_h as one part (1, M, R), dA, dE and dB; the workspace is free again then."""
-    u_parts, db_parts = _g_pass(layer, g, h)
-    grad_h, de_parts, dB = _g_reduce(layer, u_parts, db_parts, h)
-    dA, dE = _x_reduce(layer, _x_pass(layer, grad_h), de_parts)
-    return grad_h, dA, dE, dB
-
-
-def _dx(
-    layer: LayerOperands, g: Tensor, weight: Tensor | None, grad_h: Tensor, path: str | plans.Plan
-) -> Tensor:
-    """Return dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
-    dx = layer.new(layer.M, layer.K, dtype=layer.x.dtype)
-    low_rank = LowRank(grad_h, layer.A, None, layer.R, *layer.A.stride())
-    if weight is None:
-        low_rank_add(layer, None, dx, low_rank, NO_E, layer.dropout)
-        return dx
+def _dx(call: Call, g: Array, grad_h: Array) -> tuple[Step, ...]:
+    """Make dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
+    w, dx = call.weight, gradient(call.x)
+    # The last three operands of a kernel with a low-rank term.
+    term = (LowRank(grad_h, call.A, None, call.R, call.K, 1), NO_E, call.dropout)
+    if w is None:
+        return (low_rank_add(call, None, dx, *term),)
     # cuBLAS would make a contiguous copy of an expanded gradient, as large as y.
-    dense = 1 in g.stride() and 0 not in g.stride()
+    dense = g.strides is not None and 1 in g.strides and 0 not in g.strides
     possible = ("two_pass", "cublas") if dense else ("two_pass",)
-    product = "dx" if layer.dropout.seed_ptr is None else "dropped dx"
-    problem = plans.Problem(g.dtype, layer.M, layer.N, layer.K, layer.r_pad, product)
-    plan = plans.choose(layer.device, problem, path, possible, all_aligned(g, weight, dx))
+    plan = call.plan("dx" if call.seed is None else "dropped dx", possible, g, w, dx)
     if plan.path == "two_pass":
-        gemm(layer, plan.gemm, g, weight, dx, None, low_rank, NO_E, layer.dropout)
-    else:
-        launch_cublas(g, weight, None, dx)
-        low_rank_add(layer, dx, dx, low_rank, NO_E, layer.dropout)
-    return dx
+        return (gemm(call, plan.gemm, g, w, dx, None, *term),)
+    cublas = Step(None, (), {"x": g, "w": w, "bias": None, "out": dx})
+    return cublas, low_rank_add(call, dx, dx, *term)
 
 
-def svd_linear_bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    h: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    path: str | plans.Plan = "auto",
-    device: plans.Device | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute (dx, dA, dE, dB) of `reference.svd_linear_backward`, dx empty unless `need_dx`.
-
-    The limits and the last two arguments are those of `svd_linear_fwd`.
-
-    Args:
-        weight: None for the backward of svd_delta, whose opaque base has a backward of its own.
-    """
-    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
-    g = as_rows(grad_y)
-    grad_h, dA, dE, dB = _adapter_grads(layer, g, as_rows(h))
-    if not need_dx:
-        return x.new_empty(0), dA, dE, dB
-    return _dx(layer, g, weight, grad_h, path).view(x.shape), dA, dE, dB
+def backward_recipe(call: Call, g: Array) -> Recipe:
+    """Make dA, dE, dB, and dx if it is needed."""
+    g_pass, u_parts, db_parts = _g_pass(call, g)
+    g_reduce, grad_h, de_parts = _g_reduce(call, u_parts, db_parts)
+    x_pass, da_parts = _x_pass(call, grad_h)
+    steps = (g_pass, g_reduce, x_pass, _x_reduce(call, da_parts, de_parts))
+    # Parts of dA lie where those of u and dB were.
+    workspace = (
+        *(Part(grad_h, -1), Part(de_parts, 0)),
+        *(Part(u_parts, 1), Part(db_parts, 2)),
+        Part(da_parts, 1),
+    )
+    return Recipe(workspace, (*steps, *_dx(call, g, grad_h)) if call.need_dx else steps)

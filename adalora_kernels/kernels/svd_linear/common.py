@@ -1,4 +1,4 @@
-"""The forward and the backward share this arithmetic, and the operands of one call.
+"""The forward and the backward share this arithmetic, and what their recipes are made from.
 
 All sizes M, N, K, R may be odd: blocks are padded and masked. R_PAD is R rounded up to a power of
 two that `tl.dot` takes, at least 16. Rows of matrices are addressed with 64 bits. A pointer that is
@@ -10,30 +10,32 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..launch import INTERPRETED
+from ..recipe import Array, Count, Scalar, Size
 from . import plans
 
 # Rounds of Philox-4x32; seven are the fewest that pass BigCrush (Salmon et al., SC 2011).
 _ROUNDS = tl.constexpr(7)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# M, the number of rows.
+ROWS = Count()
 
 
 class EffectiveE(NamedTuple):
     """The kernels make e = scaling · E ⊙ mask from these; without E it is 1."""
 
-    E_ptr: Tensor | None
-    mask_ptr: Tensor | None
-    scaling: float
+    E_ptr: Array | None
+    mask_ptr: Array | None
+    scaling: Scalar | float
 
 
 class Dropout(NamedTuple):
     """The kernels make the dropout of x from these; without a seed there is none."""
 
-    seed_ptr: Tensor | None
-    drop_below: int  # of the 2¹⁶ values of an entry's random number
-    keep_scale: float
+    seed_ptr: Array | None
+    drop_below: Scalar | int  # of the 2¹⁶ values of an entry's random number
+    keep_scale: Scalar | float
 
     def is_aligned(self, columns: int) -> bool:
         """Tell whether the mask of a matrix can be made for eight neighbours at once."""
@@ -46,17 +48,22 @@ class LowRank(NamedTuple):
     The kernel stores the sum, before e, in out_h (M, R), where that is not None.
     """
 
-    left_ptr: Tensor | None
-    right_ptr: Tensor
-    out_h_ptr: Tensor | None
+    left_ptr: Array | None
+    right_ptr: Array
+    out_h_ptr: Array | None
     R: int
     stride_r: int
     stride_n: int
 
     @property
-    def splits(self) -> int:
+    def splits(self) -> Size:
         """Return S, which is 0 where left is not there yet."""
-        return 0 if self.left_ptr is None else len(self.left_ptr)
+        return 0 if self.left_ptr is None else self.left_ptr.shape[0]
+
+
+def gradient(t: Array) -> Array:
+    """Return the array of the gradient of x, A, E or B."""
+    return Array(f"d{t.name}", t.dtype, t.shape, (*t.of(1)[1:], 1))
 
 
 NO_E = EffectiveE(None, None, 1.0)
@@ -140,70 +147,75 @@ def effective_e(e, ranks, R):
     return values
 
 
-def as_rows(t: Tensor) -> Tensor:
-    """Reshape (..., n) to (rows, n): a view wherever strides allow, also of expanded gradients."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+class Call(NamedTuple):
+    """A `Call` is all that a recipe depends on, of one forward (without grad_y) or backward.
 
+    x, weight, base and grad_y have strides; all other arrays are contiguous.
+    """
 
-def precision(dtype: torch.dtype) -> str:
-    """Return the PRECISION of products in this type, which is what torch allows its own."""
-    # allow_tf32, which is the same setting, raises where the newer name has been used.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    M: int  # as `plans.rows_bucket` has it
+    N: int
+    K: int
+    R: int
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    base: Array | None  # of svd_delta, which has no weight
+    A: Array
+    E: Array
+    B: Array
+    mask: Array | None
+    seed: Array | None
+    h: Array
+    grad_y: Array | None
+    aligned: frozenset[str]  # the names of matrices that descriptors, or wide vectors, can read
+    need_dx: bool
+    tf32: bool
+    path: str | plans.Plan
+    device: plans.Device
 
+    @property
+    def y(self) -> Array:
+        """Return the result of the forward."""
+        return Array("y", (self.base or self.x).dtype, (ROWS, self.N), (self.N, 1))
 
-def is_aligned(t: Tensor) -> bool:
-    """Tell whether this matrix can be read by descriptors, and by vectors of at least 16 bytes."""
-    rows = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
-    return rows and (t.stride(0) | t.shape[1] | t.data_ptr()) % 16 == 0
+    @property
+    def e(self) -> EffectiveE:
+        """Return the operands of e."""
+        return EffectiveE(self.E, self.mask, Scalar("scaling"))
 
+    @property
+    def dropout(self) -> Dropout:
+        """Return the operands of dropout."""
+        return Dropout(self.seed, Scalar("drop_below"), Scalar("keep_scale"))
 
-def all_aligned(x: Tensor, w: Tensor, out: Tensor) -> bool:
-    """Tell whether all of out = x·w are aligned, w by its rows or by its columns."""
-    return is_aligned(x) and is_aligned(w if w.stride(1) == 1 else w.T) and is_aligned(out)
+    @property
+    def r_pad(self) -> int:
+        """Return the R_PAD of the kernels."""
+        return plans.padded_rank(self.R)
 
-
-class LayerOperands:
-    """`LayerOperands` are x, the adapter and the dropout of one call, as the kernels take them."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        A: Tensor,
-        E: Tensor,
-        B: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        device: plans.Device | None,
-    ) -> None:
-        self.x = as_rows(x)
-        self.A, self.E, self.B = A.contiguous(), E.contiguous(), B.contiguous()
-        self.mask = None if mask is None else mask.contiguous()
-        self.e = EffectiveE(self.E, self.mask, scaling)
-        drop_below = min(round(dropout_p * 2**16), 2**16 - 1)
-        self.dropout = Dropout(seed, drop_below, 1.0 / (1.0 - dropout_p))
-        self.M, self.K = self.x.shape
-        self.R, self.N = A.shape[0], B.shape[0]
-        self.r_pad = plans.padded_rank(self.R)
-        self.h_dtype = torch.promote_types(x.dtype, A.dtype)
-        self.device = device or plans.device_of(x.device)
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Allocate a tensor, and leave it as it is."""
-        return torch.empty(shape, dtype=dtype, device=self.x.device)
-
-    def is_wide(self, t: Tensor) -> bool:
+    def is_wide(self, t: Array) -> bool:
         """Tell whether the adapter counts in float32 although the matrix `t` does not."""
-        return self.h_dtype == torch.float32 != t.dtype
+        return torch.promote_types(self.x.dtype, self.A.dtype) == torch.float32 != t.dtype
 
-    def blocks(self, kernel: str, t: Tensor) -> plans.Blocks:
-        """Look up the configuration of a pass over the matrix `t`."""
-        return plans.pass_blocks(
-            kernel, self.device, self.r_pad, t.dtype, self.is_wide(t), is_aligned(t)
-        )
+    def precision(self, t: Array) -> str:
+        """Return the PRECISION of products in the type of `t`."""
+        return "tf32" if self.tf32 and t.dtype == torch.float32 else "ieee"
 
-    def types(self, t: Tensor) -> dict[str, object]:
+    def types(self, t: Array) -> dict[str, object]:
         """Tell kernels how they multiply the matrix `t` with the adapter."""
-        return {"WIDE": self.is_wide(t), "PRECISION": precision(t.dtype), "R_PAD": self.r_pad}
+        return {"WIDE": self.is_wide(t), "PRECISION": self.precision(t), "R_PAD": self.r_pad}
+
+    def blocks(self, kernel: str, t: Array) -> plans.Blocks:
+        """Look up the configuration of a pass over the matrix `t`."""
+        aligned = t.name in self.aligned
+        return plans.pass_blocks(kernel, self.device, self.r_pad, t.dtype, self.is_wide(t), aligned)
+
+    def plan(
+        self, product: str, possible: tuple[str, ...], x: Array, w: Array, out: Array
+    ) -> plans.Plan:
+        """Choose the plan for out (M, n) = x (M, k)·w (k, n)."""
+        k, n = w.of(self.M)
+        problem = plans.Problem(x.dtype, self.M, k, n, self.r_pad, product)
+        aligned = self.aligned.issuperset((x.name, w.name, out.name))
+        return plans.choose(self.device, problem, self.path, possible, aligned)

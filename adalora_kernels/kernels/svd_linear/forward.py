@@ -1,12 +1,13 @@
 """The forward makes h by the down projection, and y by one of three paths (see the package)."""
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import ceil_div, launch, launch_cublas
+from ..launch import ceil_div
+from ..recipe import Array, Count, Part, Recipe, Step
 from . import plans
-from .common import NO_DROPOUT, LayerOperands, LowRank, all_aligned, as_rows, dot, keep_mask
+from .common import NO_DROPOUT, ROWS, Call, LowRank, dot, keep_mask
 from .gemm import gemm, low_rank_add
 
 
@@ -52,101 +53,54 @@ def _down_kernel(
     tl.store(out, h * dropout.keep_scale, mask=(rows[:, None] < M) & (ranks[None, :] < R))
 
 
-def _down(layer: LayerOperands) -> tuple[Tensor, Tensor]:
-    """Return parts of h (splits, M, R), and h (M, R), which with one split is their memory."""
-    x = layer.x
-    blocks = layer.blocks("down", x)
-    row_blocks = ceil_div(layer.M, blocks.m)
-    k_blocks = ceil_div(layer.K, blocks.k)
+def _down(call: Call) -> tuple[Step, Array]:
+    """Make h, and return what it is written to: h as one part (1, M, R), or more (splits, M, R)."""
+    blocks = call.blocks("down", call.x)
+    k_blocks = ceil_div(call.K, blocks.k)
     # Enough programs to fill the GPU, each with at least four blocks to pipeline.
-    splits = max(1, min(layer.device.sms // row_blocks, k_blocks // 4, plans.MOST_SPLITS))
+    programs = call.device.sms // ceil_div(call.M, blocks.m)
+    splits = max(1, min(programs, k_blocks // 4, plans.MOST_SPLITS))
     k_per_split = ceil_div(k_blocks, splits) * blocks.k
-    splits = ceil_div(layer.K, k_per_split)
-    h = layer.new(layer.M, layer.R, dtype=layer.h_dtype)
-    parts = h.unsqueeze(0) if splits == 1 else layer.new(splits, layer.M, layer.R)
+    splits = ceil_div(call.K, k_per_split)
+    name, dtype = ("h", call.h.dtype) if splits == 1 else ("h_parts", torch.float32)
+    parts = Array(name, dtype, (splits, ROWS, call.R))
     arguments = {
-        "x_ptr": x,
-        "a_ptr": layer.A,
+        "x_ptr": call.x,
+        "a_ptr": call.A,
         "out_h_ptr": parts,
-        "dropout": layer.dropout,
-        "M": layer.M,
-        "K": layer.K,
-        "R": layer.R,
-        "x_strides": x.stride(),
+        "dropout": call.dropout,
+        "M": ROWS,
+        "K": call.K,
+        "R": call.R,
+        "x_strides": call.x.strides,
         "k_per_split": k_per_split,
-        "ALIGNED": layer.dropout.is_aligned(layer.K),
-        **layer.types(x),
+        "ALIGNED": call.dropout.is_aligned(call.K),
+        **call.types(call.x),
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
         **blocks.options,
     }
-    launch(_down_kernel, (row_blocks, splits), arguments)
-    return parts, h
+    return Step(_down_kernel, (Count(blocks.m), splits), arguments), parts
 
 
-def _low_rank(layer: LayerOperands, parts: Tensor | None, h: Tensor) -> LowRank:
-    """Return the operands of (h ⊙ e)·Bᵀ, whose kernel stores h unless the one part is h itself."""
-    out_h = None if parts is not None and len(parts) == 1 else h
-    right = layer.B.T
-    return LowRank(parts, right, out_h, layer.R, *right.stride())
-
-
-def svd_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    path: str | plans.Plan = "auto",
-    device: plans.Device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute (y, h) of `reference.svd_linear`, for sizes of at least 1 and R of at most 256.
-
-    Args:
-        path: a plan, the name of a path to plan for, or "auto".
-        device: the GPU to plan for; that of x by default.
-    """
-    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
-    w, y = weight.T, layer.new(layer.M, layer.N, dtype=x.dtype)
+def forward_recipe(call: Call) -> Recipe:
+    """Make y and h, by svd_linear where there is a weight, by svd_delta where there is a base."""
+    down, parts = _down(call)
+    # The kernel of the low-rank term stores h, unless the one part is h itself.
+    out_h = None if parts.name == "h" else call.h
+    workspace = () if out_h is None else (Part(parts, -1),)
+    # The last three operands of a kernel with a low-rank term.
+    term = (LowRank(parts, call.B, out_h, call.R, 1, call.R), call.e, NO_DROPOUT)
+    if call.weight is None:
+        return Recipe(workspace, (down, low_rank_add(call, call.base, call.y, *term)))
+    x, w, y, bias = call.x, call.weight.T, call.y, call.bias
     # One_pass would make the mask of dropout once for every tile.
-    possible = plans.PATHS if seed is None else ("two_pass", "cublas")
-    problem = plans.Problem(x.dtype, layer.M, layer.K, layer.N, layer.r_pad, "y")
-    plan = plans.choose(layer.device, problem, path, possible, all_aligned(layer.x, w, y))
+    possible = plans.PATHS if call.seed is None else ("two_pass", "cublas")
+    plan = call.plan("y", possible, x, w, y)
     if plan.path == "one_pass":
-        h = layer.new(layer.M, layer.R, dtype=layer.h_dtype)
-        low_rank = _low_rank(layer, None, h)
-        gemm(layer, plan.gemm, layer.x, w, y, bias, low_rank, layer.e, NO_DROPOUT)
-    elif plan.path == "two_pass":
-        parts, h = _down(layer)
-        low_rank = _low_rank(layer, parts, h)
-        gemm(layer, plan.gemm, layer.x, w, y, bias, low_rank, layer.e, NO_DROPOUT)
-    else:
-        launch_cublas(layer.x, w, bias, y)
-        parts, h = _down(layer)
-        low_rank_add(layer, y, y, _low_rank(layer, parts, h), layer.e, NO_DROPOUT)
-    return y.view(*x.shape[:-1], layer.N), h.view(*x.shape[:-1], layer.R)
-
-
-def svd_delta_fwd(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    device: plans.Device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute (y + delta, h) of `reference.svd_delta`, with the limits of `svd_linear_fwd`."""
-    layer = LayerOperands(x, A, E, B, mask, scaling, dropout_p, seed, device)
-    out = layer.new(layer.M, layer.N, dtype=y.dtype)
-    parts, h = _down(layer)
-    low_rank_add(layer, as_rows(y), out, _low_rank(layer, parts, h), layer.e, NO_DROPOUT)
-    return out.view(y.shape), h.view(*x.shape[:-1], layer.R)
+        term = (LowRank(None, call.B, call.h, call.R, 1, call.R), call.e, NO_DROPOUT)
+        return Recipe((), (gemm(call, plan.gemm, x, w, y, bias, *term),))
+    if plan.path == "two_pass":
+        return Recipe(workspace, (down, gemm(call, plan.gemm, x, w, y, bias, *term)))
+    cublas = Step(None, (), {"x": x, "w": w, "bias": bias, "out": y})
+    return Recipe(workspace, (cublas, down, low_rank_add(call, y, y, *term)))

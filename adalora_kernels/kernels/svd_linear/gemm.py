@@ -8,20 +8,19 @@ low-rank term to what cuBLAS, or an opaque base layer, has computed.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import ceil_div, launch
+from ..launch import ceil_div
+from ..recipe import Array, Count, Step, Tile
 from .common import (
+    ROWS,
+    Call,
     Dropout,
     EffectiveE,
-    LayerOperands,
     LowRank,
     dot,
     dot_as_stored,
     effective_e,
     keep_mask,
-    precision,
 )
 from .plans import Blocks
 
@@ -201,45 +200,43 @@ def _gemm_kernel(
 
 
 def gemm(
-    layer: LayerOperands,
+    call: Call,
     blocks: Blocks,
-    x: Tensor,
-    w: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
+    x: Array,
+    w: Array,
+    out: Array,
+    bias: Array | None,
     low_rank: LowRank,
     e: EffectiveE,
     dropout: Dropout,
-) -> None:
+) -> Step:
     """Compute out (M, n) = x (M, k)·w (k, n) + bias + dropout'((Σ_s left[s] ⊙ e)·right).
 
     Where `low_rank` has no left, it is made from x and A; there must be no dropout then.
     """
-    k, n = w.shape
-    by_rows = w.stride(1) != 1
-    operands: tuple[object, object, object] = (x, w, out)
-    if blocks.tma:
-        w_block = [blocks.n, blocks.k] if by_rows else [blocks.k, blocks.n]
-        operands = (
-            TensorDescriptor.from_tensor(x, [blocks.m, blocks.k]),
-            TensorDescriptor.from_tensor(w.T if by_rows else w, w_block),
-            TensorDescriptor.from_tensor(out, [blocks.m, blocks.n // 2]),
-        )
+    k, n = w.of(call.M)
+    by_rows = w.strides is not None and w.strides[1] != 1
+
+    def tiles(matrix: Array, rows: int, columns: int) -> Array | Tile:
+        return Tile(matrix, (rows, columns)) if blocks.tma else matrix
+
     arguments = {
-        **dict(zip(("x", "w", "out"), operands, strict=True)),
+        "x": tiles(x, blocks.m, blocks.k),
+        "w": tiles(w.T, blocks.n, blocks.k) if by_rows else tiles(w, blocks.k, blocks.n),
+        "out": tiles(out, blocks.m, blocks.n // 2),
         "bias_ptr": bias,
-        "a_ptr": layer.A if low_rank.left_ptr is None else None,
+        "a_ptr": call.A if low_rank.left_ptr is None else None,
         "low_rank": low_rank,
         "e": e,
         "dropout": dropout,
-        "M": layer.M,
+        "M": ROWS,
         "N": n,
         "K": k,
-        "x_strides": x.stride(),
-        "w_strides": w.stride(),
+        "x_strides": x.strides,
+        "w_strides": w.strides,
         "ALIGNED": dropout.is_aligned(n),
         "DTYPE": _TYPES[x.dtype],
-        **layer.types(x),
+        **call.types(x),
         "TMA": blocks.tma,
         "W_BY_ROWS": by_rows,
         "SPLITS": low_rank.splits,
@@ -250,9 +247,9 @@ def gemm(
         "FLATTEN": blocks.flatten,
         **blocks.options,
     }
-    tiles = ceil_div(layer.M, blocks.m) * ceil_div(n, blocks.n)
-    grid = (min(tiles, layer.device.sms) if blocks.tma else tiles,)
-    launch(_gemm_kernel, grid, arguments)
+    programs = Count(blocks.m, ceil_div(n, blocks.n))
+    grid = (programs._replace(most=call.device.sms) if blocks.tma else programs,)
+    return Step(_gemm_kernel, grid, arguments)
 
 
 @triton.jit(do_not_specialize=["M", "dropout"])
@@ -293,33 +290,33 @@ def _low_rank_add_kernel(
 
 
 def low_rank_add(
-    layer: LayerOperands,
-    base: Tensor | None,
-    out: Tensor,
+    call: Call,
+    base: Array | None,
+    out: Array,
     low_rank: LowRank,
     e: EffectiveE,
     dropout: Dropout,
-) -> None:
+) -> Step:
     """Compute out (M, n) = base + dropout'((Σ_s left[s] ⊙ e)·right); base may be out, or None."""
-    blocks = layer.blocks("low_rank_add", out if base is None else base)
-    n = out.shape[1]
+    blocks = call.blocks("low_rank_add", base or out)
+    _, n = out.of(call.M)
     arguments = {
         "base_ptr": base,
         "out_ptr": out,
         "low_rank": low_rank,
         "e": e,
         "dropout": dropout,
-        "M": layer.M,
+        "M": ROWS,
         "N": n,
-        "base_strides": (0, 0) if base is None else base.stride(),
+        "base_strides": (0, 0) if base is None else base.strides,
         "ALIGNED": dropout.is_aligned(n),
         "DTYPE": _TYPES[out.dtype],
-        "PRECISION": precision(out.dtype),
+        "PRECISION": call.precision(out),
         "SPLITS": low_rank.splits,
-        "R_PAD": layer.r_pad,
+        "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         **blocks.options,
     }
-    grid = (ceil_div(layer.M, blocks.m) * ceil_div(n, blocks.n),)
-    launch(_low_rank_add_kernel, grid, arguments)
+    grid = (Count(blocks.m, ceil_div(n, blocks.n)),)
+    return Step(_low_rank_add_kernel, grid, arguments)

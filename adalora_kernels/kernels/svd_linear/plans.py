@@ -8,7 +8,7 @@ package ships, and each of them before the arithmetic, which knows a GPU by few 
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,6 @@ PASSES = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
 def pass_blocks(
     kernel: str, device: Device, r_pad: int, dtype: torch.dtype, wide: bool, aligned: bool
 ) -> Blocks:
@@ -185,11 +184,6 @@ def choose(
         if path not in PATHS:
             raise ValueError(f"path must be 'auto' or one of {', '.join(PATHS)}, got {path!r}")
         possible = (path,) if path in possible else ("two_pass",)
-    return _choose(device, problem, possible, aligned)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(device: Device, problem: Problem, possible: tuple[str, ...], aligned: bool) -> Plan:
     if not aligned:
         return Plan("cublas" if "cublas" in possible else "two_pass", GEMM_GENERAL)
     paths = tuple(path for path in possible if is_allowed(path, problem)) or ("two_pass",)
@@ -269,6 +263,12 @@ def bucket(M: int) -> int:
     return 1 << max(M - 1, 0).bit_length()
 
 
+def rows_bucket(M: int) -> int:
+    """Round M up to a number of rows that recipes are made for, at most four in an octave."""
+    step = 1 << max(0, (M - 1).bit_length() - 3)
+    return ceil_div(M, step) * step
+
+
 def cache_path() -> Path:
     """Return where the user's table is: in $ADALORA_KERNELS_CACHE, or below $XDG_CACHE_HOME."""
     folder = os.environ.get("ADALORA_KERNELS_CACHE")
@@ -326,7 +326,16 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["entries"] if path.exists() else []
 
 
+# What to call when tables are to be read again.
+_clear: list[Callable[[], None]] = [_table.cache_clear]
+
+
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Have `forget_tables` call `clear`, which forgets what was made from plans."""
+    _clear.append(clear)
+
+
 def forget_tables() -> None:
-    """Forget what was read and chosen, so that tables are read again."""
-    _table.cache_clear()
-    _choose.cache_clear()
+    """Forget what was read and made from it, so that tables are read again."""
+    for clear in _clear:
+        clear()
