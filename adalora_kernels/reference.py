@@ -77,6 +77,8 @@ def drop_below(p: float) -> int:
 
 def as_rows(t: Tensor) -> Tensor:
     """Reshape (..., n) to (rows, n); it is a view where the strides allow one."""
+    if t.dim() == 2:
+        return t
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 

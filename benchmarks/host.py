@@ -76,9 +76,11 @@ def _line(row: dict[str, Any]) -> str:
         return ""
     what, settings, measure = row["work"], row["settings"], row["measure"]
     what += " with dropout" if settings.get("dropout") else ""
-    what += f", {row['point']} rows" if "point" in row else ""
+    what += f", {row['point']} row{'s' * (row['point'] > 1)}" if "point" in row else ""
+    what += f", {settings['matrices']} matrices" if "matrices" in settings else ""
     what += "" if row["provider"] == "peft.apply" else f", {row['provider']}"
-    what += f" / {measure.removeprefix('time / ')}" if "time / " in measure else f", {measure}"
+    against = measure.startswith("time / ")
+    what += f" / {measure.removeprefix('time / ')}" if against else f", {measure}"
     goal = f"  (goal {row['goal']}: {verdict(row)})" if "goal" in row else ""
     return f"{what}: {row['value']:.2f}{goal}"
 

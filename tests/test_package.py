@@ -21,8 +21,9 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"orthogonality"},
+    {"short"},
     {"ops"},
-    {"cpu"},
+    {"cpu", "launching"},
     {
         *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
         "_extension",
