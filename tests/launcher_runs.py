@@ -21,16 +21,6 @@ from adalora_kernels.kernels.svd_linear import (  # noqa: E402
     svd_linear_fwd,
 )
 
-if not hasattr(torch.ops.adalora, "plan_launches"):
-    from adalora_kernels.kernels.encode import plan_launches
-
-    torch.library.define(
-        "adalora::plan_launches",
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor E, Tensor B, "
-        "Tensor? mask, Tensor? seed, Tensor? h, Tensor? grad_y, bool need_dx) -> Tensor",
-    )
-    torch.library.impl("adalora::plan_launches", "default", plan_launches)
-
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 launch_forward = torch.ops.adalora.launch_forward
 launch_backward = torch.ops.adalora.launch_backward
