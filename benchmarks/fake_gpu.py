@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import operator
 import os
 import re
 import shutil
@@ -169,26 +170,15 @@ def _change_the_package() -> None:
     There is no switch for this in the package: it asks the tensors themselves what device they
     are on, so these are the places where it asks.
     """
-    from adalora_kernels import ops
+    from adalora_kernels import launching
     from adalora_kernels.kernels.svd_linear import plans
 
     # Plans, and with them grids and blocks, are those of this GPU instead of the interpreter's.
     h200 = plans.Device("NVIDIA H200", "sm_90", 132)
     plans.device_of = lambda device: h200
-
-    # The ops launch for every device, and "auto" does not leave the CPU's tensors to `cpu`.
-    takes_triton = ops._takes_triton
-
-    def takes(impl: str, *tensors: Any) -> bool:
-        try:
-            return takes_triton("triton" if impl == "auto" else impl, *tensors)
-        except RuntimeError:
-            if impl != "auto":
-                raise
-            return False
-
-    ops._why_no_triton = lambda device: None
-    ops._takes_triton = takes
+    # Calls go where those on a GPU go, at the same cost, and nothing hinders the kernels there.
+    launching.is_on_gpu = operator.attrgetter("is_cpu")
+    launching.why_no_triton = lambda device: None
 
 
 def _library() -> Any:
