@@ -169,7 +169,7 @@ def _change_the_package() -> None:
     There is no switch for this in the package: it asks the tensors themselves what device they
     are on, so these are the places where it asks.
     """
-    from adalora_kernels import ops
+    from adalora_kernels import launching
     from adalora_kernels.kernels.svd_linear import plans
 
     # Plans, and with them grids and blocks, are those of this GPU instead of the interpreter's.
@@ -177,18 +177,8 @@ def _change_the_package() -> None:
     plans.device_of = lambda device: h200
 
     # The ops launch for every device, and "auto" does not leave the CPU's tensors to `cpu`.
-    takes_triton = ops._takes_triton
-
-    def takes(impl: str, *tensors: Any) -> bool:
-        try:
-            return takes_triton("triton" if impl == "auto" else impl, *tensors)
-        except RuntimeError:
-            if impl != "auto":
-                raise
-            return False
-
-    ops._why_no_triton = lambda device: None
-    ops._takes_triton = takes
+    launching.is_on_gpu = lambda x: True
+    launching.why_no_triton = lambda device: None
 
 
 def _library() -> Any:
