@@ -162,8 +162,19 @@ def _llama(host: Host, name: str, device: torch.device) -> Provider:
 
 
 def through_triton(call: Call) -> object:
-    """Call it with Triton's own launcher in the place of the compiled library's."""
-    return call()
+    """Call it with Triton's own launcher, which is used while somebody watches its launches."""
+    from triton import knobs
+
+    hook = knobs.runtime.launch_enter_hook
+    hook.add(_watch)
+    try:
+        return call()
+    finally:
+        hook.remove(_watch)
+
+
+def _watch(_: object) -> None:
+    """Do what a profiler would do before a launch, but for looking at it."""
 
 
 class CheckNumbers:
