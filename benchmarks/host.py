@@ -44,14 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lines(device: Any) -> Iterator[str]:
     import pytest
 
-    from adalora_kernels import ops
-    from benchmarks import bench_host, bench_whole_model, host_layers
+    from adalora_kernels import launching
+    from benchmarks import bench_host, bench_whole_model
     from benchmarks.harness import Context
     from benchmarks.whole_models import HOST_ALONE
 
-    if host_layers.plan_misses() is None:
-        why = ops.library.why_not or "it was built before there was one"
-        yield f"no launcher of the compiled library, Triton's is measured: {why}"
+    if why := launching.why_not_library():
+        yield f"Triton's launcher is measured, not that of the compiled library: {why}"
     context, skipped = Context(device), set()
     cases = [(bench_host, case) for case in bench_host.cases(context)]
     works = bench_whole_model.cases(context)

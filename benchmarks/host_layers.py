@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import adalora_kernels
 import adalora_kernels.peft
-from adalora_kernels import ops
+from adalora_kernels import launching
 from adalora_kernels.adapters import find_adapters
 from benchmarks import fake_gpu
 from benchmarks.harness import Call, check
@@ -162,19 +162,13 @@ def _llama(host: Host, name: str, device: torch.device) -> Provider:
 
 
 def through_triton(call: Call) -> object:
-    """Call it with Triton's own launcher, which is used while somebody watches its launches."""
-    from triton import knobs
-
-    hook = knobs.runtime.launch_enter_hook
-    hook.add(_watch)
+    """Call it with Triton's own launcher in the place of the compiled library's."""
+    asked = launching.why_not_library
+    launching.why_not_library = lambda: "a bench wants Triton's launcher"
     try:
         return call()
     finally:
-        hook.remove(_watch)
-
-
-def _watch(_: object) -> None:
-    """Do what a profiler would do before a launch, but for looking at it."""
+        launching.why_not_library = asked
 
 
 class CheckNumbers:
@@ -262,9 +256,7 @@ def python_calls(call: Call) -> int:
 
 
 def plan_misses() -> int | None:
-    """How often the compiled library asked for a plan; None if it has no launcher."""
-    path = ops.library.path
-    try:
-        return int(ctypes.CDLL(str(path)).adalora_plan_misses()) if path else None
-    except AttributeError:
+    """How often the compiled library asked for a plan; None if it is not what launches."""
+    if launching.why_not_library() is not None:
         return None
+    return int(ctypes.CDLL(str(launching.library.path)).adalora_plan_misses())

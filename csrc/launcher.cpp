@@ -7,10 +7,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 
+#include "call.h"
 #include "driver.h"
 #include "plans.h"
 #include "recipe.h"
@@ -22,32 +23,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace adalora {
 namespace {
-
-constexpr int64_t most_dims = 16, most_ranks = 256, most_size = INT32_MAX;
-
-// One call of a layer: what it gets, what it makes, and what the recipe needs to know of both.
-struct Call {
-  Owned owned[of_workspace];      // what it gets (or a copy), and what it makes
-  Strided tensors[of_workspace];  // the same
-  void* data[of_workspace + most_parts] = {};
-  Owned workspace;
-  Scalars scalars{};
-  int64_t rows = 0, in = 0, out = 0, ranks = 0;
-  int32_t device = -1;
-  bool is_backward = false, need_dx = false, tf32 = false, has_dropout = false;
-  // Rows of x, weight, base and grad_y.
-  int64_t x_strides[2] = {}, weight_strides[2] = {}, base_strides[2] = {}, grad_strides[2] = {};
-
-  const Strided& operator[](Array array) const { return tensors[array]; }
-  bool has(Array array) const { return tensors[array].handle != nullptr; }
-  bool take(Array array, Owned tensor) {
-    owned[array] = std::move(tensor);
-    tensors[array] = Strided{};
-    if (!read(owned[array].get(), tensors[array])) return false;
-    data[array] = tensors[array].data;
-    return true;
-  }
-};
 
 // Reads the arguments of an op from the stack, all of which it owns then.
 class Stack {
@@ -72,67 +47,6 @@ void put_results(StableIValue* stack, Call& call, std::initializer_list<Array> r
   }
 }
 
-// Makes a tensor contiguous that is not; false where torch can't.
-bool make_contiguous(Call& call, Array array) {
-  if (!call.has(array) || call[array].is_contiguous()) return true;
-  StableIValue stack[] = {argument(call[array].handle),
-                          stable::from(aoti_torch_memory_format_contiguous_format())};
-  return adalora::call("aten::contiguous", "", stack) &&
-         call.take(array, Owned(stable::to<AtenTensorHandle>(stack[0])));
-}
-
-// The strides of a tensor as rows, made contiguous where they have none.
-bool as_rows(Call& call, Array array, int64_t (&strides)[2]) {
-  if (!call.has(array) || call[array].row_strides(strides)) return true;
-  return make_contiguous(call, array) && call[array].row_strides(strides);
-}
-
-// Whether shapes, dtypes and devices are such that no kernel reads out of bounds.
-bool fits(Call& call) {
-  const Strided &x = call[of_x], &A = call[of_A], &B = call[of_B];
-  if (x.dim < 1 || x.dim > most_dims || A.dim != 2 || B.dim != 2) return false;
-  call.in = x.sizes[x.dim - 1];
-  call.ranks = A.sizes[0];
-  call.out = B.sizes[0];
-  call.rows = 1;
-  for (int64_t i = 0; i < x.dim - 1; i++) {
-    if (x.sizes[i] < 1 || x.sizes[i] > most_size) return false;
-    call.rows *= x.sizes[i];
-    if (call.rows > most_size) return false;
-  }
-  if (call.in < 1 || call.in > most_size || call.out < 1 || call.out > most_size) return false;
-  if (call.ranks < 1 || call.ranks > most_ranks) return false;
-  const bool shapes = A.is(call.ranks, call.in) && call[of_E].is(call.ranks, 1) &&
-                      B.is(call.out, call.ranks) &&
-                      (!call.has(of_weight) || call[of_weight].is(call.out, call.in)) &&
-                      (!call.has(of_bias) || call[of_bias].is(call.out)) &&
-                      (!call.has(of_base) || call[of_base].is_beside(x, call.out)) &&
-                      (!call.has(of_mask) || call[of_mask].is(call.ranks)) &&
-                      (!call.has(of_seed) || call[of_seed].is(1)) &&
-                      (!call.has(of_h) || call[of_h].is_beside(x, call.ranks)) &&
-                      (!call.has(of_grad_y) || call[of_grad_y].is_beside(x, call.out));
-  if (!shapes) return false;
-  const Codes& code = codes();
-  for (const Array array : {of_x, of_base, of_A, of_E, of_grad_y}) {
-    if (call.has(array) && !code.is_floating(call[array].dtype)) return false;
-  }
-  const bool dtypes =
-      B.dtype == A.dtype && (!call.has(of_weight) || call[of_weight].dtype == x.dtype) &&
-      (!call.has(of_bias) || call[of_bias].dtype == x.dtype) &&
-      (!call.has(of_weight) || !call.has(of_grad_y) || call[of_grad_y].dtype == x.dtype) &&
-      (!call.has(of_mask) || call[of_mask].dtype == code.boolean) &&
-      (!call.has(of_seed) || call[of_seed].dtype == code.int64) &&
-      (!call.has(of_h) || call[of_h].dtype == code.promoted(x.dtype, A.dtype));
-  if (!dtypes) return false;
-  for (const Strided& t : call.tensors) {
-    if (t.handle != nullptr &&
-        (t.device_type != x.device_type || t.device_index != x.device_index)) {
-      return false;
-    }
-  }
-  return true;
-}
-
 // The driver that serves tensors on the device of this call, which it gets to know; or null.
 const Driver* find_driver(Call& call) {
   const Strided& x = call[of_x];
@@ -145,15 +59,6 @@ const Driver* find_driver(Call& call) {
   if (driver == nullptr || driver->fake_device == nullptr) return nullptr;
   call.device = *driver->fake_device;
   return driver;
-}
-
-bool make_readable(Call& call) {
-  for (const Array array : {of_bias, of_A, of_E, of_B, of_mask, of_seed, of_h}) {
-    if (!make_contiguous(call, array)) return false;
-  }
-  if (call.has(of_weight)) std::copy_n(call[of_weight].strides, 2, call.weight_strides);
-  return as_rows(call, of_x, call.x_strides) && as_rows(call, of_base, call.base_strides) &&
-         as_rows(call, of_grad_y, call.grad_strides);
 }
 
 Key key_of(const Call& call) {
@@ -171,11 +76,11 @@ Key key_of(const Call& call) {
   return {{flags, dtypes, call.device, rows_bucket(call.rows), call.in, call.out, call.ranks,
            call.x_strides[0], call.x_strides[1], call.weight_strides[0], call.weight_strides[1],
            call.is_backward ? call.grad_strides[0] : call.base_strides[0],
-           call.is_backward ? call.grad_strides[1] : call.base_strides[1], 0}};
+           call.is_backward ? call.grad_strides[1] : call.base_strides[1]}};
 }
 
 // Lets Python make a recipe; null where it can't now, and may another time.
-const Recipe* make_recipe(const Call& call, const Key& key) {
+std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
   Plans::get().misses++;
   StableIValue stack[12];
   size_t next = 0;
@@ -194,35 +99,6 @@ const Recipe* make_recipe(const Call& call, const Key& key) {
   }
   Reader reader(static_cast<const int64_t*>(encoded.data), encoded.sizes[0]);
   return Plans::get().add(key, reader.recipe());
-}
-
-// An uninitialised contiguous tensor on the device of x; false where there is no memory.
-bool allocate(const Call& call, int64_t dim, const int64_t* sizes, int32_t dtype, Owned& to) {
-  int64_t strides[most_dims];
-  for (int64_t i = dim - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(sizes[i--], 1)) {
-    strides[i] = stride;
-  }
-  AtenTensorHandle handle = nullptr;
-  const Strided& x = call[of_x];
-  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, x.device_type, x.device_index, &handle))
-    return false;
-  to = Owned(handle);
-  return true;
-}
-
-// One that the call makes: (..., columns) with the leading dimensions of x, or `sizes`.
-bool make(Call& call, Array array, int64_t columns, int32_t dtype) {
-  int64_t sizes[most_dims];
-  const Strided& x = call[of_x];
-  std::copy(x.sizes, x.sizes + x.dim - 1, sizes);
-  sizes[x.dim - 1] = columns;
-  Owned made;
-  return allocate(call, x.dim, sizes, dtype, made) && call.take(array, std::move(made));
-}
-bool make_like(Call& call, Array array, Array like) {
-  Owned made;
-  return allocate(call, 2, call[like].sizes, call[like].dtype, made) &&
-         call.take(array, std::move(made));
 }
 
 bool make_workspace(Call& call, const Recipe& recipe) {
@@ -321,29 +197,6 @@ bool carry_out(const Driver& driver, const Recipe& recipe, const Call& call) {
   return true;
 }
 
-bool set_scalars(Call& call, double scaling, double dropout_p) {
-  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) return false;
-  call.has_dropout = call.has(of_seed) || dropout_p > 0.0;
-  call.scalars.scaling = static_cast<float>(scaling);
-  // Half to even, as Python rounds.
-  call.scalars.drop_below =
-      static_cast<int32_t>(std::min(std::nearbyint(dropout_p * 65536.0), 65535.0));
-  call.scalars.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-  return true;
-}
-
-bool make_forward(Call& call) {
-  const int32_t of_output = call.has(of_base) ? call[of_base].dtype : call[of_x].dtype;
-  const int32_t of_sums = codes().promoted(call[of_x].dtype, call[of_A].dtype);
-  return make(call, of_y, call.out, of_output) && make(call, of_h, call.ranks, of_sums);
-}
-
-bool make_backward(Call& call) {
-  return make_like(call, of_dA, of_A) && make_like(call, of_dE, of_E) &&
-         make_like(call, of_dB, of_B) &&
-         (!call.need_dx || make(call, of_dx, call.in, call[of_x].dtype));
-}
-
 // Whether the call was served.
 bool serve(Call& call) {
   if (!fits(call)) return false;
@@ -363,7 +216,7 @@ bool serve(Call& call) {
   }
   if (!make_readable(call)) return false;
   const Key key = key_of(call);
-  const Recipe* recipe = Plans::get().find(key);
+  std::shared_ptr<const Recipe> recipe = Plans::get().find(key);
   if (recipe == nullptr) recipe = make_recipe(call, key);
   if (recipe == nullptr || recipe->steps.empty()) return false;
   if (!(call.is_backward ? make_backward(call) : make_forward(call))) return false;
@@ -382,9 +235,12 @@ void launch_forward(StableIValue* stack, uint64_t, uint64_t) {
   for (const Array array : {of_mask, of_seed}) readable &= call.take(array, next.optional());
   const double scaling = next.number(), dropout_p = next.number();
   call.tf32 = next.flag();
+  const bool draws = !call.has(of_seed);
   const bool served = readable && call.has(of_weight) != call.has(of_base) &&
                       !(call.has(of_base) && call.has(of_bias)) &&
                       set_scalars(call, scaling, dropout_p) && serve(call);
+  // What an op returns must not be what it got.
+  if (!draws) call.owned[of_seed] = Owned();
   put_results(stack, call, {of_y, of_h, of_seed}, served);
 }
 
@@ -392,7 +248,8 @@ void launch_backward(StableIValue* stack, uint64_t, uint64_t) {
   Call call;
   call.is_backward = true;
   Stack next(stack);
-  bool readable = call.take(of_grad_y, next.tensor()) & call.take(of_x, next.tensor());
+  bool readable = true;
+  for (const Array array : {of_grad_y, of_x}) readable &= call.take(array, next.tensor());
   readable &= call.take(of_weight, next.optional());
   for (const Array array : {of_A, of_E, of_B}) readable &= call.take(array, next.tensor());
   for (const Array array : {of_mask, of_seed}) readable &= call.take(array, next.optional());

@@ -6,7 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <list>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
@@ -23,7 +23,7 @@ inline int64_t rows_bucket(int64_t m) {
 }
 
 struct Key {
-  std::array<int64_t, 14> words{};
+  std::array<int64_t, 13> words{};
   bool operator==(const Key& other) const { return words == other.words; }
 };
 
@@ -40,23 +40,26 @@ struct HashOfKey {
 
 class Plans {
  public:
+  // A program whose strides are new at every call is not to fill the memory.
+  static constexpr size_t most_recipes = 1 << 14;
+
   static Plans& get() {
     static Plans plans;
     return plans;
   }
 
-  // Null if there is none yet. A recipe stays where it is for good.
-  const Recipe* find(const Key& key) {
+  // Null if there is none yet.
+  std::shared_ptr<const Recipe> find(const Key& key) {
     const std::lock_guard lock(mutex_);
     const auto found = recipes_.find(key);
     return found == recipes_.end() ? nullptr : found->second;
   }
   // Where two threads make the same one at once, the first stays.
-  const Recipe* add(const Key& key, Recipe recipe) {
+  std::shared_ptr<const Recipe> add(const Key& key, Recipe recipe) {
+    auto made = std::make_shared<const Recipe>(std::move(recipe));
     const std::lock_guard lock(mutex_);
-    const auto [at, is_new] = recipes_.try_emplace(key, nullptr);
-    if (is_new) at->second = &all_.emplace_back(std::move(recipe));
-    return at->second;
+    if (recipes_.size() >= most_recipes) recipes_.clear();
+    return recipes_.try_emplace(key, std::move(made)).first->second;
   }
   void forget() {
     const std::lock_guard lock(mutex_);
@@ -73,8 +76,7 @@ class Plans {
   }
 
   std::mutex mutex_;
-  std::unordered_map<Key, const Recipe*, HashOfKey> recipes_;
-  std::list<Recipe> all_;  // the forgotten ones too, as a thread may be carrying one out
+  std::unordered_map<Key, std::shared_ptr<const Recipe>, HashOfKey> recipes_;
 };
 
 }  // namespace adalora

@@ -87,7 +87,7 @@ class planned:
 
 def forget() -> None:
     """Forget what was planned, in Python and in the library; not what Triton has compiled."""
-    calls.recipe_of.cache_clear()
+    plans.forget_tables()
     library().adalora_forget_plans()
 
 
@@ -180,6 +180,7 @@ def launched(problem: Problem) -> list[Any]:
     t = tensors_of(problem)
     with fake_gpu.recorded() as forwards:
         y = forward(t, problem.p)
+    assert y.pop("seed") is None
     with fake_gpu.recorded() as backwards:
         dx = backward(t, problem.p, problem.need_dx)
     return [named(forwards, {**t, **y}), named(backwards, {**t, **dx})]
@@ -323,6 +324,8 @@ def seeds() -> None:
     address = made["seed"].data_ptr().to_bytes(8, "little")
     assert address in launches[0].parameters
     assert forward(t, 0.0)["seed"] is None
+    # One that was given is not returned, for it would be the same tensor.
+    assert forward(tensors_of(DROPOUT), 0.1)["seed"] is None
 
 
 def refused() -> None:
