@@ -64,12 +64,13 @@ const Driver* find_driver(Call& call) {
 Key key_of(const Call& call) {
   int64_t flags = call.is_backward | call.need_dx << 1 | call.has_dropout << 2;
   if (call[of_x].dtype == codes().float32) flags |= call.tf32 << 3;
-  int64_t shift = 4, dtypes = 0;
   // Presence and alignment of each tensor that it gets.
-  for (int64_t i = of_x; i <= of_grad_y; i++, shift += 2) {
-    if (call.tensors[i].handle == nullptr) continue;
-    flags |= (reinterpret_cast<uintptr_t>(call.data[i]) % 16 == 0 ? 3LL : 1LL) << shift;
+  for (int64_t i = of_x; i <= of_grad_y; i++) {
+    const bool is_there = call.tensors[i].handle != nullptr;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(call.data[i]) % 16 == 0;
+    flags |= (is_there + 2LL * is_aligned) << (4 + 2 * i);
   }
+  int64_t dtypes = 0;
   for (const Array array : {of_x, of_base, of_A, of_E, of_grad_y}) {
     dtypes = dtypes << 8 | (call[array].dtype & 255);
   }

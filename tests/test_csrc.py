@@ -117,8 +117,10 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         _extension.VARIABLE: str(library),
     }
-    files = [__file__, ROOT / "tests" / "test_importance.py"]
-    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", "library-cpu"]
+    tests = ROOT / "tests"
+    files = [__file__, tests / "test_importance.py", tests / "test_launcher.py"]
+    chosen = "library-cpu or (what_triton_does and not for_all)"
+    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", chosen]
     done = subprocess.run(test, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert re.search(r"^\.+", done.stdout), "the tests ran, on this library"
