@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  (defines the op that is called here)
 from ..adapters import triplets_there
-from ..reference import top_b_mask
+from ..reference import flat_averages, flat_views, top_b_mask
 from .members import Members
 
 FORMAT = 1
@@ -31,8 +31,9 @@ class AllocatorState:
 
     Attributes:
         ranks: the number of triplets that each adapter starts with; n is their sum.
-        exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10), each in the shape of its parameter;
-            empty once the pattern is frozen.
+        exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10) of all parameters, each in one flat
+            tensor, or in one for each dtype (`reference.flat_views`); empty once the pattern is
+            frozen.
         scores: the importance of each triplet (eq. 7), (n,) float32, or float64 for float64
             parameters.
         mask: which triplets live, (n,) bool. One that is not there never does.
@@ -47,6 +48,8 @@ class AllocatorState:
 
     exp_avg_ipt: list[Tensor]
     exp_avg_unc: list[Tensor]
+    # The parameters that they are of, on the meta device: what shape and dtype they have there.
+    _averaged: list[Tensor]
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
         devices = {p.device for p in parameters}
@@ -112,17 +115,22 @@ class AllocatorState:
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
         self.exp_avg_ipt, self.exp_avg_unc = (
-            [torch.zeros(p.shape, dtype=self._dtype_for(p), device=p.device) for p in parameters]
-            for _ in range(2)
+            flat_averages(parameters, self._narrow_dtype) for _ in range(2)
         )
+        self._averaged = [p.to("meta") for p in parameters]
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
         self.exp_avg_ipt, self.exp_avg_unc = [], []
 
-    def _dtype_for(self, parameter: Tensor) -> torch.dtype:
-        dtype = _at_least_float32(parameter.dtype)
-        return dtype if dtype == torch.float64 else self._narrow_dtype
+    def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Both averages of each parameter in its shape, as views."""
+        ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
+        return ipt, unc
+
+    def _set_averages(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> None:
+        for own, values in zip(self._averages(), (exp_avg_ipt, exp_avg_unc), strict=True):
+            torch._foreach_copy_(own, values)
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Go to the device and dtype of the parameters, which may have been moved since."""
@@ -132,11 +140,10 @@ class AllocatorState:
         if self.scores.is_meta:
             self._make(parameters)
             return
-        for averages in (self.exp_avg_ipt, self.exp_avg_unc):
-            # There are none once the pattern is frozen.
-            averages[:] = [
-                t.to(device, self._dtype_for(p)) for t, p in zip(averages, parameters, strict=False)
-            ]
+        before = self._averages()
+        if self.exp_avg_ipt:
+            self.make_averages(parameters)
+            self._set_averages(*before)
         self.scores = self.scores.to(device, dtype)
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
@@ -196,9 +203,10 @@ class AllocatorState:
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
+        exp_avg_ipt, exp_avg_unc = self._averages()
         return {
-            "exp_avg_ipt": [t.clone() for t in self.exp_avg_ipt],
-            "exp_avg_unc": [t.clone() for t in self.exp_avg_unc],
+            "exp_avg_ipt": [t.clone() for t in exp_avg_ipt],
+            "exp_avg_unc": [t.clone() for t in exp_avg_unc],
             "scores": self.scores.clone(),
             "mask": self.mask.clone(),
             "skipped": self.skipped.clone(),
@@ -241,8 +249,7 @@ class AllocatorState:
         if not saved["frozen"]:
             if not self.exp_avg_ipt:
                 self.make_averages(parameters)
-            torch._foreach_copy_(self.exp_avg_ipt, saved["exp_avg_ipt"])
-            torch._foreach_copy_(self.exp_avg_unc, saved["exp_avg_unc"])
+            self._set_averages(saved["exp_avg_ipt"], saved["exp_avg_unc"])
         for name in ("scores", "mask", "skipped"):
             getattr(self, name).copy_(saved[name])
         self.members.load(saved)
