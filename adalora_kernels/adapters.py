@@ -67,15 +67,17 @@ class Adapter:
         return module
 
     @property
+    def places(self) -> tuple[tuple[Any, str], ...]:
+        """Where its three parameters stand: modules, which stay the same, and the names there."""
+        if self.key is None:
+            return tuple((self.module, factor) for factor in _FACTORS)
+        return tuple((owner, self.key) for owner in self._owners)
+
+    @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """The triple (lora_A, lora_E, lora_B)."""
-        # This runs in every step for every matrix: the modules' own tables take a tenth of the
-        # time of getattr.
         try:
-            if self.key is None:
-                table: Any = self.module._parameters
-                return table["lora_A"], table["lora_E"], table["lora_B"]
-            a, e, b = (owner._parameters[self.key] for owner in self._owners)
+            a, e, b = (owner._parameters[name] for owner, name in self.places)
             return a, e, b
         except KeyError:  # FSDP, for instance, puts views into their place for a while.
             return self._views()
@@ -135,6 +137,20 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
         for module_name, module in _modules_with_adapters(model)
         for adapter in _adapters_of(_unwrapped(module_name), module, adapter_name)
     ]
+
+
+def parameters_of(
+    adapters: Sequence[Adapter], places: Sequence[tuple[Any, str]]
+) -> list[nn.Parameter]:
+    """Return lora_A, lora_E and lora_B of each adapter in turn, as they are now.
+
+    A step does this for every matrix, so it takes `places`, those of all the adapters in turn, and
+    the modules' own tables, which takes a tenth of the time of getattr.
+    """
+    try:
+        return [owner._parameters[name] for owner, name in places]
+    except KeyError:
+        return [p for adapter in adapters for p in adapter.parameters]
 
 
 def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:

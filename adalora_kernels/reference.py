@@ -291,6 +291,37 @@ def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)
 
 
+def prune_(
+    scores: Tensor,
+    budget: Tensor,
+    prunes: Tensor,
+    in_play: Tensor,
+    kept_at_0: Tensor | None,
+    mask: Tensor,
+    lora_E: list[Tensor],
+    again: bool = False,
+) -> None:
+    """Write 0 into every lora_E (r, 1) whose triplet is not among the best, in place.
+
+    If `prunes` (one bool), `mask` (n,) bool becomes `top_b_mask` of the `scores` (n,) for the
+    `budget` (one int64), among the triplets that are `in_play` (n,) bool; only those are compared
+    and changed. Nothing is read from the device: one captured call serves steps of all kinds.
+    `again` only writes the zeros of the mask that is there. What is `kept_at_0` (n,) bool is 0
+    after every call.
+    """
+    if again:
+        dead = in_play > mask
+    else:
+        best = top_b_mask(scores.masked_fill(~in_play, -torch.inf), budget)
+        changes = in_play & prunes
+        torch.where(changes, best, mask, out=mask)
+        dead = changes > mask
+    if kept_at_0 is not None:
+        dead |= kept_at_0
+    flat = torch.cat(lora_E).masked_fill_(dead.unsqueeze(1), 0.0)
+    torch._foreach_copy_(lora_E, flat.split_with_sizes([len(E) for E in lora_E]))
+
+
 def orth_reg(
     pairs: Iterable[tuple[Tensor, Tensor]], weight: float = 0.1, squared: bool = False
 ) -> Tensor:

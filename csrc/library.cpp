@@ -1,5 +1,6 @@
-// Implements adalora::importance_update_ for CPU and CUDA tensors, on torch's stable ABI: one library
-// for torch 2.11 and later. Python (adalora_kernels/ops.py) owns the schema.
+// Implements adalora::importance_update_ for CPU and CUDA tensors and adalora::prune_ for CPU tensors,
+// on torch's stable ABI: one library for torch 2.11 and later. Python (adalora_kernels/ops.py) owns
+// the schemas.
 #include <optional>
 #include <vector>
 
@@ -22,6 +23,14 @@ Type type_of(const TensorHandle& t, const char* name) {
   const std::optional<Type> type = type_of_dtype(t.dtype());
   STD_TORCH_CHECK(type.has_value(), name, " must be float32, float64, bfloat16 or float16");
   return *type;
+}
+
+Type type_of_scores(const Tensor& scores, int64_t total_rank) {
+  const ScalarType type = scores.scalar_type();
+  STD_TORCH_CHECK(scores.numel() == total_rank && scores.is_contiguous() &&
+                      (type == ScalarType::Float || type == ScalarType::Double),
+                  "scores must be (", total_rank, ",) in float32 or float64");
+  return type == ScalarType::Double ? Type::float64 : Type::float32;
 }
 
 // Carries out the op on the device of a tensor.
@@ -251,12 +260,8 @@ void importance_update_(StableListHandle params_list, StableListHandle grads_lis
     op.total_rank += op.adapters.back().r;
   }
   parameters.finish();
-  const ScalarType type = scores.scalar_type();
-  STD_TORCH_CHECK(scores.numel() == op.total_rank && scores.is_contiguous() &&
-                      (type == ScalarType::Float || type == ScalarType::Double),
-                  "scores must be (", op.total_rank, ",) in float32 or float64");
   op.scores = scores.data_ptr();
-  op.scores_type = type == ScalarType::Double ? Type::float64 : Type::float32;
+  op.scores_type = type_of_scores(scores, op.total_rank);
   STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,
                   "skipped must be one int64");
   device.check(skipped, "skipped");
@@ -272,11 +277,42 @@ void importance_update_(StableListHandle params_list, StableListHandle grads_lis
   Device{scores}(op);
 }
 
+template <class T>
+T* flags(const Tensor& t, ScalarType type, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == type, name,
+                  " must be (", count, ",) in ", type == ScalarType::Bool ? "bool" : "int64");
+  return static_cast<T*>(t.data_ptr());
+}
+
+void prune_(Tensor scores, Tensor budget, Tensor prunes, Tensor in_play,
+            std::optional<Tensor> kept_at_0, Tensor mask, StableListHandle list, bool again) {
+  const TensorList lora_E(list, TensorList::Of::tensors);
+  Prune op{};
+  op.factors.reserve(lora_E.size());
+  for (size_t i = 0; i < lora_E.size(); ++i) {
+    const TensorHandle& E = lora_E[i];
+    STD_TORCH_CHECK(E.dim() == 2 && E.size(1) == 1, "lora_E[", i, "] must be r x 1");
+    op.factors.push_back({E.data(), type_of(E, "lora_E"), E.size(0), E.stride(0)});
+    op.total_rank += E.size(0);
+  }
+  op.scores = scores.data_ptr();
+  op.scores_type = type_of_scores(scores, op.total_rank);
+  op.budget = *flags<int64_t>(budget, ScalarType::Long, 1, "budget");
+  op.prunes = *flags<bool>(prunes, ScalarType::Bool, 1, "prunes");
+  op.again = again;
+  op.in_play = flags<bool>(in_play, ScalarType::Bool, op.total_rank, "in_play");
+  if (kept_at_0.has_value())
+    op.kept_at_0 = flags<bool>(*kept_at_0, ScalarType::Bool, op.total_rank, "kept_at_0");
+  op.mask = flags<bool>(mask, ScalarType::Bool, op.total_rank, "mask");
+  cpu::prune(op);
+}
+
 }  // namespace
 }  // namespace adalora
 
 STABLE_TORCH_LIBRARY_IMPL(adalora, CPU, m) {
   m.impl("importance_update_", TORCH_BOX(&adalora::importance_update_<adalora::Cpu>));
+  m.impl("prune_", TORCH_BOX(&adalora::prune_));
 }
 #ifdef ADALORA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(adalora, CUDA, m) {

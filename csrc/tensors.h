@@ -31,6 +31,7 @@ class TensorHandle {
   int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
   int64_t size(int64_t dim) const { return ask<int64_t*>(aoti_torch_get_sizes)[dim]; }
+  int64_t stride(int64_t dim) const { return ask<int64_t*>(aoti_torch_get_strides)[dim]; }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
   void* data() const { return ask<void*>(aoti_torch_get_data_ptr); }
   int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }

@@ -101,6 +101,7 @@ class RankAllocator(FollowsOptimizers):
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
         refuse_sharded(self.adapters)
+        self._look_up_places()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(self._parameters(), state_dtype)
         self.schedule = BudgetSchedule(
@@ -125,11 +126,12 @@ class RankAllocator(FollowsOptimizers):
         expect_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = (*self._NOT_COPIED, "reminder")
+        left_out = (*self._NOT_COPIED, "_places", "reminder")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._look_up_places()
         self._start_following()
         self.reminder = Reminder()
         expect_steps(self)

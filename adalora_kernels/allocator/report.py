@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, parameters_of
 from .schedule import BudgetSchedule
 from .state import AllocatorState
 
@@ -22,9 +22,15 @@ class Reports:
     frozen: bool
     shrunk: bool
     _state: AllocatorState
+    # Where the adapters' parameters stand (`Adapter.places`).
+    _places: list[tuple[Any, str]]
+
+    def _look_up_places(self) -> None:
+        """To be called when the adapters are others."""
+        self._places = [place for adapter in self.adapters for place in adapter.places]
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for adapter in self.adapters for p in adapter.parameters]
+        return parameters_of(self.adapters, self._places)
 
     @property
     def adapters_left(self) -> list[Adapter]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .. import ops  # noqa: F401  (defines the op that is called here)
+from .. import ops  # noqa: F401  (defines the ops that are called here)
 from ..adapters import triplets_there
-from ..reference import flat_averages, flat_views, top_b_mask
+from ..reference import flat_averages, flat_views
 from .members import Members
 
 FORMAT = 1
@@ -117,7 +118,7 @@ class AllocatorState:
         self.exp_avg_ipt, self.exp_avg_unc = (
             flat_averages(parameters, self._narrow_dtype) for _ in range(2)
         )
-        self._averaged = [p.to("meta") for p in parameters]
+        self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parameters]
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
@@ -166,7 +167,7 @@ class AllocatorState:
             grad_scale,
         )
 
-    def prune(self, lora_E: Sequence[Tensor], again: bool = False) -> None:
+    def prune(self, lora_E: list[Tensor], again: bool = False) -> None:
         """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
 
         Only what is in play is compared and changed. Whether the step prunes and how many stay is
@@ -174,17 +175,18 @@ class AllocatorState:
         writes the zeros of the mask that is there.
         """
         members = self.members
-        if again:
-            dead = members.in_play > self.mask
-        else:
-            best = top_b_mask(self.scores.masked_fill(members.out_of_play, -torch.inf), self.budget)
-            changes = members.in_play & self.prunes
-            torch.where(changes, best, self.mask, out=self.mask)
-            dead = changes > self.mask
-        if members.restarted:
-            dead |= members.kept_at_0
-        flat = torch.cat(list(lora_E)).masked_fill_(dead.unsqueeze(1), 0.0)
-        torch._foreach_copy_(list(lora_E), self.split(flat))
+        torch.ops.adalora.prune_(
+            self.scores,
+            self.budget,
+            self.prunes,
+            members.in_play,
+            members.kept_at_0 if members.restarted else None,
+            self.mask,
+            lora_E,
+            again,
+        )
+        # Compiled code doesn't tell autograd, which may have saved them for a backward to come.
+        increment_version(lora_E)
 
     def keep(self, mask: Tensor) -> None:
         """Let exactly these triplets live, (n,) bool, wherever they come from."""
@@ -198,8 +200,8 @@ class AllocatorState:
 
     def highest_pruned_score(self) -> Tensor:
         """A scalar on the device, -inf where nothing is pruned."""
-        kept_or_out = self.mask | self.members.out_of_play
-        return self.scores.masked_fill(kept_or_out, -torch.inf).amax()
+        pruned = self.members.in_play > self.mask
+        return self.scores.masked_fill(~pruned, -torch.inf).amax()
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
