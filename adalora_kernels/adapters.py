@@ -54,6 +54,11 @@ class Adapter:
         """Whether the layer is gone: with its model, or because that has another in its place."""
         return self._module() is None
 
+    def watch(self, when_gone: Callable[[Any], Any]) -> Any:
+        """Have `when_gone` called when the layer is gone, while what this returns is kept."""
+        module = self._module()
+        return None if module is None else weakref.ref(module, when_gone)
+
     @property
     def module(self) -> nn.Module:
         """The layer that owns the parameters.

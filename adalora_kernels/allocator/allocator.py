@@ -126,7 +126,7 @@ class RankAllocator(FollowsOptimizers):
         expect_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = (*self._NOT_COPIED, "_places", "reminder")
+        left_out = (*self._NOT_COPIED, "reminder")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

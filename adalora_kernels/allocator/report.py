@@ -24,10 +24,15 @@ class Reports:
     _state: AllocatorState
     # Where the adapters' parameters stand (`Adapter.places`).
     _places: list[tuple[Any, str]]
+    # Not empty once a layer is gone.
+    _gone: list[Any]
 
     def _look_up_places(self) -> None:
         """To be called when the adapters are others."""
         self._places = [place for adapter in self.adapters for place in adapter.places]
+        self._gone = [adapter for adapter in self.adapters if adapter.is_deleted]
+        # They tell of their ends, so that a step need not ask each of them.
+        self._layers = [adapter.watch(self._gone.append) for adapter in self.adapters]
 
     def _parameters(self) -> list[nn.Parameter]:
         return parameters_of(self.adapters, self._places)
@@ -35,11 +40,13 @@ class Reports:
     @property
     def adapters_left(self) -> list[Adapter]:
         """The adapters, but for those whose layers the model has no more, while it has any."""
+        if not self._gone:
+            return self.adapters
         return [adapter for adapter in self.adapters if not adapter.is_deleted] or self.adapters
 
     def _freeze_what_is_gone(self) -> None:
         """Let adapters whose layers the model has no more take no part, like frozen ones."""
-        gone = [adapter for adapter in self.adapters if adapter.is_deleted]
+        gone = [adapter for adapter in self.adapters if adapter.is_deleted] if self._gone else []
         if len(gone) < len(self.adapters):
             for adapter in gone:
                 adapter.lora_E.requires_grad_(False)
