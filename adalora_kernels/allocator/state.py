@@ -167,7 +167,7 @@ class AllocatorState:
             grad_scale,
         )
 
-    def prune(self, lora_E: list[Tensor], again: bool = False) -> None:
+    def prune(self, lora_E: Sequence[Tensor], again: bool = False) -> None:
         """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
 
         Only what is in play is compared and changed. Whether the step prunes and how many stay is
