@@ -136,7 +136,8 @@ class AllocatorState:
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Go to the device and dtype of the parameters, which may have been moved since."""
         device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
-        if self.scores.device == device and self.scores.dtype == dtype:
+        is_there = self.scores.device == device and self.scores.dtype == dtype
+        if is_there and not self._lie_elsewhere(parameters):
             return
         if self.scores.is_meta:
             self._make(parameters)
@@ -149,6 +150,12 @@ class AllocatorState:
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
         self.members.move(device)
+
+    def _lie_elsewhere(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether there are averages of two dtypes, and parameters are of the other one now."""
+        return len(self.exp_avg_ipt) > 1 and any(
+            p.dtype != before.dtype for p, before in zip(parameters, self._averaged, strict=True)
+        )
 
     def learn(
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
