@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from allocator_runs import STEPS, setup, train
-from helpers import Mlp, trainable
+from helpers import trainable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_importance import (
