@@ -1,6 +1,6 @@
-// Implements adalora::importance_update_ for CPU and CUDA tensors and adalora::prune_ for CPU tensors,
-// on torch's stable ABI: one library for torch 2.11 and later. Python (adalora_kernels/ops.py) owns
-// the schemas.
+// Implements adalora::importance_update_ for CPU and CUDA tensors, and adalora::prune_ for CPU
+// tensors, on torch's stable ABI: one library for torch 2.11 and later. Python
+// (adalora_kernels/ops.py) owns the schemas.
 #include <optional>
 #include <vector>
 
@@ -116,8 +116,8 @@ class Averages {
       : list_(list), name_(name), device_(device), is_flat_(list.size() != count) {
     if (!is_flat_) return;
     STD_TORCH_CHECK(list_.size() == 1 || list_.size() == 2,
-                    "params, grads, exp_avg_ipt and exp_avg_unc must be of one length, or the averages "
-                    "flat; got ", count, " params and ", list_.size(), " ", name_);
+                    "params, grads, exp_avg_ipt and exp_avg_unc must be of one length, or the "
+                    "averages flat; got ", count, " params and ", list_.size(), " ", name_);
     for (size_t i = 0; i < list_.size(); ++i) {
       const TensorHandle& t = list_[i];
       device_.check(t, name_);

@@ -58,8 +58,8 @@ inline bool holds_float64(const ImportanceUpdate& op) {
   return found;
 }
 
-// Keeps the `budget` best of the triplets that are in play, if it `prunes`, and writes 0 to lora_E of
-// all others (reference.prune_).
+// Keeps the `budget` best of the triplets that are in play, if it `prunes`, and writes 0 to the
+// lora_E of the others (reference.prune_).
 struct Prune {
   struct Factor {
     void* lora_E;  // r x 1

@@ -1,7 +1,7 @@
 // Tensors as the dispatcher hands them over, through torch's C interface.
 //
-// torch::stable::Tensor takes another allocation, and a count of references, for each of what may be
-// a thousand tensors: that took most of an update of small matrices.
+// torch::stable::Tensor takes another allocation, and a count of references, for each of what may
+// be a thousand tensors: that took most of an update of small matrices.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -64,8 +64,8 @@ class TensorHandle {
   AtenTensorHandle handle_;
 };
 
-// The tensors of a Tensor[] or Tensor?[] argument, which this takes over, list and all. They live as
-// long as it does: torch moves them out of the list, and so gives each only once.
+// The tensors of a Tensor[] or Tensor?[] argument, which this takes over, list and all. They live
+// as long as it does: torch moves them out of the list, and so gives each only once.
 class TensorList {
  public:
   enum class Of { tensors, maybe_tensors };

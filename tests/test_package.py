@@ -22,11 +22,8 @@ LAYERS = [
     {"functional"},
     {"orthogonality"},
     {"ops"},
-    {"cpu"},
-    {
-        *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
-        "_extension",
-    },
+    {"cpu", "importance"},
+    {"reference", "adapters", "checks", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},

@@ -68,9 +68,9 @@ class Reports:
         """Whether there has been a step, so that there may be something that is pruned."""
         return self.global_step > 0 or self.frozen
 
-    def _schedule_of_members(self) -> BudgetSchedule:
-        """Return the schedule with the budget that is for the adapters that take part."""
-        members, schedule = self._state.members, self.schedule
+    def _schedule_of_members(self, schedule: BudgetSchedule) -> BudgetSchedule:
+        """Return a schedule with the budget that is for the adapters that take part."""
+        members = self._state.members
         if all(members.taking):
             return schedule
         target = schedule.target_budget * sum(members.taking) // len(members.taking)
@@ -108,7 +108,7 @@ class Reports:
         self._freeze_what_is_gone()
         state, step = self._state, self.global_step
         state.members.look(self._parameters()[1::3])
-        schedule, total_rank = self._schedule_of_members(), state.total_rank()
+        schedule, total_rank = self._schedule_of_members(self.schedule), state.total_rank()
         taking = state.members.taking
         return {
             "step": step,
