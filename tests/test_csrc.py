@@ -116,8 +116,9 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         _extension.VARIABLE: str(library),
     }
-    files = [__file__, ROOT / "tests" / "test_importance.py"]
-    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", "library-cpu"]
+    names = ("test_importance.py", "test_flat_averages.py", "test_prune.py")
+    files = [__file__, *(ROOT / "tests" / name for name in names)]
+    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", "library-cpu or test_prune"]
     done = subprocess.run(test, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert re.search(r"^\.+", done.stdout), "the tests ran, on this library"
