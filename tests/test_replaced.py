@@ -141,8 +141,12 @@ def test_a_copy_reads_its_own_parameters(how):
     model, allocator = ours()
     for number in range(1, 5):
         step(model, allocator, number)
+    allocator.state_dict()
     both = (model, allocator)
     other, copied = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    # Its averages are one tensor, whatever views there were of them.
+    for a, b in zip(allocator._state._averages(), copied._state._averages(), strict=True):
+        assert all(map(torch.equal, a, b))
     own = {id(p) for p in other.parameters()}
     assert {id(p) for p in copied._parameters()} <= own
     for number in range(5, 12):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import ops  # noqa: F401  (defines the ops that are called here)
+from .. import ops
 from ..adapters import triplets_there
 from ..reference import flat_averages, flat_views
 from .members import Members
@@ -51,6 +51,7 @@ class AllocatorState:
     exp_avg_unc: list[Tensor]
     # The parameters that they are of, on the meta device: what shape and dtype they have there.
     _averaged: list[Tensor]
+    _views: tuple[list[Tensor], list[Tensor]] | None
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
         devices = {p.device for p in parameters}
@@ -119,15 +120,22 @@ class AllocatorState:
             flat_averages(parameters, self._narrow_dtype) for _ in range(2)
         )
         self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parameters]
+        self._views = None
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
-        self.exp_avg_ipt, self.exp_avg_unc = [], []
+        self.exp_avg_ipt, self.exp_avg_unc, self._views = [], [], None
 
     def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """Both averages of each parameter in its shape, as views."""
-        ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
-        return ipt, unc
+        if self._views is None:
+            ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
+            self._views = ipt, unc
+        return self._views
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled, views would be tensors of their own.
+        return {**self.__dict__, "_views": None}
 
     def _set_averages(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> None:
         for own, values in zip(self._averages(), (exp_avg_ipt, exp_avg_unc), strict=True):
@@ -161,12 +169,16 @@ class AllocatorState:
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
         """Update the averages and the scores from the gradients of the parameters."""
+        exp_avg_ipt, exp_avg_unc = self.exp_avg_ipt, self.exp_avg_unc
+        if self.scores.device.type not in ops.library.device_types:
+            # Without compiled code they are taken apart; to do that in every step costs the host.
+            exp_avg_ipt, exp_avg_unc = self._averages()
         torch.ops.adalora.importance_update_(
             parameters,
             # What is frozen may still hold a gradient of before.
             [p.grad if p.requires_grad else None for p in parameters],
-            self.exp_avg_ipt,
-            self.exp_avg_unc,
+            exp_avg_ipt,
+            exp_avg_unc,
             self.scores,
             self.skipped,
             beta1,
