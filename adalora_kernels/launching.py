@@ -85,22 +85,29 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _why_never_library() -> str | None:
+    if launch_forward is None:
+        return library.why_not or "the library was built before there was a launcher"
+    return "TRITON_INTERPRET=1 interprets them" if _is_interpreted() else None
+
+
 def why_not_library() -> str | None:
-    """Say why Triton's launcher launches and not the library; None if the library does.
+    """Say why Triton's launcher launches and not the library's; None if the library does.
 
     It is asked at every call: a profiler may begin to watch at any time.
     """
-    if launch_forward is None:
-        return library.why_not or "the library was built without a launcher"
-    if _is_interpreted():
-        return "TRITON_INTERPRET=1 interprets them"
-    knobs = sys.modules.get("triton.knobs")
-    if knobs is not None:
+    why = _why_never_library()
+    if why is None and (knobs := sys.modules.get("triton.knobs")) is not None:
         runtime = knobs.runtime
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-            if getattr(hook, "calls", hook):
-                return "somebody watches Triton's launches (triton.knobs.runtime)"
-    return None
+        if _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook):
+            return "somebody watches Triton's launches (triton.knobs.runtime)"
+    return why
+
+
+def _has_calls(hook: Any) -> bool:
+    """Whether a hook of Triton's does anything: a chain, or what was put in the place of one."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def allows_tf32(dtype: torch.dtype) -> bool:

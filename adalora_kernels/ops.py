@@ -3,8 +3,9 @@
 Python owns the schemas, so every op exists on every device, whether or not there is a compiled
 library. The ops of one layer (`svd_linear`, `svd_delta`, `svd_linear_backward`) are one function
 each, in which everything is decided: it launches the Triton kernels, or calls `cpu` or
-`reference`. For the op over a whole model, `importance_update_`, the dispatcher finds the
-implementation: that of the compiled library where it has one for the device, else `importance`.
+`reference`. For the ops over a whole model, `importance_update_` and `prune_`, the dispatcher finds
+the implementation: that of the compiled library where it has one for the device, else `importance`
+or `reference`.
 
 The layer ops have one more argument than their reference, `impl`. It is "auto", or it names what
 the op and its backward must use: "triton", or one of the kernels' paths (see
@@ -41,6 +42,8 @@ _SCHEMAS = {
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
     "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
     "Tensor? grad_scale=None) -> ()",
+    "prune_": "(Tensor scores, Tensor budget, Tensor prunes, Tensor in_play, Tensor? kept_at_0, "
+    "Tensor(a!) mask, Tensor(b!)[] lora_E, bool again=False) -> ()",
 }
 
 
@@ -168,10 +171,12 @@ torch.library.impl("adalora::svd_linear", "default", _svd_linear)
 torch.library.impl("adalora::svd_delta", "default", _svd_delta)
 torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backward)
 
-# The op over a whole model: the compiled library brings faster code for CPU and CUDA tensors.
+# The ops over a whole model: the compiled library brings faster code for CPU and CUDA tensors, of
+# `prune_` for those on a CPU.
 torch.library.impl(
     "adalora::importance_update_", "default", outside_autocast(importance.importance_update_)
 )
+torch.library.impl("adalora::prune_", "default", reference.prune_)
 
 library = launching.library
 
@@ -199,11 +204,14 @@ def implementations(device_type: str) -> list[Implementation]:
                 rows.append(Implementation(op, "cpu (plain PyTorch)", why))
             else:
                 rows.append(Implementation(op, plain if why else "triton", why or ""))
+        elif op == "prune_" and device_type != "cpu":
+            rows.append(Implementation(op, plain, ""))
         elif device_type in library.device_types:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
             why = library.why_not or f"the library was built for {library.built_for} only"
-            rows.append(Implementation(op, "torch._foreach", why))
+            name = "torch._foreach" if op == "importance_update_" else plain
+            rows.append(Implementation(op, name, why))
     return rows
 
 
@@ -260,6 +268,7 @@ torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
 torch.library.register_fake("adalora::importance_update_", _in_place_fake)
+torch.library.register_fake("adalora::prune_", _in_place_fake)
 
 
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.

@@ -136,9 +136,9 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         _extension.VARIABLE: str(library),
     }
-    tests = ROOT / "tests"
-    files = [__file__, tests / "test_importance.py", tests / "test_launcher.py"]
-    chosen = "library-cpu or (what_triton_does and not for_all)"
+    names = ("test_importance.py", "test_flat_averages.py", "test_prune.py", "test_launcher.py")
+    files = [__file__, *(ROOT / "tests" / name for name in names)]
+    chosen = "library-cpu or test_prune or (what_triton_does and not for_all)"
     test = [sys.executable, "-m", "pytest", "-x", *files, "-k", chosen]
     done = subprocess.run(test, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

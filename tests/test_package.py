@@ -23,11 +23,8 @@ LAYERS = [
     {"orthogonality"},
     {"short"},
     {"ops"},
-    {"cpu", "launching"},
-    {
-        *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
-        "_extension",
-    },
+    {"cpu", "importance", "launching"},
+    {"reference", "adapters", "checks", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},

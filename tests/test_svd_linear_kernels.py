@@ -69,6 +69,7 @@ SHAPES = {
 EXTREMES = {
     "many_row_blocks": {"lead": (1100,), "in_features": 16, "out_features": 16, "r": 2},
     "one_entry": {"lead": (1,), "in_features": 1, "out_features": 1, "r": 1},
+    "one_column": {"lead": (5,), "in_features": 1, "out_features": 6, "r": 2},
     "rank_above_sizes": {"lead": (5,), "in_features": 7, "out_features": 6, "r": 20},
 }
 
@@ -76,7 +77,7 @@ EXTREMES = {
 QUICK_CASES = [
     *("rank_1", "rank_33", "one_row-dropout", "x_1d", "x_4d-dropout", "odd", "no_bias", "no_rows"),
     *("mask_mixed-dropout", "mask_all_false", "fp32_adapter_fp16_base", "x_3d_no_rows-dropout"),
-    *("many_row_blocks", "one_entry", "one_entry-dropout", "rank_above_sizes"),
+    *("many_row_blocks", "one_entry", "one_entry-dropout", "one_column", "rank_above_sizes"),
 ]
 
 

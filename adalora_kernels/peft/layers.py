@@ -71,14 +71,14 @@ class FusedLayer(ReadingLayer):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = modules["base_layer"]
         dropout_p = fused_dropout_p(dropouts[names[0]])
-        if dropout_p is not None and not args and not kwargs and _is_plain(base):
+        weight = None if args or kwargs else _plain_weight(base)
+        if dropout_p is not None and weight is not None:
             name = names.pop(0)
-            weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
             result = functional.svd_linear(
                 x,
-                weight.T if type(base) is Conv1D else weight,
+                weight,
                 *self._factors_of(name),
-                bias=bias,
+                bias=parameter_of(base, "bias"),
                 scaling=self._scaling_of(name),
                 dropout_p=dropout_p,
             )
@@ -173,13 +173,15 @@ def freeze_ranknums(root: nn.Module) -> None:
             ranknum.requires_grad_(False)
 
 
-def _is_plain(base: Any) -> bool:
-    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward.
+def _plain_weight(base: Any) -> Tensor | None:
+    """Return the weight of `base`, as (out, in), if base(x) is nothing but its matrix product.
 
-    Its weight must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of x
-    is for the subclass to say.
+    It is not where the layer is of a subclass, hooked or patched. Its weight must be plain, too:
+    what a tensor subclass (torchao's, DTensor, a user's) makes of x is for the subclass to say.
     """
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
-        return False
-    weight = parameter_of(base, "weight")
-    return is_plain_tensor(weight) and weight.is_floating_point()
+        return None
+    weight: Tensor = parameter_of(base, "weight")
+    if not (is_plain_tensor(weight) and weight.is_floating_point()):
+        return None
+    return weight.T if type(base) is Conv1D else weight
