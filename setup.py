@@ -139,7 +139,7 @@ def write_build(folder: Path, library: Path, with_cuda: bool) -> None:
     built = "CPU"
     includes = ["-isystem", str(torch / "include")]
     defines = [f"-DTORCH_TARGET_VERSION={TARGET}"]
-    sources = [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     link, nvccflags = cxx, []
     if with_cuda:
         nvcc = find_nvcc()
@@ -157,7 +157,7 @@ def write_build(folder: Path, library: Path, with_cuda: bool) -> None:
     cxxflags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     cxxflags += [*includes, *defines, f'-DADALORA_BUILT_FOR="{built}"']
     # libtorch brings libtorch_cuda with it where there is one, so both kinds of torch will do.
-    ldflags = [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch"]
+    ldflags = [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ldl"]
     rules = NINJA.format(
         cxx=cxx,
         cxxflags=f"{quoted(cxxflags)} {os.environ.get('CXXFLAGS', '')}",

@@ -1,6 +1,6 @@
-"""Loads the compiled library of csrc/, the importance update for CPU and CUDA tensors.
+"""Loads the library of csrc/: the importance update, and the launcher of a layer's kernels.
 
-Without it `importance` does the same in PyTorch; nothing here raises.
+Without it `importance` does the same in PyTorch, and Triton launches; nothing here raises.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 
 # Names a library to load instead of the installed one; empty: none.
 VARIABLE = "ADALORA_KERNELS_LIBRARY"
+# What a library exports that has the launcher.
+_OF_LAUNCHER = "adalora_plan_misses"
 
 
 class Library(NamedTuple):
@@ -34,6 +36,11 @@ class Library(NamedTuple):
     def device_types(self) -> tuple[str, ...]:
         """The types of device that it has code for."""
         return tuple(name for name in ("cpu", "cuda") if name.upper() in self.built_for)
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether it has the ops `launch_forward` and `launch_backward`; an older one has not."""
+        return self.path is not None and hasattr(ctypes.CDLL(str(self.path)), _OF_LAUNCHER)
 
 
 def load() -> Library:

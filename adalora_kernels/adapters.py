@@ -27,7 +27,12 @@ class Adapter:
         key: None where lora_A is a Parameter of the layer (ours, loralib); else the adapter name
             under which the layer's ParameterDicts hold it (PEFT).
         owners: those ParameterDicts, where a copy is made of an adapter whose layer is gone.
+
+    Attributes:
+        places: where its lora_A, lora_E and lora_B stand: a module, and the name in its table.
     """
+
+    places: tuple[tuple[Any, str], ...]
 
     def __init__(
         self,
@@ -39,20 +44,28 @@ class Adapter:
         self.name = name
         self.key = key
         self._module: Callable[[], nn.Module | None] = lambda: module
-        # PEFT's ParameterDicts, which stay the same.
-        self._owners: list[Any] = list(owners)
         if key is not None and module is not None:
-            self._owners = [getattr(module, factor) for factor in _FACTORS]
+            owners = [getattr(module, factor) for factor in _FACTORS]
             self._module = weakref.ref(module)
+        if key is None:
+            self.places = tuple((module, factor) for factor in _FACTORS)
+        else:  # PEFT's ParameterDicts, which stay the same.
+            self.places = tuple((owner, key) for owner in owners)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A weak reference can be neither copied nor pickled.
-        return type(self), (self.name, self._module(), self.key, self._owners)
+        owners = [owner for owner, _ in self.places]
+        return type(self), (self.name, self._module(), self.key, owners)
 
     @property
     def is_deleted(self) -> bool:
         """Whether the layer is gone: with its model, or because that has another in its place."""
         return self._module() is None
+
+    def watch(self, when_gone: Callable[[Any], Any]) -> Any:
+        """Have `when_gone` called when the layer is gone, while what this returns is kept."""
+        module = self._module()
+        return None if module is None else weakref.ref(module, when_gone)
 
     @property
     def module(self) -> nn.Module:
@@ -69,14 +82,10 @@ class Adapter:
     @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """The triple (lora_A, lora_E, lora_B)."""
-        # This runs in every step for every matrix: the modules' own tables take a tenth of the
-        # time of getattr.
+        # This runs in every step: the modules' own tables take a tenth of the time of getattr.
+        (of_A, A), (of_E, E), (of_B, B) = self.places
         try:
-            if self.key is None:
-                table: Any = self.module._parameters
-                return table["lora_A"], table["lora_E"], table["lora_B"]
-            a, e, b = (owner._parameters[self.key] for owner in self._owners)
-            return a, e, b
+            return of_A._parameters[A], of_E._parameters[E], of_B._parameters[B]
         except KeyError:  # FSDP, for instance, puts views into their place for a while.
             return self._views()
 
@@ -85,7 +94,7 @@ class Adapter:
             if self.key is None:
                 a, e, b = (getattr(self.module, factor) for factor in _FACTORS)
             else:
-                a, e, b = (owner[self.key] for owner in self._owners)
+                a, e, b = (owner[self.key] for owner, _ in self.places)
         except (AttributeError, KeyError):
             raise ValueError(f"{self.name} has been deleted, or {_SHARDED}") from None
         return a, e, b
@@ -135,6 +144,19 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Ada
         for module_name, module in _modules_with_adapters(model)
         for adapter in _adapters_of(_unwrapped(module_name), module, adapter_name)
     ]
+
+
+def parameters_of(
+    adapters: Sequence[Adapter], places: Sequence[tuple[Any, str]]
+) -> list[nn.Parameter]:
+    """Return lora_A, lora_E and lora_B of each adapter in turn, as they are now.
+
+    `places` are those of all the adapters in turn, which whoever does this in every step keeps.
+    """
+    try:
+        return [owner._parameters[name] for owner, name in places]
+    except KeyError:
+        return [p for adapter in adapters for p in adapter.parameters]
 
 
 def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:

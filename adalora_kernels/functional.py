@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, short
 from .checks import as_float, check_floating, shape_of
 from .fusing import TRACED, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
@@ -77,6 +77,10 @@ def svd_linear(
             unknown impl.
         RuntimeError: an impl that cannot run here; the message says why.
     """
+    if impl == "auto":
+        y = short.svd_linear(x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+        if y is not None:
+            return y
     check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -95,7 +99,6 @@ def svd_linear(
         base = F.linear(x, weight, bias)
         return _plain_delta(base, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    y: Tensor
     if impl == "reference":
         y, _ = ops.outside_autocast(reference.svd_linear)(
             x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed
@@ -132,6 +135,10 @@ def svd_delta(
     Returns:
         The sum, (..., out) in the dtype of base_output.
     """
+    if impl == "auto":
+        y = short.svd_delta(base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+        if y is not None:
+            return y
     check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -149,7 +156,6 @@ def svd_delta(
     if why is not None and impl == "auto":
         return _plain_delta(base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
-    y: Tensor
     if impl == "reference":
         y, _ = ops.outside_autocast(reference.svd_delta)(
             base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p, seed

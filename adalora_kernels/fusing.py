@@ -10,17 +10,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_exporting
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 # An op has a fake, so it serves what stands for a tensor while PyTorch records a graph.
 _SERVED = _PLAIN | {FakeTensor, FunctionalTensor, type(None)}
 
-# Names of this module, because `why_plain` is in every forward, and attributes take time there.
-# The first has no public name. It is what autograd.Function asks itself.
+# Names of this module, because they are in every forward, and attributes take time there. Only
+# `torch.jit.is_tracing` has a public name, and it is what torch.compile knows. What stands behind
+# it takes a quarter of the time. The transforms are what autograd.Function asks for itself.
 _is_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_is_recording_a_trace = torch._C._is_tracing
 
 # Tools patch classes, too. Those of the modules that become part of an op, as they are here.
 _FORWARDS: dict[type, Any] = {k: k.forward for k in (nn.Linear, nn.Dropout, nn.Identity)}
@@ -52,9 +58,43 @@ def why_plain(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def is_eager() -> bool:
+    """Whether what is called is just carried out.
+
+    It is not where a graph is recorded, a transform of `torch.func` or forward-mode AD is active,
+    or a mode looks on: that has to see the op, and not what it consists of.
+    """
+    return not (
+        is_compiling()
+        or _is_transformed()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or _is_recording_a_trace()
+        or (_function_modes() and not _only_a_default_device())
+    )
+
+
+def _only_a_default_device() -> bool:
+    """Whether the only modes for functions are those of `torch.set_default_device`."""
+    stack: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return all(type(mode) is DeviceContext for mode in stack)
+
+
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether `t` is a tensor or a parameter of PyTorch's own classes, and not of a subclass."""
     return type(t) in _PLAIN
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """Return `module.<name>`, from the table of its parameters if it is there.
+
+    That takes a tenth of the time. It is not there where something stands in for the parameter: a
+    view of FSDP's, a tensor of a replica of DataParallel, what a parametrization computes.
+    """
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -63,16 +103,15 @@ def is_unhooked(module: nn.Module) -> bool:
     It is not where the module has a hook, forward or backward, or all modules have one; where
     somebody has given the instance a `forward` of its own; or the class of PyTorch another one.
     """
-    return (
-        "forward" not in module.__dict__
-        and type(module).forward is _FORWARDS.get(type(module), type(module).forward)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or _has_any_global_hook()  # type: ignore[no-untyped-call]
-        )
+    kind = type(module)
+    return not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or kind.forward is not _FORWARDS.get(kind, kind.forward)
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
@@ -85,11 +124,9 @@ def fused_dropout_p(dropout: nn.Module) -> float | None:
         included), has hooks or a patched forward, works in place, or drops everything (p = 1).
         The layer is then base(x) + `svd_delta` over dropout(x).
     """
-    if not is_unhooked(dropout):
-        return None
     if type(dropout) is nn.Identity:
-        return 0.0
-    if type(dropout) is not nn.Dropout or dropout.inplace:
+        return 0.0 if is_unhooked(dropout) else None
+    if type(dropout) is not nn.Dropout or dropout.inplace or not is_unhooked(dropout):
         return None
     if not dropout.training:
         return 0.0

@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .reference import flat_views
+
 # The most that is stacked at a time: on a CPU so little that all that is made of it stays in the
 # cache from one call to the next, elsewhere what keeps the memory bounded while launches are few.
 _STACK_BYTES = {"cpu": 2**18}
@@ -31,6 +33,7 @@ def importance_update_(
     grad_scale: Tensor | None = None,
 ) -> None:
     """One step of the importance averages and the triplet scores, as `reference` defines it."""
+    exp_avg_ipt, exp_avg_unc = (flat_views(avg, params) for avg in (exp_avg_ipt, exp_avg_unc))
     groups = list(_groups(params, grads))
     learning = [group for group in groups if grads[group[0]] is not None]
     if not learning:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import as_float, as_int
 from .functional import svd_delta, svd_linear
-from .fusing import fused_dropout_p, is_plain_tensor
+from .fusing import fused_dropout_p, is_plain_tensor, parameter_of
 from .merging import Merge
 from .reference import effective_E
 
@@ -167,25 +167,28 @@ class SVDLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in); see `adalora_kernels.svd_linear`."""
-        weight, has_adapter = self.weight, False
+        weight, bias, has_adapter = parameter_of(self, "weight"), parameter_of(self, "bias"), False
         if self._merge is not None:
             has_adapter = self._takes_merged_weight(self._merge)
             weight = weight if has_adapter else self._merge.original
         weight = weight.T if self.fan_in_fan_out else weight
         if has_adapter or self.r == 0:
-            return F.linear(x, weight, self.bias)
-        dropout_p = fused_dropout_p(self.lora_dropout)
+            return F.linear(x, weight, bias)
+        factors = (
+            parameter_of(self, "lora_A"),
+            parameter_of(self, "lora_E"),
+            parameter_of(self, "lora_B"),
+        )
+        dropout: Any = self._modules["lora_dropout"]
+        dropout_p = fused_dropout_p(dropout)
         if dropout_p is not None and is_plain_tensor(weight):
             return svd_linear(
-                *(x, weight, *self._factors),
-                bias=self.bias,
-                scaling=self.scaling,
-                dropout_p=dropout_p,
+                x, weight, *factors, bias=bias, scaling=self.scaling, dropout_p=dropout_p
             )
-        base = F.linear(x, weight, self.bias)
+        base = F.linear(x, weight, bias)
         if dropout_p is None:
-            x, dropout_p = self.lora_dropout(x), 0.0
-        return svd_delta(base, x, *self._factors, scaling=self.scaling, dropout_p=dropout_p)
+            x, dropout_p = dropout(x), 0.0
+        return svd_delta(base, x, *factors, scaling=self.scaling, dropout_p=dropout_p)
 
     def _takes_merged_weight(self, merge: Merge) -> bool:
         """Whether `forward` multiplies with the merged weight alone."""

@@ -3,34 +3,32 @@
 Python owns the schemas, so every op exists on every device, whether or not there is a compiled
 library. The ops of one layer (`svd_linear`, `svd_delta`, `svd_linear_backward`) are one function
 each, in which everything is decided: it launches the Triton kernels, or calls `cpu` or
-`reference`. For the op over a whole model, `importance_update_`, the dispatcher finds the
-implementation: that of the compiled library where it has one for the device, else `importance`.
+`reference`. For the ops over a whole model, `importance_update_` and `prune_`, the dispatcher finds
+the implementation: that of the compiled library where it has one for the device, else `importance`
+or `reference`.
 
 The layer ops have one more argument than their reference, `impl`. It is "auto", or it names what
 the op and its backward must use: "triton", or one of the kernels' paths (see
 `kernels.svd_linear`). An implementation that is named and cannot run raises a RuntimeError.
+
+An eager call of a layer need not go through the layer ops: `short` has the way past them. What
+they compute, and their gradients, stand here for both.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _extension, cpu, importance, reference
-from .fusing import why_plain
+from . import cpu, importance, launching, reference
+from .fusing import is_eager, is_plain_tensor, why_plain
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-# The kernels keep all ranks of a tile in registers.
-MOST_RANKS = 256
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SCHEMAS = {
     "svd_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor E, Tensor B, "
@@ -44,6 +42,8 @@ _SCHEMAS = {
     "importance_update_": "(Tensor[] params, Tensor?[] grads, Tensor(a!)[] exp_avg_ipt, "
     "Tensor(b!)[] exp_avg_unc, Tensor(c!) scores, Tensor(d!) skipped, float beta1, float beta2, "
     "Tensor? grad_scale=None) -> ()",
+    "prune_": "(Tensor scores, Tensor budget, Tensor prunes, Tensor in_play, Tensor? kept_at_0, "
+    "Tensor(a!) mask, Tensor(b!)[] lora_E, bool again=False) -> ()",
 }
 
 
@@ -67,42 +67,21 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"adalora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
-@functools.cache
-def _why_no_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on `device`; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1, to debug on a CPU)"
-    if device.type != "cuda":
-        return f"the Triton kernels need a CUDA device, got {device}"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or later"
-    return None
+# What the compiled library asks when it has no plan for a call: the launches, as numbers.
+torch.library.define(
+    "adalora::plan_launches",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor E, Tensor B, "
+    "Tensor? mask, Tensor? seed, Tensor? h, Tensor? grad_y, bool need_dx) -> Tensor",
+)
 
 
-def _takes_triton(impl: str, x: Tensor, A: Tensor, B: Tensor, *others: Tensor) -> bool:
-    """Whether a layer op launches its Triton kernels on these tensors, all of floating point.
+def _plan_launches(*arguments: Any) -> Tensor:
+    from .kernels.encode import plan_launches
 
-    Raises:
-        RuntimeError: `impl` names the kernels and they cannot run; the message says why.
-    """
-    if impl == "auto" and x.is_cpu:
-        return False
-    reason = _why_no_triton(x.device)
-    if reason is None and A.shape[0] > MOST_RANKS:
-        reason = f"the Triton kernels take ranks up to {MOST_RANKS}, got {A.shape[0]}"
-    if reason is None:
-        for t in (x, A, B, *others):
-            if t.dtype not in _TRITON_DTYPES:
-                reason = f"the Triton kernels take float32, bfloat16 and float16, got {t.dtype}"
-    if reason is not None and impl != "auto":
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    # Nothing is launched for tensors without entries.
-    return reason is None and x.numel() > 0 and B.numel() > 0
+    return plan_launches(*arguments)
+
+
+torch.library.impl("adalora::plan_launches", "default", _plan_launches)
 
 
 def _path(impl: str) -> str:
@@ -128,13 +107,10 @@ def _svd_linear(
     seed: Tensor | None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    if _takes_triton(impl, x, A, B, E):
-        from .kernels.svd_linear import svd_linear_fwd
-
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            return svd_linear_fwd(
-                x, weight, bias, A, E, B, mask, scaling, dropout_p, seed, _path(impl)
-            )
+    if launching.takes_triton(impl, x, A, B, E):
+        return launching.forward(
+            x, weight, bias, None, A, E, B, mask, scaling, dropout_p, seed, _path(impl)
+        )
     if x.is_cpu:
         return cpu.svd_linear(x, weight, bias, A, E, B, mask, scaling, dropout_p, seed)
     return reference.svd_linear(x, weight, bias, A, E, B, mask, scaling, dropout_p, seed)
@@ -153,11 +129,10 @@ def _svd_delta(
     seed: Tensor | None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    if _takes_triton(impl, x, A, B, E, y):
-        from .kernels.svd_linear import svd_delta_fwd
-
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            return svd_delta_fwd(y, x, A, E, B, mask, scaling, dropout_p, seed)
+    if launching.takes_triton(impl, x, A, B, E, y):
+        return launching.forward(
+            x, None, None, y, A, E, B, mask, scaling, dropout_p, seed, _path(impl)
+        )
     if x.is_cpu:
         return cpu.svd_delta(y, x, A, E, B, mask, scaling, dropout_p, seed)
     return reference.svd_delta(y, x, A, E, B, mask, scaling, dropout_p, seed)
@@ -179,14 +154,10 @@ def _svd_linear_backward(
     need_dx: bool,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _takes_triton(impl, x, A, B, E, grad_y):
-        from .kernels.svd_linear import svd_linear_bwd
-
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            return svd_linear_bwd(
-                *(grad_y, x, weight, A, E, B, mask, h),
-                *(scaling, dropout_p, seed, need_dx, _path(impl)),
-            )
+    if launching.takes_triton(impl, x, A, B, E, grad_y):
+        return launching.backward(
+            grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx, _path(impl)
+        )
     if x.is_cpu:
         return cpu.svd_linear_backward(
             grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx
@@ -200,12 +171,14 @@ torch.library.impl("adalora::svd_linear", "default", _svd_linear)
 torch.library.impl("adalora::svd_delta", "default", _svd_delta)
 torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backward)
 
-# The op over a whole model: the compiled library brings faster code for CPU and CUDA tensors.
+# The ops over a whole model: the compiled library brings faster code for CPU and CUDA tensors, of
+# `prune_` for those on a CPU.
 torch.library.impl(
     "adalora::importance_update_", "default", outside_autocast(importance.importance_update_)
 )
+torch.library.impl("adalora::prune_", "default", reference.prune_)
 
-library = _extension.load()
+library = launching.library
 
 
 class Implementation(NamedTuple):
@@ -225,17 +198,20 @@ def implementations(device_type: str) -> list[Implementation]:
     rows = []
     for op in _SCHEMAS:
         if op.startswith("svd_"):
-            why = _why_no_triton(torch.device(device_type))
+            why = launching.why_no_triton(torch.device(device_type))
             if device_type == "cpu":
                 why = "matrix products take nearly all of its time"
                 rows.append(Implementation(op, "cpu (plain PyTorch)", why))
             else:
                 rows.append(Implementation(op, plain if why else "triton", why or ""))
+        elif op == "prune_" and device_type != "cpu":
+            rows.append(Implementation(op, plain, ""))
         elif device_type in library.device_types:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
             why = library.why_not or f"the library was built for {library.built_for} only"
-            rows.append(Implementation(op, "torch._foreach", why))
+            name = "torch._foreach" if op == "importance_update_" else plain
+            rows.append(Implementation(op, name, why))
     return rows
 
 
@@ -292,27 +268,43 @@ torch.library.register_fake("adalora::svd_linear", _svd_linear_fake)
 torch.library.register_fake("adalora::svd_linear_backward", _svd_linear_backward_fake)
 torch.library.register_fake("adalora::svd_delta", _svd_delta_fake)
 torch.library.register_fake("adalora::importance_update_", _in_place_fake)
+torch.library.register_fake("adalora::prune_", _in_place_fake)
 
 
 # Autograd. Saved for the backward are the inputs and the small h: nothing of the size of y.
 
 
-def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dx, dA, dE, dB), from the op unless they are to be differentiated or transformed.
+def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, ...]:
+    """Return (dx, dA, dE, dB), of the op unless they are to be differentiated or transformed.
 
-    The tensors are grad_y, x, weight, A, E, B, mask, h and seed.
+    The tensors are grad_y, x, weight, A, E, B, mask, h, seed and the mask of dropout, if it was
+    kept. Where nobody looks on, what the op calls is called without it.
     """
-    *arguments, seed = tensors
+    grad_y, x, weight, A, E, B, mask, h, seed, keep = tensors
+    scaling, dropout_p, impl = ctx.options
     why: str | None = "its gradient is not differentiable itself (create_graph=True)"
     if not torch.is_grad_enabled():
-        why = why_plain(tensors[0])
+        if impl == "auto" and is_plain_tensor(grad_y) and is_eager():
+            if launching.is_on_gpu(x):
+                if launching.why_not_library() is None:
+                    tf32 = launching.allows_tf32(x.dtype)
+                    grads: tuple[Tensor, ...] = launching.launch_backward(
+                        grad_y, x, weight, A, E, B, mask, seed, h, scaling, dropout_p, need_dx, tf32
+                    )
+                    if grads[1] is not None:
+                        return grads
+            elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
+                return cpu.svd_linear_backward(
+                    grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx, keep
+                )
+        why = why_plain(grad_y)
     if why is None:
         return torch.ops.adalora.svd_linear_backward(  # type: ignore[no-any-return]
-            *arguments, ctx.scaling, ctx.dropout_p, seed, need_dx, ctx.impl
+            grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx, impl
         )
-    if ctx.impl != "auto":
-        raise RuntimeError(f"impl={ctx.impl!r} cannot run: {why}")
-    return _plain_gradients(tensors, ctx.scaling, ctx.dropout_p, need_dx)
+    if impl != "auto":
+        raise RuntimeError(f"impl={impl!r} cannot run: {why}")
+    return _plain_gradients(tensors, scaling, dropout_p, need_dx)
 
 
 @outside_autocast
@@ -324,7 +316,7 @@ def _plain_gradients(
     h is computed again, because the one that was saved has no history. Dropout drops what it
     dropped in the forward, so its mask is that of the device's implementation.
     """
-    grad_y, x, weight, A, E, B, mask, _, seed = tensors
+    grad_y, x, weight, A, E, B, mask, _, seed, _ = tensors
     dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
     if seed is not None:
         mask_of = cpu.dropout_mask if x.is_cpu else reference.philox_mask
@@ -340,45 +332,60 @@ def _plain_gradients(
     return dx, dA, dE, dB
 
 
+def linear_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, A, E and B of `svd_linear`.
+
+    `ctx` has saved x, weight, A, E, B, mask, h, seed and `cpu.small_mask`, and its `options` are
+    scaling, dropout_p and impl.
+    """
+    if grad_y is None:
+        return (None,) * 6
+    x, weight, A, E, B, mask, h, seed, keep = ctx.saved_tensors
+    for_x, for_weight, for_bias, *for_adapter = ctx.needs_input_grad[:6]
+    dx = dA = dE = dB = dweight = dbias = None
+    if for_x or any(for_adapter):
+        dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed, keep)
+    if for_weight:  # It is normally frozen; who thaws it gets its gradient all the same.
+        dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
+    if for_bias:
+        dbias = reference.as_rows(grad_y).sum(dim=0)
+    return dx if for_x else None, dweight, dbias, dA, dE, dB
+
+
+def delta_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of y, x, A, E and B of `svd_delta`; `ctx` as above, without a weight."""
+    if grad_y is None:
+        return (None,) * 5
+    x, A, E, B, mask, h, seed, keep = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx = dA = dE = dB = None
+    if any(needs[1:5]):
+        dx, dA, dE, dB = _gradients(ctx, needs[1], grad_y, x, None, A, E, B, mask, h, seed, keep)
+    return grad_y, dx if needs[1] else None, dA, dE, dB
+
+
 def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, A, E, B, mask, ctx.scaling, ctx.dropout_p, seed, ctx.impl = inputs
+    x, weight, _, A, E, B, mask, scaling, dropout_p, seed, impl = inputs
+    ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed)
+    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed, None)
 
 
 def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None:
-        return (None,) * 11
-    x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx = dA = dE = dB = dweight = dbias = None
-    if needs[0] or any(needs[3:6]):
-        dx, dA, dE, dB = _gradients(ctx, needs[0], grad_y, x, weight, A, E, B, mask, h, seed)
-    if needs[1]:  # The weight is normally frozen; who thaws it gets its gradient all the same.
-        dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
-    if ctx.has_bias and needs[2]:
-        dbias = reference.as_rows(grad_y).sum(dim=0)
-    return dx if needs[0] else None, dweight, dbias, dA, dE, dB, *(None,) * 5
+    return *linear_gradients(ctx, grad_y), *(None,) * 5
 
 
 def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, A, E, B, mask, ctx.scaling, ctx.dropout_p, seed, ctx.impl = inputs
+    _, x, A, E, B, mask, scaling, dropout_p, seed, impl = inputs
+    ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, A, E, B, mask, output[1], seed)
+    ctx.save_for_backward(x, A, E, B, mask, output[1], seed, None)
 
 
 def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if grad_y is None:
-        return (None,) * 10
-    x, A, E, B, mask, h, seed = ctx.saved_tensors
-    needs_dx = ctx.needs_input_grad[1]
-    dx = dA = dE = dB = None
-    if any(ctx.needs_input_grad[1:5]):
-        dx, dA, dE, dB = _gradients(ctx, needs_dx, grad_y, x, None, A, E, B, mask, h, seed)
-    return grad_y, dx if needs_dx else None, dA, dE, dB, *(None,) * 5
+    return *delta_gradients(ctx, grad_y), *(None,) * 5
 
 
 torch.library.register_autograd(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -158,21 +159,27 @@ def _zero(matrices: Sequence[Tensor]) -> Tensor:
     return torch.zeros((), dtype=wide, device=matrices[0].device)
 
 
-def _add_to_grad_(parameters: list[Tensor], gradients: Sequence[Tensor]) -> None:
+def _add_to_grad_(parameters: list[Tensor], gradients: list[Tensor]) -> None:
     """Add to the `.grad` of those that need one; it is made where it is missing."""
-    mine = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.requires_grad]
-    if not mine:
-        return  # `_foreach_add_` takes no empty list.
-    for parameter, _ in mine:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if len({id(parameter) for parameter, _ in mine}) == len(mine):
-        grads = [cast(Tensor, p.grad) for p, _ in mine]
-        torch._foreach_add_(grads, [gradient for _, gradient in mine])
+    if not all([p.requires_grad for p in parameters]):
+        needed = [i for i, p in enumerate(parameters) if p.requires_grad]
+        if not needed:
+            return  # `_foreach_add_` takes no empty list.
+        parameters, gradients = ([each[i] for i in needed] for each in (parameters, gradients))
+    grads = [_grad_of(p) for p in parameters]
+    if len(set(map(id, parameters))) == len(parameters):
+        torch._foreach_add_(grads, gradients)
         return
     # All additions of `_foreach_add_` may happen at once, so a shared parameter is not for it.
-    for parameter, gradient in mine:
-        cast(Tensor, parameter.grad).add_(gradient)
+    for grad, gradient in zip(grads, gradients, strict=True):
+        grad.add_(gradient)
+
+
+def _grad_of(parameter: Tensor) -> Tensor:
+    grad = parameter.grad
+    if grad is None:
+        grad = parameter.grad = torch.zeros_like(parameter)
+    return grad
 
 
 class _Stack(NamedTuple):
@@ -204,16 +211,17 @@ class _Stack(NamedTuple):
 
 def _stacks(matrices: Sequence[Tensor], count: int) -> Iterator[_Stack]:
     """Stacks of all matrices but those of rank 0, the first `count` being lora_A."""
-    groups: dict[tuple[int, bool, torch.Size, torch.dtype], list[int]] = {}
-    for i, m in enumerate(matrices):
-        is_B = i >= count
-        if m.shape[1 if is_B else 0] > 0:
-            # What is copied anyway is copied into rows: long sums over them are more accurate.
-            transposed = is_B and not m.is_contiguous()
-            vectors_dim = 2 if is_B and not transposed else 1
-            groups.setdefault((vectors_dim, transposed, m.shape, m.dtype), []).append(i)
+    groups: dict[tuple[int, bool, torch.Size, torch.dtype], list[int]] = defaultdict(list)
+    for i, m in enumerate(matrices[:count]):
+        groups[1, False, m.shape, m.dtype].append(i)
+    for i, m in enumerate(matrices[count:], count):
+        # What is copied anyway is copied into rows: long sums over them are more accurate.
+        is_contiguous = m.is_contiguous()
+        groups[2 if is_contiguous else 1, not is_contiguous, m.shape, m.dtype].append(i)
     limit = _STACK_BYTES.get(matrices[0].device.type, _LARGEST_STACK_BYTES)
     for (vectors_dim, transposed, shape, dtype), group in groups.items():
+        if shape[1 if transposed else vectors_dim - 1] == 0:
+            continue
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         most = max(1, limit // max(1, shape.numel() * wide.itemsize))
         for start in range(0, len(group), most):
@@ -231,8 +239,8 @@ def _penalty(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     The gradient is slope·rows: 2·(G - I)·rows / ‖G - I‖_F, taken as 0 where the norm is 0, or
     4·(G - I)·rows.
     """
-    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    residual = torch.bmm(rows, rows.mT) - eye
+    residual = torch.bmm(rows, rows.mT)
+    residual.diagonal(dim1=1, dim2=2).sub_(1.0)
     if squared:
         return residual.square().sum(), 4.0 * residual
     norm = torch.linalg.vector_norm(residual, dim=(1, 2), keepdim=True)

@@ -14,7 +14,7 @@ B = lora_B (out, r), mask (r,) bool, h (..., r).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from torch import Tensor
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
+# In flat averages a parameter begins at a multiple of so many entries, that is of 64 bytes in
+# float32, so that it lies as well as in a tensor of its own.
+_FLAT_UNIT = 16
 
 
 def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
@@ -77,6 +80,8 @@ def drop_below(p: float) -> int:
 
 def as_rows(t: Tensor) -> Tensor:
     """Reshape (..., n) to (rows, n); it is a view where the strides allow one."""
+    if t.dim() == 2:
+        return t
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
@@ -185,12 +190,14 @@ def importance_update_(
     Eq. (8)-(10): ipt = |w·∂L/∂w|; Ī ← β1·Ī + (1-β1)·ipt; then, with the new Ī,
     Ū ← β2·Ū + (1-β2)·|ipt - Ī|.
     The lists hold A_0, E_0, B_0, A_1, …; a parameter whose gradient is None keeps its averages.
-    The averages are float32 or bfloat16 (float64 for float64 parameters), contiguous. If any
+    The averages are float32 or bfloat16 (float64 for float64 parameters), contiguous: one of each
+    parameter, in its shape, or flat ones of all of them (see `flat_views`). If any
     gradient holds inf or NaN, nothing changes but `skipped` (int64, one element), which counts
     such steps. `scores` is flat, (total rank,), in float32 or float64. `grad_scale` (one float32)
     is what ∂L/∂w is of the gradients: 1 / 1024 if the loss was multiplied by 1024. Where it is
     inf or NaN, the step is skipped as well.
     """
+    exp_avg_ipt, exp_avg_unc = (flat_views(avg, params) for avg in (exp_avg_ipt, exp_avg_unc))
     # The extremes are finite exactly when everything is; the decision stays on the device.
     extremes = [e for g in grads if g is not None and g.numel() > 0 for e in torch.aminmax(g)]
     if not extremes:
@@ -214,6 +221,41 @@ def importance_update_(
         avg_ipt.copy_(new_ipt)
         avg_unc.copy_(new_unc)
     scores.copy_(triplet_scores(exp_avg_ipt, exp_avg_unc))
+
+
+def flat_averages(params: Sequence[Tensor], narrow_dtype: torch.dtype) -> list[Tensor]:
+    """Return an average of all parameters as few tensors (n,) of zeros; see `flat_views`.
+
+    That of float64 parameters is float64, that of all others `narrow_dtype`. There is one for each
+    dtype, on the device of the parameters.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for p in params:
+        dtype = torch.float64 if p.dtype == torch.float64 else narrow_dtype
+        sizes[dtype] = sizes.get(dtype, 0) + _flat_size(p)
+    return [torch.zeros(n, dtype=dtype, device=params[0].device) for dtype, n in sizes.items()]
+
+
+def flat_views(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return an average of each parameter in its shape, as views where they lie in flat tensors.
+
+    `averages` holds one for each parameter, which come back as they are; or one flat tensor in
+    which all lie in turn, each from a multiple of 16 entries on; or two such, of which that in
+    float64 is the float64 parameters'. Empty, if there are none.
+    """
+    if len(averages) in (0, len(params)):
+        return list(averages)
+    starts, views = [0] * len(averages), []
+    for p in params:
+        is_double = p.dtype == torch.float64
+        k = 0 if len(averages) == 1 or (averages[0].dtype == torch.float64) == is_double else 1
+        views.append(averages[k].as_strided(p.shape, (p.shape[1], 1), starts[k]))
+        starts[k] += _flat_size(p)
+    return views
+
+
+def _flat_size(parameter: Tensor) -> int:
+    return -(-parameter.numel() // _FLAT_UNIT) * _FLAT_UNIT
 
 
 def triplet_scores(exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tensor:
@@ -249,6 +291,37 @@ def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     order = ranked.argsort(descending=True, stable=True)
     position = torch.arange(scores.numel(), device=scores.device)
     return torch.empty_like(scores, dtype=torch.bool).scatter_(0, order, position < budget)
+
+
+def prune_(
+    scores: Tensor,
+    budget: Tensor,
+    prunes: Tensor,
+    in_play: Tensor,
+    kept_at_0: Tensor | None,
+    mask: Tensor,
+    lora_E: list[Tensor],
+    again: bool = False,
+) -> None:
+    """Write 0 into every lora_E (r, 1) whose triplet is not among the best, in place.
+
+    If `prunes` (one bool), `mask` (n,) bool becomes `top_b_mask` of the `scores` (n,) for the
+    `budget` (one int64), among the triplets that are `in_play` (n,) bool; only those are compared
+    and changed. Nothing is read from the device: one captured call serves steps of all kinds.
+    `again` only writes the zeros of the mask that is there. What is `kept_at_0` (n,) bool is 0
+    after every call.
+    """
+    if again:
+        dead = in_play > mask
+    else:
+        best = top_b_mask(scores.masked_fill(~in_play, -torch.inf), budget)
+        changes = in_play & prunes
+        torch.where(changes, best, mask, out=mask)
+        dead = changes > mask
+    if kept_at_0 is not None:
+        dead |= kept_at_0
+    flat = torch.cat(lora_E).masked_fill_(dead.unsqueeze(1), 0.0)
+    torch._foreach_copy_(lora_E, flat.split_with_sizes([len(E) for E in lora_E]))
 
 
 def orth_reg(

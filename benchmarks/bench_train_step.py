@@ -21,7 +21,7 @@ from torch import Tensor
 import adalora_kernels
 import adalora_kernels.peft
 from benchmarks.counting import add_counts, peak_extra_megabytes
-from benchmarks.harness import Case, Context, Outcome, check, time_alone
+from benchmarks.harness import WALL, Case, Context, Outcome, check, time_alone
 
 FROZEN, LORA, PEFT = "no adapter", "LoRA in PEFT", "AdaLoRA in PEFT"
 APPLIED, COMPILED = "peft.apply", "peft.apply, torch.compile"
@@ -282,7 +282,7 @@ def measure(case: Case, context: Context) -> Outcome:
     outcome.keep_right(trainees, check_one, unpoisoned=(COMPILED,))
     batch = step.model.batch(step.rows, step.tokens, device)
     calls = {n: [partial(trainees[n].step, batch)] for n in case.providers if n in trainees}
-    outcome.time(context, calls, seconds=2.5, rounds=(4, 40), by_host=True)
+    outcome.time(context, calls, seconds=2.5, rounds=(4, 40), clock=WALL)
     outcome.compare(LORA, RATIO)
     outcome.compare(FROZEN, f"time / {FROZEN}")
     peaks, syncs = {}, {}

@@ -36,7 +36,7 @@ PROVIDERS = {
 # Design, section 6: on a CPU for DeBERTa-base, on a GPU for Llama-8B.
 CPU_GOALS = {MASKING: ">= 10", ORTHOGONALITY: ">= 3"}
 GPU_GOALS = {MASKING: ">= 30", ORTHOGONALITY: ">= 30"}
-COPY_GOAL, OPS_GOAL, SYNCS_GOAL = "<= 1.3", "<= 40", "<= 0"
+COPY_GOAL, OPS_GOAL, SYNCS_GOAL, HOST_GOAL = "<= 1.3", "<= 40", "<= 0", ">= 25"
 # On a CPU the memory is read from a trace, which for more would take longer than all the rest.
 _MOST_TRACED = 100
 # Of models with more entries w and g alone are 32 MB.
@@ -68,6 +68,8 @@ def _case(work: str, architecture: whole.Architecture, context: Context) -> Case
         limits = GPU_GOALS if context.for_gpu else CPU_GOALS
         goals |= {(name, FASTER): limits[work] for name in ours if work in limits}
         goals |= {(name, f"time / {COPY}"): COPY_GOAL for name in ours if COPY in names}
+    if architecture is whole.HOST_ALONE and work == MASKING:
+        goals |= {(name, FASTER): HOST_GOAL for name in ours}
     # A floor says nothing where all are bound by the host.
     if not context.for_gpu and work != ORTHOGONALITY and architecture is not whole.HOST_ALONE:
         names = (*names, TRAFFIC)
@@ -103,7 +105,7 @@ def measure(case: Case, context: Context) -> Outcome:
         w, g, ipt, unc = torch.ones(4, case.of.entries).unbind()
         calls[TRAFFIC] = [lambda: (torch.dot(w, g), ipt.mul_(1.0), unc.mul_(1.0))]
     seconds, rounds = (0.4, (3, 30)) if case.curve else (1.5, (4, 60))
-    outcome.time(context, calls, seconds=seconds, rounds=rounds, by_host=True)
+    outcome.time(context, calls, seconds=seconds, rounds=rounds, clock=harness.WALL)
     outcome.compare(PEFT, FASTER)
     outcome.compare(TRAFFIC, f"speed / {TRAFFIC}")
     return outcome

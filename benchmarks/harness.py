@@ -3,9 +3,10 @@
 In a round every provider takes its turn, and another one is first in the next. Whatever else the
 machine is doing then hits all of them alike, and a ratio is taken within a round.
 
-On a GPU there are two clocks. What the device does is timed in CUDA graphs of calls over rotated
-inputs; what a training loop waits for, by the host's clock until the device is done. On a CPU there
-is one, the time of this process on the CPU, in all its threads: what an idle machine would take.
+On a GPU there are three clocks. What the device does is timed in CUDA graphs of calls over rotated
+inputs; what a training loop waits for, by the wall's clock until the device is done; what the host
+does meanwhile, by its CPU. On a CPU there is one, the time of this process on the CPU, in all its
+threads: what an idle machine would take.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import gc
 import itertools
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,9 +35,11 @@ Work: TypeAlias = tuple[Call, int]
 _LEAST_GRAPH_SECONDS = 300e-6
 # Before a capture: lazy loading, handles and workspaces, and whatever is compiled at its first use.
 _WARM_UP_CALLS = 8
-_GRAPH, _HOST = "CUDA graph", "wall clock, eager, device synchronized"
-_CPU = "CPU time of the process"
-_FLOORS = ("F.linear", "memory traffic alone", "copy of as many bytes", "no adapter")
+GRAPH, WALL = "CUDA graph", "wall clock, eager, device synchronized"
+CPU = "CPU time of the process"
+_FLOORS = ("F.linear", "frozen nn.Linear", "memory traffic alone", "copy of as many bytes")
+_FLOORS += ("no adapter",)
+_MEETS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,16 @@ def kind_of(provider: str) -> str:
         return "theirs"
     plain = provider.startswith("torch.")
     return "floor" if provider in _FLOORS else "plain" if plain else "ours"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Say how a figure stands to its goal: met or MISSED; empty where there is no goal."""
+    if not isinstance(row.get("goal"), str):
+        return ""
+    sign, limit = row["goal"].split()
+    met = "met" if _MEETS[sign](row["value"], float(limit)) else "MISSED"
+    within = row.get("p25", float("nan")) <= float(limit) <= row.get("p75", float("nan"))
+    return f"{met}, within the spread" if within else met
 
 
 def check(name: str, actual: Tensor, exact: Tensor, eager: Tensor | None = None) -> None:
@@ -181,22 +195,22 @@ class Outcome:
         *,
         seconds: float,
         rounds: tuple[int, int] = (7, 100),
-        by_host: bool = False,
+        clock: str = GRAPH,
     ) -> None:
         """Time providers in turn; the calls of one, over its sets of inputs, are one unit.
 
-        It spends so many seconds, as far as the least and the greatest number of rounds allow. On a
-        GPU CUDA graphs are timed; with `by_host`, eager calls until the device is done.
+        It spends so many seconds, as far as the least and the greatest number of rounds allow. The
+        clock is that of a GPU; on a CPU there is only one.
         """
         if not context.timed:
             return
         if context.smoke:
             seconds, rounds = 0.0, (2, 2)
         self.device = device = context.device
-        self.clock, prepare = _HOST if context.on_gpu else _CPU, _eager
-        one_round, work = partial(_round, device), {}
-        if context.on_gpu and not by_host:
-            self.clock, prepare, one_round = _GRAPH, _capturer(device), _round_of_graphs
+        self.clock, prepare = clock if context.on_gpu else CPU, _eager
+        one_round, work = partial(_round, device, self.clock), {}
+        if self.clock == GRAPH:
+            prepare, one_round = _capturer(device), _round_of_graphs
         for name, sets in calls.items():
             try:
                 work[name] = prepare(sets)
@@ -215,7 +229,7 @@ class Outcome:
         if to not in self.seconds:
             return
         ratios = self.seconds.div(self.seconds[to], axis=0)
-        ratios = ratios if measure.startswith("time / ") else 1 / ratios
+        ratios = ratios if "time / " in measure.removesuffix("time / time") else 1 / ratios
         for name in among or self.seconds:
             p25, median, p75 = map(float, ratios[name].quantile([0.25, 0.5, 0.75]))
             seconds = float(self.seconds[name].median())
@@ -269,16 +283,19 @@ def interleaved(
     return pd.DataFrame(timed)[list(work)]
 
 
-def _timed(device: torch.device, run: Call) -> float:
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+def _timed(device: torch.device, clock: str, run: Call) -> float:
+    now = time.process_time if clock == CPU else time.perf_counter
     _until_done(lambda: None, device)
-    start = clock()
-    _until_done(run, device)
-    return clock() - start
+    start = now()
+    # The host's own work is over before the device's, for which it may spin.
+    run() if clock == CPU else _until_done(run, device)
+    return now() - start
 
 
-def _round(device: torch.device, work: Mapping[str, Work], order: list[str]) -> dict[str, float]:
-    return {name: _timed(device, work[name][0]) / work[name][1] for name in order}
+def _round(
+    device: torch.device, clock: str, work: Mapping[str, Work], order: list[str]
+) -> dict[str, float]:
+    return {name: _timed(device, clock, work[name][0]) / work[name][1] for name in order}
 
 
 def _round_of_graphs(work: Mapping[str, Work], order: list[str]) -> dict[str, float]:
@@ -322,7 +339,7 @@ def _capturer(device: torch.device) -> Callable[[Sequence[Call]], Work]:
             graph = capture(calls)
             graph.replay()
             # A short one is captured again, with the sets repeated.
-            repeats = math.ceil(_LEAST_GRAPH_SECONDS / _timed(device, graph.replay))
+            repeats = math.ceil(_LEAST_GRAPH_SECONDS / _timed(device, WALL, graph.replay))
             calls = [*calls] * repeats
             graph = capture(calls) if repeats > 1 else graph
         return graph.replay, len(calls)

@@ -28,7 +28,7 @@ _PAGE, _README = HERE / "RESULTS.md", HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # From the one to be looked at first.
 VERDICTS = ("MISSED", "MISSED, within the spread", "met, within the spread", "met")
-_PEFT, _KEY = ("PEFT", "AdaLoRA in PEFT"), ["work", "measure", "goal"]
+_PEFT, _KEY = ("PEFT", "AdaLoRA in PEFT", "PEFT AdaLoRA"), ["work", "measure", "goal"]
 # Okabe and Ito's palette, and Tol's indigo: told apart with any kind of colour vision.
 _SHADES = {
     "floor": ("#000000", "#555555"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import operator
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,10 +19,10 @@ from pytest_benchmark import plugin, utils
 
 import adalora_kernels
 from adalora_kernels import ops
+from benchmarks.harness import verdict
 
 HERE = Path(__file__).parent.resolve()
 FOLDER = HERE / "results"
-_MEETS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
 # One figure of one provider. It has `work`, and the `settings` on what, which `case` has as a text;
 # the `provider`, whose `kind` is "floor", "theirs", "plain" (PyTorch) or "ours"; and the `value` of
@@ -34,16 +33,6 @@ _MEETS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 Row: TypeAlias = dict[str, Any]
 _COLUMNS = ("work", "case", "provider", "kind", "measure", "value")
 _OPTIONAL = ("p25", "p75", "seconds", "goal", "curve", "point")
-
-
-def verdict(row: Mapping[str, Any]) -> str:
-    """Say how a figure stands to its goal: met or MISSED; empty where there is no goal."""
-    if not isinstance(row.get("goal"), str):
-        return ""
-    sign, limit = row["goal"].split()
-    met = "met" if _MEETS[sign](row["value"], float(limit)) else "MISSED"
-    within = row.get("p25", float("nan")) <= float(limit) <= row.get("p75", float("nan"))
-    return f"{met}, within the spread" if within else met
 
 
 @dataclass

@@ -1,4 +1,4 @@
-// What the importance update of a whole model is asked to do, in plain types: no tensors, no torch
+// What the ops over a whole model are asked to do, in plain types: no tensors, no torch
 // library. library.cpp makes it from checked arguments; cpu/ and cuda/ carry it out.
 #pragma once
 
@@ -58,10 +58,30 @@ inline bool holds_float64(const ImportanceUpdate& op) {
   return found;
 }
 
+// Keeps the `budget` best of the triplets that are in play, if it `prunes`, and writes 0 to the
+// lora_E of the others (reference.prune_).
+struct Prune {
+  struct Factor {
+    void* lora_E;  // r x 1
+    Type type;
+    int64_t r, stride;  // entries from one to the next
+  };
+  std::vector<Factor> factors;
+  int64_t total_rank;  // so many scores and flags
+  const void* scores;
+  Type scores_type;  // float32 or float64
+  int64_t budget;
+  bool prunes, again;  // again: only the zeros of the mask that is there are written
+  const bool* in_play;
+  const bool* kept_at_0;  // null: none
+  bool* mask;
+};
+
 namespace cpu {
 
 // The result does not depend on the number of threads.
 void importance_update(const ImportanceUpdate& op);
+void prune(const Prune& op);
 
 }  // namespace cpu
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_launcher
 import torch
 from test_importance import LIBRARY, SHAPES, Adapters, assert_bitwise
 
@@ -67,8 +68,9 @@ def test_the_library_refuses(update, says, change):
 # aoti_torch/c/shim.h as it was before 2.10, and of stable/c/shim.h what is marked 2.10 or 2.11.
 IN_TORCH_2_11 = re.compile(
     r"aoti_torch_(abi_version|(device_type|dtype|layout|memory_format)_\w+"
-    r"|(delete|new)_tensor_(object|handle)|delete_library_object|library_init_impl"
-    r"|get_(data_ptr|dim|numel|sizes?|strides?|dtype|device_type|device_index)|is_contiguous"
+    r"|(delete|new)_tensor_(object|handle)|delete_library_object|library_init_(impl|fragment)"
+    r"|library_def|empty_strided|_reinterpret_tensor"
+    r"|get_(data_ptr|dim|numel|sizes?|strides?|dtype|layout|device_type|device_index)|is_contiguous"
     r"|(create|delete)_device_guard|get_current_cuda_stream)"
     r"|torch_(call_dispatcher|library_impl|parallel_for|new_list_reserve_size|delete_list"
     r"|list_(size|get_item|push_back)|dtype_float8_e8m0fnu|dtype_float4_e2m1fn_x2)"
@@ -88,36 +90,68 @@ def test_the_library_needs_nothing_of_torch_that_2_11_lacks():
     assert not {n for n in needed if n.startswith(("Py", "_Py")) or "c10" in n or "2at" in n}
 
 
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.skipif(_extension.VARIABLE in os.environ, reason="already runs under a sanitizer")
-def test_address_and_undefined_behaviour_sanitizers(tmp_path):
-    flags = "-O1 -g1 -DADALORA_CLONES= -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path]
+def instrumented(folder, sanitizers):
+    """The library, compiled with sanitizers."""
+    flags = f"-O1 -g1 -DADALORA_CLONES= -fsanitize={sanitizers}"
+    build = [sys.executable, "setup.py", "build_ext", "--build-lib", folder]
     environment = os.environ | {
         "ADALORA_KERNELS_BUILD": "cpu",
         "CXXFLAGS": flags,
         "LDFLAGS": flags,
         "CXX": "g++",
     }
-    build += ["--build-temp", tmp_path / "objects"]
+    build += ["--build-temp", folder / "objects"]
     subprocess.run(build, cwd=ROOT, env=environment, check=True, capture_output=True)
-    (library,) = tmp_path.glob("*/_C*.so")
-    # With the C++ runtime, so that torch's exceptions are found by the sanitizer's handler.
-    runtimes = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
+    (library,) = folder.glob("*/_C*.so")
+    return library
+
+
+def preloaded(*names):
+    """What LD_PRELOAD has to be, so that Python can load such a library."""
+    commands = [["g++", f"-print-file-name={name}"] for name in names]
+    done = [subprocess.run(c, capture_output=True, text=True, check=True) for c in commands]
+    return " ".join(one.stdout.strip() for one in done)
+
+
+SANITIZED = [
+    pytest.mark.full,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(_extension.VARIABLE in os.environ, reason="already runs under a sanitizer"),
+]
+
+
+def sanitized(test):
+    for mark in SANITIZED:
+        test = mark(test)
+    return test
+
+
+@sanitized
+def test_address_and_undefined_behaviour_sanitizers(tmp_path):
+    library = instrumented(tmp_path, "address,undefined -fno-sanitize-recover=undefined")
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(runtimes),
+        # With the C++ runtime, so that torch's exceptions are found by the sanitizer's handler.
+        "LD_PRELOAD": preloaded("libasan.so", "libstdc++.so"),
         # Python leaves much behind, and torch's own library is not instrumented.
         "ASAN_OPTIONS": "detect_leaks=0",
         _extension.VARIABLE: str(library),
     }
-    files = [__file__, ROOT / "tests" / "test_importance.py"]
-    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", "library-cpu"]
+    names = ("test_importance.py", "test_flat_averages.py", "test_prune.py", "test_launcher.py")
+    files = [__file__, *(ROOT / "tests" / name for name in names)]
+    chosen = "library-cpu or test_prune or (what_triton_does and not for_all)"
+    test = [sys.executable, "-m", "pytest", "-x", *files, "-k", chosen]
     done = subprocess.run(test, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert re.search(r"^\.+", done.stdout), "the tests ran, on this library"
+
+
+@sanitized
+@pytest.mark.skipif(bool(test_launcher.MISSING), reason="; ".join(test_launcher.MISSING))
+def test_thread_sanitizer(tmp_path, monkeypatch):
+    library = instrumented(tmp_path, "thread")
+    monkeypatch.setattr(ops, "library", ops.library._replace(path=library))
+    monkeypatch.setenv("LD_PRELOAD", preloaded("libtsan.so"))
+    # Torch's own library and Python are not instrumented.
+    monkeypatch.setenv("TSAN_OPTIONS", "ignore_noninstrumented_modules=1")
+    outcomes, output = test_launcher.run(tmp_path, ["threads"])
+    assert outcomes == {"threads": ""} and "ThreadSanitizer" not in output, output

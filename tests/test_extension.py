@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adalora_kernels import _extension, ops
 
@@ -24,6 +25,7 @@ def python(*arguments, library):
 
 
 def test_without_the_library_plain_pytorch_runs():
+    assert not _extension.Library(None, "", "none").has_launcher
     done = python("-c", SHOW, library="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("None||ADALORA_KERNELS_LIBRARY is empty")
@@ -41,6 +43,14 @@ def test_without_the_library_the_tests_of_the_allocator_pass(selected):
     files = ("tests/test_allocator.py", "tests/test_allocator_graph.py", "tests/test_members.py")
     done = python("-m", "pytest", *files, "-k", selected, library="")
     assert done.returncode == 0, done.stdout
+
+
+def test_a_library_of_this_version_has_the_launcher():
+    if ops.library.path is None:
+        pytest.skip(f"no library: {ops.library.why_not}")
+    assert ops.library.has_launcher
+    assert hasattr(torch.ops.adalora, "launch_forward")
+    assert hasattr(torch.ops.adalora, "launch_backward")
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])

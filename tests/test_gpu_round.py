@@ -46,7 +46,7 @@ def test_round_builds_the_library_or_uses_one_that_was_brought_along(round_, tmp
 
 
 def test_round_runs_every_bench_within_its_time_and_ends_with_the_report(round_, tmp_path):
-    stages = ("build", "tune", "allocation", "train_step", "svd_linear", "report")
+    stages = ("build", "tune", "allocation", "host", "train_step", "svd_linear", "report")
     done, log = round_(*stages, no_library=1, seconds="475")
     limits = dict(re.findall(r"^== (\w+), at most (\d+) s", log, re.MULTILINE))
     assert (limits["build"], limits["allocation"], limits["report"]) == ("120", "80", "15")
@@ -54,7 +54,7 @@ def test_round_runs_every_bench_within_its_time_and_ends_with_the_report(round_,
     assert limits["train_step"] == "300" and 300 >= int(limits["svd_linear"]) > 285
     results = tmp_path / "out" / "results"
     seconds = dict(re.findall(rf"--out {results}/(\w+)\.json --seconds (\d+)", log))
-    assert seconds.keys() == {*stages[2:5]} and seconds["allocation"] == "60"
+    assert seconds.keys() == {*stages[2:6]} and seconds["allocation"] == "60"
     benches = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(re.findall(r"benchmarks/(bench_\w+\.py)", log)) == benches
     # What it prints is the end of the output, but for the line about the whole round.

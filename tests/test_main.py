@@ -3,7 +3,7 @@
 import torch
 
 from adalora_kernels import __main__ as report
-from adalora_kernels import ops, reference
+from adalora_kernels import cpu, ops, reference
 
 
 def test_report(capsys):
@@ -33,7 +33,6 @@ def test_nan_fails_the_self_check(capsys, monkeypatch):
     def wrong(*args):
         return tuple(g * float("nan") for g in right(*args))
 
-    with torch.library._scoped_library("adalora", "IMPL") as library:
-        library.impl("svd_linear_backward", wrong, "CPU")
-        assert report.main() == 1
+    monkeypatch.setattr(cpu, "svd_linear_backward", wrong)
+    assert report.main() == 1
     assert "self-check FAILED" in capsys.readouterr().out

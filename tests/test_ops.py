@@ -221,6 +221,7 @@ def test_every_op_is_checked_here():
         "svd_linear_backward",
         "svd_delta",
         "importance_update_",
+        "prune_",
     }
 
 

@@ -21,12 +21,10 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"orthogonality"},
+    {"short"},
     {"ops"},
-    {"cpu"},
-    {
-        *("importance", "reference", "adapters", "checks", "fusing", "merging", "kernels"),
-        "_extension",
-    },
+    {"cpu", "importance", "launching"},
+    {"reference", "adapters", "checks", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},
@@ -36,7 +34,7 @@ ALLOCATOR = [
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps"},
 ]
-KERNELS = [{"tune"}, {"svd_linear"}, {"recipe"}, {"launch"}]
+KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]

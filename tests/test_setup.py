@@ -70,7 +70,7 @@ def test_auto_builds_both_parts_where_there_is_nvcc(project):
     status, output, calls = build(project)
     assert status == 0, output
     assert libraries(project) == ["built/adalora_kernels/_C.abi3.so"]
-    assert {"library.cpp", "importance.cpp"} <= compiled(calls, "compiler")
+    assert {"library.cpp", "launcher.cpp", "importance.cpp"} <= compiled(calls, "compiler")
     assert "importance.cu" in compiled(calls, "nvcc")
     # Of the list of architectures what this nvcc knows: it has no sm_100.
     (call,) = {c for c in calls if "importance.cu" in c}
@@ -88,6 +88,8 @@ def test_auto_builds_the_cpu_part_without_nvcc(project):
     assert "no CUDA code: there is no nvcc in /nowhere/bin" in output
     assert libraries(project) and not compiled(calls, "nvcc")
     assert not any("ADALORA_WITH_CUDA" in c for c in calls)
+    # The launcher needs no nvcc: it opens the driver when it is first needed.
+    assert "launcher.cpp" in compiled(calls, "compiler")
 
 
 def test_auto_without_a_compiler_is_pure_python(project):

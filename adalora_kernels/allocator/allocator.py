@@ -101,6 +101,7 @@ class RankAllocator(FollowsOptimizers):
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
         refuse_sharded(self.adapters)
+        self._look_up_places()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(self._parameters(), state_dtype)
         self.schedule = BudgetSchedule(
@@ -130,6 +131,7 @@ class RankAllocator(FollowsOptimizers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._look_up_places()
         self._start_following()
         self.reminder = Reminder()
         expect_steps(self)
@@ -193,10 +195,11 @@ class RankAllocator(FollowsOptimizers):
 
     def _prune_and_freeze(self, parameters: list[nn.Parameter]) -> None:
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
-        prunes = self.frozen or self.schedule.masks_at(self.global_step)
+        schedule = self.schedule
+        prunes = self.frozen or schedule.masks_at(self.global_step)
         if prunes or self._state.members.restarted:
             self._prune(parameters)
-        if not self.frozen and self.global_step >= self.schedule.final_step:
+        if not self.frozen and self.global_step >= schedule.final_step:
             self._freeze()
 
     @torch.no_grad()
@@ -228,14 +231,15 @@ class RankAllocator(FollowsOptimizers):
         self._freeze_what_is_gone()
         self._state.follow(parameters)
         self._state.members.take_step(parameters[1::3])
-        budget = self._schedule_of_members().budget(global_step)
+        schedule = self.schedule
+        budget = self._schedule_of_members(schedule).budget(global_step)
         if self._final_budget is not None:
             # The schedule may have been changed since.
             budget = min(budget, self._final_budget)
         self.global_step = global_step
         self.reminder.allocator_stepped()
         self._state.budget.fill_(budget)
-        self._state.prunes.fill_(self.schedule.masks_at(global_step))
+        self._state.prunes.fill_(schedule.masks_at(global_step))
         return budget
 
     @torch.no_grad()
@@ -279,7 +283,7 @@ class RankAllocator(FollowsOptimizers):
     def _freeze(self) -> None:
         """Fix the pattern, whose zeros are written in every step; the averages are of no use."""
         self.frozen = True
-        self._final_budget = self._schedule_of_members().budget(self.global_step)
+        self._final_budget = self._schedule_of_members(self.schedule).budget(self.global_step)
         self._state.drop_averages()
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,7 +33,10 @@ class FollowsOptimizers(BeginsRuns):
 
     orth_reg_weight: float
     # A copy has no optimizer that would step it.
-    _NOT_COPIED = ("_hooks", "_steps", "_loses_gradients", "was_attached")
+    _NOT_COPIED = (
+        *("_hooks", "_steps", "_loses_gradients", "was_attached"),
+        *("_places", "_gone", "_layers"),
+    )
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
 

@@ -31,12 +31,11 @@ class Members:
             kept at 0 then.
         there: which triplets are there, (n,) bool.
         in_play: which are there, and of an adapter that takes part, (n,) bool.
-        out_of_play: the others, (n,) bool.
         kept_at_0: those of adapters that take part which a restart has left out, (n,) bool.
         untouched: those of adapters that had no gradient in the run before, (n,) bool.
     """
 
-    _TENSORS = ("there", "in_play", "out_of_play", "kept_at_0", "untouched", "_takes_part")
+    _TENSORS = ("there", "in_play", "kept_at_0", "untouched", "_takes_part")
 
     def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
         self._ranks = list(ranks)
@@ -46,7 +45,7 @@ class Members:
         self.restarted = False
         self.there = torch.ones(sum(ranks), dtype=torch.bool, device=device)
         self.in_play, self._takes_part = self.there.clone(), self.there.clone()
-        self.out_of_play, self.kept_at_0, self.untouched = (~self.there for _ in range(3))
+        self.kept_at_0, self.untouched = ~self.there, ~self.there
 
     def move(self, device: torch.device) -> None:
         """Follow the adapters to another device."""
@@ -100,7 +99,6 @@ class Members:
         for part, takes in zip(self._split(self._takes_part), self.taking, strict=True):
             part.fill_(takes)
         self.in_play.copy_(self._takes_part & self.there)
-        self.out_of_play.copy_(~self.in_play)
         self.kept_at_0.copy_(self._takes_part & ~self.there)
 
     def state(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, parameters_of
 from .schedule import BudgetSchedule
 from .state import AllocatorState
 
@@ -22,18 +22,31 @@ class Reports:
     frozen: bool
     shrunk: bool
     _state: AllocatorState
+    # Where the adapters' parameters stand (`Adapter.places`).
+    _places: list[tuple[Any, str]]
+    # Not empty once a layer is gone.
+    _gone: list[Any]
+
+    def _look_up_places(self) -> None:
+        """To be called when the adapters are others."""
+        self._places = [place for adapter in self.adapters for place in adapter.places]
+        self._gone = [adapter for adapter in self.adapters if adapter.is_deleted]
+        # They tell of their ends, so that a step need not ask each of them.
+        self._layers = [adapter.watch(self._gone.append) for adapter in self.adapters]
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for adapter in self.adapters for p in adapter.parameters]
+        return parameters_of(self.adapters, self._places)
 
     @property
     def adapters_left(self) -> list[Adapter]:
         """The adapters, but for those whose layers the model has no more, while it has any."""
+        if not self._gone:
+            return self.adapters
         return [adapter for adapter in self.adapters if not adapter.is_deleted] or self.adapters
 
     def _freeze_what_is_gone(self) -> None:
         """Let adapters whose layers the model has no more take no part, like frozen ones."""
-        gone = [adapter for adapter in self.adapters if adapter.is_deleted]
+        gone = [adapter for adapter in self.adapters if adapter.is_deleted] if self._gone else []
         if len(gone) < len(self.adapters):
             for adapter in gone:
                 adapter.lora_E.requires_grad_(False)
@@ -55,9 +68,9 @@ class Reports:
         """Whether there has been a step, so that there may be something that is pruned."""
         return self.global_step > 0 or self.frozen
 
-    def _schedule_of_members(self) -> BudgetSchedule:
-        """Return the schedule with the budget that is for the adapters that take part."""
-        members, schedule = self._state.members, self.schedule
+    def _schedule_of_members(self, schedule: BudgetSchedule) -> BudgetSchedule:
+        """Return a schedule with the budget that is for the adapters that take part."""
+        members = self._state.members
         if all(members.taking):
             return schedule
         target = schedule.target_budget * sum(members.taking) // len(members.taking)
@@ -95,7 +108,7 @@ class Reports:
         self._freeze_what_is_gone()
         state, step = self._state, self.global_step
         state.members.look(self._parameters()[1::3])
-        schedule, total_rank = self._schedule_of_members(), state.total_rank()
+        schedule, total_rank = self._schedule_of_members(self.schedule), state.total_rank()
         taking = state.members.taking
         return {
             "step": step,

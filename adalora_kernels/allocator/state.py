@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .. import ops  # noqa: F401  (defines the op that is called here)
+from .. import ops
 from ..adapters import triplets_there
-from ..reference import top_b_mask
+from ..reference import flat_averages, flat_views
 from .members import Members
 
 FORMAT = 1
@@ -31,8 +32,9 @@ class AllocatorState:
 
     Attributes:
         ranks: the number of triplets that each adapter starts with; n is their sum.
-        exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10), each in the shape of its parameter;
-            empty once the pattern is frozen.
+        exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10) of all parameters, each in one flat
+            tensor, or in one for each dtype (`reference.flat_views`); empty once the pattern is
+            frozen.
         scores: the importance of each triplet (eq. 7), (n,) float32, or float64 for float64
             parameters.
         mask: which triplets live, (n,) bool. One that is not there never does.
@@ -47,6 +49,9 @@ class AllocatorState:
 
     exp_avg_ipt: list[Tensor]
     exp_avg_unc: list[Tensor]
+    # The parameters that they are of, on the meta device: what shape and dtype they have there.
+    _averaged: list[Tensor]
+    _views: tuple[list[Tensor], list[Tensor]] | None
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
         devices = {p.device for p in parameters}
@@ -112,46 +117,68 @@ class AllocatorState:
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
         self.exp_avg_ipt, self.exp_avg_unc = (
-            [torch.zeros(p.shape, dtype=self._dtype_for(p), device=p.device) for p in parameters]
-            for _ in range(2)
+            flat_averages(parameters, self._narrow_dtype) for _ in range(2)
         )
+        self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parameters]
+        self._views = None
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
-        self.exp_avg_ipt, self.exp_avg_unc = [], []
+        self.exp_avg_ipt, self.exp_avg_unc, self._views = [], [], None
 
-    def _dtype_for(self, parameter: Tensor) -> torch.dtype:
-        dtype = _at_least_float32(parameter.dtype)
-        return dtype if dtype == torch.float64 else self._narrow_dtype
+    def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Both averages of each parameter in its shape, as views."""
+        if self._views is None:
+            ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
+            self._views = ipt, unc
+        return self._views
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled, views would be tensors of their own.
+        return {**self.__dict__, "_views": None}
+
+    def _set_averages(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> None:
+        for own, values in zip(self._averages(), (exp_avg_ipt, exp_avg_unc), strict=True):
+            torch._foreach_copy_(own, values)
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Go to the device and dtype of the parameters, which may have been moved since."""
         device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
-        if self.scores.device == device and self.scores.dtype == dtype:
+        is_there = self.scores.device == device and self.scores.dtype == dtype
+        if is_there and not self._lie_elsewhere(parameters):
             return
         if self.scores.is_meta:
             self._make(parameters)
             return
-        for averages in (self.exp_avg_ipt, self.exp_avg_unc):
-            # There are none once the pattern is frozen.
-            averages[:] = [
-                t.to(device, self._dtype_for(p)) for t, p in zip(averages, parameters, strict=False)
-            ]
+        before = self._averages()
+        if self.exp_avg_ipt:
+            self.make_averages(parameters)
+            self._set_averages(*before)
         self.scores = self.scores.to(device, dtype)
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
         self.members.move(device)
 
+    def _lie_elsewhere(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether there are averages of two dtypes, and parameters are of the other one now."""
+        return len(self.exp_avg_ipt) > 1 and any(
+            p.dtype != before.dtype for p, before in zip(parameters, self._averaged, strict=True)
+        )
+
     def learn(
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
         """Update the averages and the scores from the gradients of the parameters."""
+        exp_avg_ipt, exp_avg_unc = self.exp_avg_ipt, self.exp_avg_unc
+        if self.scores.device.type not in ops.library.device_types:
+            # Without compiled code they are taken apart; to do that in every step costs the host.
+            exp_avg_ipt, exp_avg_unc = self._averages()
         torch.ops.adalora.importance_update_(
             parameters,
             # What is frozen may still hold a gradient of before.
             [p.grad if p.requires_grad else None for p in parameters],
-            self.exp_avg_ipt,
-            self.exp_avg_unc,
+            exp_avg_ipt,
+            exp_avg_unc,
             self.scores,
             self.skipped,
             beta1,
@@ -167,17 +194,18 @@ class AllocatorState:
         writes the zeros of the mask that is there.
         """
         members = self.members
-        if again:
-            dead = members.in_play > self.mask
-        else:
-            best = top_b_mask(self.scores.masked_fill(members.out_of_play, -torch.inf), self.budget)
-            changes = members.in_play & self.prunes
-            torch.where(changes, best, self.mask, out=self.mask)
-            dead = changes > self.mask
-        if members.restarted:
-            dead |= members.kept_at_0
-        flat = torch.cat(list(lora_E)).masked_fill_(dead.unsqueeze(1), 0.0)
-        torch._foreach_copy_(list(lora_E), self.split(flat))
+        torch.ops.adalora.prune_(
+            self.scores,
+            self.budget,
+            self.prunes,
+            members.in_play,
+            members.kept_at_0 if members.restarted else None,
+            self.mask,
+            lora_E,
+            again,
+        )
+        # Compiled code doesn't tell autograd, which may have saved them for a backward to come.
+        increment_version(lora_E)
 
     def keep(self, mask: Tensor) -> None:
         """Let exactly these triplets live, (n,) bool, wherever they come from."""
@@ -191,14 +219,15 @@ class AllocatorState:
 
     def highest_pruned_score(self) -> Tensor:
         """A scalar on the device, -inf where nothing is pruned."""
-        kept_or_out = self.mask | self.members.out_of_play
-        return self.scores.masked_fill(kept_or_out, -torch.inf).amax()
+        pruned = self.members.in_play > self.mask
+        return self.scores.masked_fill(~pruned, -torch.inf).amax()
 
     def tensors(self) -> dict[str, Any]:
         """Copies of what a resumed run needs."""
+        exp_avg_ipt, exp_avg_unc = self._averages()
         return {
-            "exp_avg_ipt": [t.clone() for t in self.exp_avg_ipt],
-            "exp_avg_unc": [t.clone() for t in self.exp_avg_unc],
+            "exp_avg_ipt": [t.clone() for t in exp_avg_ipt],
+            "exp_avg_unc": [t.clone() for t in exp_avg_unc],
             "scores": self.scores.clone(),
             "mask": self.mask.clone(),
             "skipped": self.skipped.clone(),
@@ -241,8 +270,7 @@ class AllocatorState:
         if not saved["frozen"]:
             if not self.exp_avg_ipt:
                 self.make_averages(parameters)
-            torch._foreach_copy_(self.exp_avg_ipt, saved["exp_avg_ipt"])
-            torch._foreach_copy_(self.exp_avg_unc, saved["exp_avg_unc"])
+            self._set_averages(saved["exp_avg_ipt"], saved["exp_avg_unc"])
         for name in ("scores", "mask", "skipped"):
             getattr(self, name).copy_(saved[name])
         self.members.load(saved)

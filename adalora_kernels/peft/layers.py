@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked
+from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
 from .saving import fit_rows_
 
 
@@ -34,18 +34,26 @@ class FusedLayer(ReadingLayer):
     _ranknums: dict[str, float]
 
     def _scaling_of(self: Any, adapter_name: str) -> float:
-        if adapter_name not in self._ranknums:
-            self._ranknums[adapter_name] = float(self.ranknum[adapter_name].detach()) + 1e-5
-        return self.scaling[adapter_name] / self._ranknums[adapter_name]
+        ranknums = self._ranknums
+        if adapter_name not in ranknums:
+            ranknums[adapter_name] = float(self.ranknum[adapter_name].detach()) + 1e-5
+        return self.scaling[adapter_name] / ranknums[adapter_name]
 
-    def _arguments_of(self: Any, adapter_name: str) -> dict[str, Any]:
-        """What `svd_linear` and `svd_delta` have to know about one adapter, but for its dropout."""
-        return {
-            "lora_A": self.lora_A[adapter_name],
-            "lora_E": self.lora_E[adapter_name],
-            "lora_B": self.lora_B[adapter_name],
-            "scaling": self._scaling_of(adapter_name),
-        }
+    def _factors_of(self: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return lora_A, lora_E and lora_B of one adapter."""
+        modules = self._modules
+        try:
+            return (
+                modules["lora_A"]._parameters[adapter_name],
+                modules["lora_E"]._parameters[adapter_name],
+                modules["lora_B"]._parameters[adapter_name],
+            )
+        except KeyError:  # Where something else stands in for a parameter, attributes find it.
+            return (
+                self.lora_A[adapter_name],
+                self.lora_E[adapter_name],
+                self.lora_B[adapter_name],
+            )
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; it makes a new ranknum, whose value the caller may still change."""
@@ -54,16 +62,25 @@ class FusedLayer(ReadingLayer):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, with the base layer and the adapter in one op where that is possible."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not names:
+        # Modules and parameters are read from where nn.Module keeps them: its attributes take ten
+        # times as long. Nothing is remembered, so nothing has to be kept up to date.
+        modules = self._modules
+        dropouts = modules["lora_dropout"]._modules
+        names = [name for name in self.active_adapters if name in dropouts]
+        if self.disable_adapters or self.merged_adapters or not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        base = self.base_layer
-        dropout_p = fused_dropout_p(self.lora_dropout[names[0]])
-        if dropout_p is not None and not args and not kwargs and _is_plain(base):
-            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-            arguments = self._arguments_of(names.pop(0))
+        base = modules["base_layer"]
+        dropout_p = fused_dropout_p(dropouts[names[0]])
+        weight = None if args or kwargs else _plain_weight(base)
+        if dropout_p is not None and weight is not None:
+            name = names.pop(0)
             result = functional.svd_linear(
-                x, weight, bias=base.bias, dropout_p=dropout_p, **arguments
+                x,
+                weight,
+                *self._factors_of(name),
+                bias=parameter_of(base, "bias"),
+                scaling=self._scaling_of(name),
+                dropout_p=dropout_p,
             )
         else:
             result = base(x, *args, **kwargs)
@@ -72,14 +89,15 @@ class FusedLayer(ReadingLayer):
         return result
 
     def _add_adapter(self: Any, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        arguments = self._arguments_of(adapter_name)
-        dropout = self.lora_dropout[adapter_name]
+        factors = self._factors_of(adapter_name)
+        dropout = self._modules["lora_dropout"]._modules[adapter_name]
         dropout_p = fused_dropout_p(dropout)
         if dropout_p is None:
             # What is called sees what it sees in PEFT.
-            x = dropout(self._cast_input_dtype(x, arguments["lora_A"].dtype))
+            x = dropout(self._cast_input_dtype(x, factors[0].dtype))
             dropout_p = 0.0
-        return functional.svd_delta(result, x, dropout_p=dropout_p, **arguments)
+        scaling = self._scaling_of(adapter_name)
+        return functional.svd_delta(result, x, *factors, scaling=scaling, dropout_p=dropout_p)
 
     def _load_from_state_dict(
         self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -155,15 +173,15 @@ def freeze_ranknums(root: nn.Module) -> None:
             ranknum.requires_grad_(False)
 
 
-def _is_plain(base: Any) -> bool:
-    """Whether base(x) is nothing but its matrix product: no subclass, hook or patched forward.
+def _plain_weight(base: Any) -> Tensor | None:
+    """Return the weight of `base`, as (out, in), if base(x) is nothing but its matrix product.
 
-    Its weight must be plain, too: what a tensor subclass (torchao's, DTensor, a user's) makes of x
-    is for the subclass to say.
+    It is not where the layer is of a subclass, hooked or patched. Its weight must be plain, too:
+    what a tensor subclass (torchao's, DTensor, a user's) makes of x is for the subclass to say.
     """
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and is_unhooked(base)
-        and is_plain_tensor(base.weight)
-        and base.weight.is_floating_point()
-    )
+    if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
+        return None
+    weight: Tensor = parameter_of(base, "weight")
+    if not (is_plain_tensor(weight) and weight.is_floating_point()):
+        return None
+    return weight.T if type(base) is Conv1D else weight

@@ -16,13 +16,16 @@ namespace {
 constexpr int64_t kChunk = 1 << 14;  // entries, about
 constexpr int64_t kBlock = 1024;     // entries that are converted and summed at a time, about
 
+// Entries of one parameter, either a row, or whole rows. Those of lora_A are each a triplet's; of
+// lora_E and lora_B every column is one's.
 struct Chunk {
   const ImportanceUpdate::Parameter* parameter;
   int64_t start, count;  // entries
-  int64_t columns;       // entry start + i is one of triplet i % columns
+  int64_t sums;          // as many triplets, in the order of the scores
+  bool by_rows;          // whether each has count / sums entries in a row, or every sums-th entry
   int64_t triplet;       // the first one's place in the scores
   double weight;         // of an entry in the triplet's score
-  int64_t partial;       // place of its `columns` sums
+  int64_t partial;       // place of its `sums` sums
 };
 
 template <class T>
@@ -66,6 +69,18 @@ ADALORA_INLINE void fold_block(T* sums, int64_t columns, int64_t count) {
   }
 }
 
+// scores[row] = the sum of I * U over a row, in the order of score_block and fold_block.
+template <class T>
+ADALORA_INLINE void score_rows_block(const T* ipt, const T* unc, T* sums, int64_t length,
+                                     int64_t rows, double* scores) {
+  for (int64_t row = 0; row < rows; ++row, ipt += length, unc += length) {
+    std::fill(sums, sums + length, T(0));
+    score_block(ipt, unc, sums, length);
+    fold_block(sums, 1, length);
+    scores[row] = sums[0];
+  }
+}
+
 ADALORA_CLONES void update(const float* w, const float* g, float* ipt, float* unc, int64_t count,
                            Factors<float> factors) {
   update_block(w, g, ipt, unc, count, factors);
@@ -85,6 +100,14 @@ ADALORA_CLONES void fold(float* sums, int64_t columns, int64_t count) {
 }
 ADALORA_CLONES void fold(double* sums, int64_t columns, int64_t count) {
   fold_block(sums, columns, count);
+}
+ADALORA_CLONES void score_rows(const float* ipt, const float* unc, float* sums, int64_t length,
+                               int64_t rows, double* scores) {
+  score_rows_block(ipt, unc, sums, length, rows, scores);
+}
+ADALORA_CLONES void score_rows(const double* ipt, const double* unc, double* sums, int64_t length,
+                               int64_t rows, double* scores) {
+  score_rows_block(ipt, unc, sums, length, rows, scores);
 }
 ADALORA_CLONES void widen(float* to, const void* from, Type type, int64_t start, int64_t count) {
   load(to, from, type, start, count);
@@ -129,56 +152,96 @@ T* as(const void* data, Type type, int64_t start, int64_t count, T* buffer) {
   return buffer;
 }
 
+// Both averages of some entries as T: in place, or in a buffer.
 template <class T>
-void run_chunk(const Chunk& chunk, Factors<T> factors, double* partials) {
-  const auto& p = *chunk.parameter;
+struct Averages {
+  T *ipt, *unc;
+};
+
+// Updates the averages of entries of a parameter. `buffers` has room for four times as many.
+template <class T>
+Averages<T> update_averages(const ImportanceUpdate::Parameter& p, int64_t start, int64_t count,
+                            Factors<T> factors, T* buffers) {
+  T *w = buffers, *g = w + count, *i = g + count, *u = i + count;
+  T* ipt = as(p.exp_avg_ipt, p.state_type, start, count, i);
+  T* unc = as(p.exp_avg_unc, p.state_type, start, count, u);
+  if (p.grad != nullptr) {
+    update(as(p.weight, p.weight_type, start, count, w), as(p.grad, p.grad_type, start, count, g),
+           ipt, unc, count, factors);
+    if (ipt == i) {
+      narrow(ipt, p.exp_avg_ipt, p.state_type, start, count);
+      narrow(unc, p.exp_avg_unc, p.state_type, start, count);
+      // The score is that of the averages as they are kept.
+      widen(ipt, p.exp_avg_ipt, p.state_type, start, count);
+      widen(unc, p.exp_avg_unc, p.state_type, start, count);
+    }
+  }
+  return {ipt, unc};
+}
+
+// A chunk of which every column is a triplet's, or which is part of one row.
+template <class T>
+void run_columns(const Chunk& chunk, Factors<T> factors, double* partials) {
   // Every block starts with the first triplet of the chunk, and as well aligned as the chunk.
-  const int64_t period = std::lcm(chunk.columns, kLanes);
+  const int64_t period = std::lcm(chunk.sums, kLanes);
   const int64_t block = std::min(std::max<int64_t>(1, kBlock / period) * period, chunk.count);
   T* sums = scratch<T>(5 * block);
-  T *w = sums + block, *g = w + block, *i = g + block, *u = i + block;
-  std::fill(sums, w, T(0));
+  std::fill(sums, sums + block, T(0));
   for (int64_t done = 0; done < chunk.count; done += block) {
-    const int64_t start = chunk.start + done, count = std::min(block, chunk.count - done);
-    T* ipt = as(p.exp_avg_ipt, p.state_type, start, count, i);
-    T* unc = as(p.exp_avg_unc, p.state_type, start, count, u);
-    if (p.grad != nullptr) {
-      update(as(p.weight, p.weight_type, start, count, w),
-             as(p.grad, p.grad_type, start, count, g), ipt, unc, count, factors);
-      if (ipt == i) {
-        narrow(ipt, p.exp_avg_ipt, p.state_type, start, count);
-        narrow(unc, p.exp_avg_unc, p.state_type, start, count);
-        // The score is that of the averages as they are kept.
-        widen(ipt, p.exp_avg_ipt, p.state_type, start, count);
-        widen(unc, p.exp_avg_unc, p.state_type, start, count);
-      }
-    }
+    const int64_t count = std::min(block, chunk.count - done);
+    const auto [ipt, unc] =
+        update_averages(*chunk.parameter, chunk.start + done, count, factors, sums + block);
     score(ipt, unc, sums, count);
   }
-  fold(sums, chunk.columns, block);
-  for (int64_t column = 0; column < chunk.columns; ++column)
-    partials[chunk.partial + column] = sums[column] * chunk.weight;
+  fold(sums, chunk.sums, block);
+  for (int64_t column = 0; column < chunk.sums; ++column) partials[column] = sums[column];
+}
+
+// A chunk of whole rows, each a triplet's. None is longer than a block.
+template <class T>
+void run_rows(const Chunk& chunk, Factors<T> factors, double* partials) {
+  const int64_t length = chunk.count / chunk.sums, most = kBlock / length;
+  T* sums = scratch<T>(5 * most * length);
+  for (int64_t row = 0; row < chunk.sums; row += most) {
+    const int64_t rows = std::min(most, chunk.sums - row);
+    const auto [ipt, unc] =
+        update_averages(*chunk.parameter, chunk.start + row * length, rows * length, factors,
+                        sums + most * length);
+    score_rows(ipt, unc, sums, length, rows, partials + row);
+  }
+}
+
+template <class T>
+void run_chunk(const Chunk& chunk, Factors<T> factors, double* partials) {
+  double* own = partials + chunk.partial;
+  chunk.by_rows ? run_rows(chunk, factors, own) : run_columns(chunk, factors, own);
+  for (int64_t i = 0; i < chunk.sums; ++i) own[i] *= chunk.weight;
 }
 
 std::vector<Chunk> chunks_of(const ImportanceUpdate& op) {
   std::vector<Chunk> chunks;
+  chunks.reserve(3 * op.adapters.size());
   int64_t partial = 0;
   auto add = [&](const ImportanceUpdate::Parameter& parameter, int64_t start, int64_t count,
-                 int64_t columns, int64_t triplet, double weight) {
-    chunks.push_back({&parameter, start, count, columns, triplet, weight, partial});
-    partial += columns;
+                 int64_t sums, bool by_rows, int64_t triplet, double weight) {
+    chunks.push_back({&parameter, start, count, sums, by_rows, triplet, weight, partial});
+    partial += sums;
   };
   for (const auto& adapter : op.adapters) {
-    const int64_t r = adapter.r;
+    const int64_t r = adapter.r, in = adapter.in, first = adapter.first;
     if (r == 0) continue;
-    for (int64_t row = 0; row < r; ++row)
-      for (int64_t k = 0; k < adapter.in; k += kChunk)
-        add(adapter.A, row * adapter.in + k, std::min(kChunk, adapter.in - k), 1,
-            adapter.first + row, 1.0 / adapter.in);
-    add(adapter.E, 0, r, r, adapter.first, 1.0);
+    const bool short_rows = 0 < in && in <= kBlock;
+    const int64_t together = short_rows ? kChunk / in : 1;
+    for (int64_t row = 0; row < r; row += together) {
+      const int64_t rows = std::min(together, r - row);
+      for (int64_t k = 0; k < in; k += kChunk)
+        add(adapter.A, row * in + k, std::min(kChunk, in - k) * rows, rows, short_rows, first + row,
+            1.0 / in);
+    }
+    add(adapter.E, 0, r, r, false, first, 1.0);
     const int64_t rows = (kChunk / r + kLanes) / kLanes * kLanes;
     for (int64_t n = 0; n < adapter.out; n += rows)
-      add(adapter.B, n * r, std::min(rows, adapter.out - n) * r, r, adapter.first,
+      add(adapter.B, n * r, std::min(rows, adapter.out - n) * r, r, false, first,
           1.0 / adapter.out);
   }
   return chunks;
@@ -197,9 +260,9 @@ void run(const ImportanceUpdate& op) {
   // Before anything is written. The gradients are still in a cache when they are needed again.
   std::atomic<bool> bad{op.grad_scale != nullptr && !std::isfinite(*op.grad_scale)};
   for_each(count, with_grad, [&](int64_t i) {
-    const auto& [p, start, n, columns, triplet, weight, partial] = chunks[i];
-    if (p->grad == nullptr || bad.load(std::memory_order_relaxed)) return;
-    if (holds_inf_or_nan(p->grad, p->grad_type, start, n)) bad = true;
+    const auto& p = *chunks[i].parameter;
+    if (p.grad == nullptr || bad.load(std::memory_order_relaxed)) return;
+    if (holds_inf_or_nan(p.grad, p.grad_type, chunks[i].start, chunks[i].count)) bad = true;
   });
   if (bad) {
     ++*op.skipped;
@@ -207,12 +270,12 @@ void run(const ImportanceUpdate& op) {
   }
   const Factors<T> factors{op.grad_scale == nullptr ? T(1) : T(*op.grad_scale), T(op.beta1),
                            T(1 - op.beta1), T(op.beta2), T(1 - op.beta2)};
-  std::vector<double> partials(chunks.back().partial + chunks.back().columns);
+  std::vector<double> partials(chunks.back().partial + chunks.back().sums);
   for_each(count, entries, [&](int64_t i) { run_chunk(chunks[i], factors, partials.data()); });
   std::vector<double> scores(op.total_rank, 0.0);
   for (const Chunk& chunk : chunks)
-    for (int64_t column = 0; column < chunk.columns; ++column)
-      scores[chunk.triplet + column] += partials[chunk.partial + column];
+    for (int64_t i = 0; i < chunk.sums; ++i)
+      scores[chunk.triplet + i] += partials[chunk.partial + i];
   narrow(scores.data(), op.scores, op.scores_type, 0, op.total_rank);
 }
 

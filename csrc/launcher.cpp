@@ -1,0 +1,292 @@
+// Implements adalora::launch_forward and launch_backward: one call per layer and direction, which
+// launches the kernels that Triton has compiled. What is launched is a recipe (recipe.h), which is
+// looked up by all that it depends on; where there is none yet, the Python op
+// adalora::plan_launches makes it. A call that is not served returns nothing, and launches nothing:
+// the caller then takes the long way, by Triton's own launch, which finds the words for what is
+// wrong.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <memory>
+#include <optional>
+
+#include "call.h"
+#include "driver.h"
+#include "plans.h"
+#include "recipe.h"
+#include "tensors.h"
+
+// Of libtorch_cuda. Weak, so that a torch without CUDA can load this library, too.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+    __attribute__((weak));
+
+namespace adalora {
+namespace {
+
+// Reads the arguments of an op from the stack, all of which it owns then.
+class Stack {
+ public:
+  explicit Stack(StableIValue* next) : next_(next) {}
+  Owned tensor() { return Owned(stable::to<AtenTensorHandle>(*next_++)); }
+  Owned optional() {
+    return Owned(stable::to<std::optional<AtenTensorHandle>>(*next_++).value_or(nullptr));
+  }
+  double number() { return stable::to<double>(*next_++); }
+  bool flag() { return stable::to<bool>(*next_++); }
+
+ private:
+  StableIValue* next_;
+};
+
+// Leaves them on the stack; all are None where the call was not served.
+void put_results(StableIValue* stack, Call& call, std::initializer_list<Array> results,
+                 bool served) {
+  for (const Array array : results) {
+    *stack++ = optional_value(served ? call.owned[array].release() : nullptr);
+  }
+}
+
+// The driver that serves tensors on the device of this call, which it gets to know; or null.
+const Driver* find_driver(Call& call) {
+  const Strided& x = call[of_x];
+  if (x.device_type == codes().cuda) {
+    if (aoti_torch_get_current_cuda_stream == nullptr) return nullptr;
+    call.device = x.device_index;
+    return Driver::get();
+  }
+  const Driver* driver = x.device_type == codes().cpu ? Driver::get() : nullptr;
+  if (driver == nullptr || driver->fake_device == nullptr) return nullptr;
+  call.device = *driver->fake_device;
+  return driver;
+}
+
+Key key_of(const Call& call) {
+  int64_t flags = call.is_backward | call.need_dx << 1 | call.has_dropout << 2;
+  if (call[of_x].dtype == codes().float32) flags |= call.tf32 << 3;
+  // Presence and alignment of each tensor that it gets.
+  for (int64_t i = of_x; i <= of_grad_y; i++) {
+    const bool is_there = call.tensors[i].handle != nullptr;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(call.data[i]) % 16 == 0;
+    flags |= (is_there + 2LL * is_aligned) << (4 + 2 * i);
+  }
+  int64_t dtypes = 0;
+  for (const Array array : {of_x, of_base, of_A, of_E, of_grad_y}) {
+    dtypes = dtypes << 8 | (call[array].dtype & 255);
+  }
+  return {{flags, dtypes, call.device, rows_bucket(call.rows), call.in, call.out, call.ranks,
+           call.x_strides[0], call.x_strides[1], call.weight_strides[0], call.weight_strides[1],
+           call.is_backward ? call.grad_strides[0] : call.base_strides[0],
+           call.is_backward ? call.grad_strides[1] : call.base_strides[1]}};
+}
+
+// Lets Python make a recipe; null where it can't now, and may another time. It catches what is an
+// error, so that only an interruption gets here.
+std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
+  Plans::get().misses++;
+  StableIValue stack[12];
+  size_t next = 0;
+  for (const Array array :
+       {of_x, of_weight, of_bias, of_base, of_A, of_E, of_B, of_mask, of_seed, of_h, of_grad_y}) {
+    const bool always = array == of_x || array == of_A || array == of_E || array == of_B;
+    stack[next++] = always ? argument(call[array].handle) : optional_argument(call[array].handle);
+  }
+  stack[next] = stable::from(call.need_dx);
+  STD_TORCH_CHECK(adalora::call("adalora::plan_launches", "", stack),
+                  "the launches of a layer were being planned, and this was interrupted");
+  const Owned numbers(stable::to<AtenTensorHandle>(stack[0]));
+  Strided encoded;
+  if (!read(numbers.get(), encoded) || encoded.dtype != codes().int64 || encoded.dim != 1 ||
+      encoded.device_type != codes().cpu || !encoded.is_contiguous() || encoded.sizes[0] == 0) {
+    return nullptr;
+  }
+  Reader reader(static_cast<const int64_t*>(encoded.data), encoded.sizes[0]);
+  return Plans::get().add(key, reader.recipe());
+}
+
+bool make_workspace(Call& call, const Recipe& recipe) {
+  if (recipe.parts.empty()) return true;
+  int64_t begins[most_parts];
+  const int64_t bytes = place_parts(recipe.parts, call.rows, begins);
+  if (!allocate(call, 1, &bytes, codes().uint8, call.workspace)) return false;
+  void* memory = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(call.workspace.get(), &memory));
+  for (size_t i = 0; i < recipe.parts.size(); i++) {
+    call.data[of_workspace + i] = static_cast<char*>(memory) + begins[i];
+  }
+  return true;
+}
+
+// Draws what torch.randint(2**63 - 1, (1,)) would, from the same generator.
+bool draw_seed(Call& call) {
+  StableIValue stack[] = {argument(call[of_seed].handle), stable::from(int64_t{0}),
+                          stable::from(std::make_optional(INT64_MAX)), stable::from(std::nullopt)};
+  if (!adalora::call("aten::random_", "from", stack)) return false;
+  const Owned same(stable::to<AtenTensorHandle>(stack[0]));
+  return true;
+}
+
+void launch(const Driver& driver, const Step& step, const Call& call, void* stream) {
+  alignas(64) unsigned char bytes[most_bytes];
+  void* parameters[most_parameters];
+  std::memcpy(bytes, step.bytes.data(), step.bytes.size());
+  for (const Patch& patch : step.patches) {
+    if (patch.kind == Patch::address) {
+      std::memcpy(bytes + patch.offset, &call.data[patch.index], sizeof(void*));
+    } else if (patch.kind == Patch::number) {
+      const int64_t value = patch.count.of(call.rows);
+      std::memcpy(bytes + patch.offset, &value, patch.bytes);
+    } else {
+      std::memcpy(bytes + patch.offset,
+                  reinterpret_cast<const char*>(&call.scalars) + 4 * patch.index, 4);
+    }
+  }
+  for (const Map& map : step.maps) {
+    const uint64_t sizes[2] = {static_cast<uint64_t>(map.columns.of(call.rows)),
+                               static_cast<uint64_t>(map.rows.of(call.rows))};
+    const uint32_t block[2] = {map.block_columns, map.block_rows};
+    driver.encode(bytes + map.offset, static_cast<int>(map.type), map.element_bytes,
+                  call.data[map.array], sizes, map.row_bytes, block, static_cast<int>(map.swizzle),
+                  static_cast<int>(map.fill));
+  }
+  for (size_t i = 0; i < step.offsets.size(); i++) parameters[i] = bytes + step.offsets[i];
+  uint32_t grid[3];
+  for (int i = 0; i < 3; i++) grid[i] = static_cast<uint32_t>(step.grid[i].of(call.rows));
+  driver.launch(step.function, grid, step.threads, step.shared, stream, parameters);
+}
+
+// A matrix of a product, or its transpose.
+Owned view(const Call& call, const Matrix& matrix, bool transposed) {
+  int64_t sizes[2] = {matrix.rows.of(call.rows), matrix.columns.of(call.rows)};
+  int64_t strides[2] = {matrix.strides[0], matrix.strides[1]};
+  if (transposed) {
+    std::swap(sizes[0], sizes[1]);
+    std::swap(strides[0], strides[1]);
+  }
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(call.tensors[matrix.array].handle, 2, sizes,
+                                                        strides, 0, &made));
+  return Owned(made);
+}
+
+// out = x w + bias by torch, which calls cuBLAS. With a bias it is torch.addmm, to which linear.out
+// comes down; a call of its own would need numbers of a type that can't be passed.
+bool multiply(const Call& call, const Step& step) {
+  const bool has_bias = step.product.size() > 3;
+  const Owned out = view(call, step.product[0], false), x = view(call, step.product[1], false),
+              w = view(call, step.product[2], has_bias);
+  StableIValue stack[4] = {argument(x.get()), argument(w.get())};
+  if (has_bias) stack[2] = optional_argument(call.tensors[step.product[3].array].handle);
+  stack[has_bias ? 3 : 2] = argument(out.get());
+  if (!adalora::call(has_bias ? "aten::linear" : "aten::mm", "out", stack)) return false;
+  const Owned same(stable::to<AtenTensorHandle>(stack[0]));
+  return true;
+}
+
+// Carries out the recipe; false where torch raises.
+bool carry_out(const Driver& driver, const Recipe& recipe, const Call& call) {
+  void* stream = nullptr;
+  if (call[of_x].device_type == codes().cuda) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device, &stream));
+  }
+  driver.ensure_context(call.device);
+  for (const Step& step : recipe.steps) {
+    if (step.product.empty()) {
+      launch(driver, step, call, stream);
+    } else if (!multiply(call, step)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether the call was served.
+bool serve(Call& call) {
+  if (!fits(call)) return false;
+  const Driver* driver = find_driver(call);
+  if (driver == nullptr) return false;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (call[of_x].device_type == codes().cuda) guard.emplace(call.device);
+  const bool draws = call.has_dropout && !call.has(of_seed);
+  const int64_t one = 1;
+  if (draws) {
+    // Backwards get that of their forward.
+    Owned seed;
+    if (call.is_backward || !allocate(call, 1, &one, codes().int64, seed) ||
+        !call.take(of_seed, std::move(seed))) {
+      return false;
+    }
+  }
+  if (!make_readable(call)) return false;
+  const Key key = key_of(call);
+  std::shared_ptr<const Recipe> recipe = Plans::get().find(key);
+  if (recipe == nullptr) recipe = make_recipe(call, key);
+  if (recipe == nullptr || recipe->steps.empty()) return false;
+  if (!(call.is_backward ? make_backward(call) : make_forward(call))) return false;
+  if (!make_workspace(call, *recipe)) return false;
+  return (!draws || draw_seed(call)) && carry_out(*driver, *recipe, call);
+}
+
+void launch_forward(StableIValue* stack, uint64_t, uint64_t) {
+  Call call;
+  Stack next(stack);
+  bool readable = call.take(of_x, next.tensor());
+  for (const Array array : {of_weight, of_bias, of_base}) {
+    readable &= call.take(array, next.optional());
+  }
+  for (const Array array : {of_A, of_E, of_B}) readable &= call.take(array, next.tensor());
+  for (const Array array : {of_mask, of_seed}) readable &= call.take(array, next.optional());
+  const double scaling = next.number(), dropout_p = next.number();
+  call.tf32 = next.flag();
+  const bool draws = !call.has(of_seed);
+  const bool served = readable && call.has(of_weight) != call.has(of_base) &&
+                      !(call.has(of_base) && call.has(of_bias)) &&
+                      set_scalars(call, scaling, dropout_p) && serve(call);
+  // What an op returns must not be what it got.
+  if (!draws) call.owned[of_seed] = Owned();
+  put_results(stack, call, {of_y, of_h, of_seed}, served);
+}
+
+void launch_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Call call;
+  call.is_backward = true;
+  Stack next(stack);
+  bool readable = true;
+  for (const Array array : {of_grad_y, of_x}) readable &= call.take(array, next.tensor());
+  readable &= call.take(of_weight, next.optional());
+  for (const Array array : {of_A, of_E, of_B}) readable &= call.take(array, next.tensor());
+  for (const Array array : {of_mask, of_seed}) readable &= call.take(array, next.optional());
+  readable &= call.take(of_h, next.tensor());
+  const double scaling = next.number(), dropout_p = next.number();
+  call.need_dx = next.flag();
+  call.tf32 = next.flag();
+  const bool served = readable && set_scalars(call, scaling, dropout_p) && serve(call);
+  put_results(stack, call, {of_dx, of_dA, of_dE, of_dB}, served);
+}
+
+}  // namespace
+}  // namespace adalora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(adalora, m) {
+  m.def(
+      "launch_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor E, "
+      "Tensor B, Tensor? mask, Tensor? seed, float scaling, float dropout_p, bool tf32)"
+      " -> (Tensor? y, Tensor? h, Tensor? seed)");
+  m.def(
+      "launch_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor A, Tensor E, Tensor B, "
+      "Tensor? mask, Tensor? seed, Tensor h, float scaling, float dropout_p, bool need_dx, "
+      "bool tf32) -> (Tensor? dx, Tensor? dA, Tensor? dE, Tensor? dB)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adalora, CompositeExplicitAutograd, m) {
+  m.impl("launch_forward", &adalora::launch_forward);
+  m.impl("launch_backward", &adalora::launch_backward);
+}
+
+// For tests: forget every recipe; how often there was none.
+extern "C" __attribute__((visibility("default"))) void adalora_forget_plans() {
+  adalora::Plans::get().forget();
+}
+extern "C" __attribute__((visibility("default"))) int64_t adalora_plan_misses() {
+  return adalora::Plans::get().misses;
+}
