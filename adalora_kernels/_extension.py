@@ -15,6 +15,8 @@ import torch
 
 # Names a library to load instead of the installed one; empty: none.
 VARIABLE = "ADALORA_KERNELS_LIBRARY"
+# What a library exports that has the launcher.
+_OF_LAUNCHER = "adalora_plan_misses"
 
 
 class Library(NamedTuple):
@@ -34,6 +36,11 @@ class Library(NamedTuple):
     def device_types(self) -> tuple[str, ...]:
         """The types of device that it has code for."""
         return tuple(name for name in ("cpu", "cuda") if name.upper() in self.built_for)
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether it has the ops `launch_forward` and `launch_backward`; an older one has not."""
+        return self.path is not None and hasattr(ctypes.CDLL(str(self.path)), _OF_LAUNCHER)
 
 
 def load() -> Library:

@@ -80,7 +80,8 @@ Key key_of(const Call& call) {
            call.is_backward ? call.grad_strides[1] : call.base_strides[1]}};
 }
 
-// Lets Python make a recipe; null where it can't now, and may another time.
+// Lets Python make a recipe; null where it can't now, and may another time. It catches what is an
+// error, so that only an interruption gets here.
 std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
   Plans::get().misses++;
   StableIValue stack[12];
@@ -91,7 +92,8 @@ std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
     stack[next++] = always ? argument(call[array].handle) : optional_argument(call[array].handle);
   }
   stack[next] = stable::from(call.need_dx);
-  if (!adalora::call("adalora::plan_launches", "", stack)) return nullptr;
+  STD_TORCH_CHECK(adalora::call("adalora::plan_launches", "", stack),
+                  "the launches of a layer were being planned, and this was interrupted");
   const Owned numbers(stable::to<AtenTensorHandle>(stack[0]));
   Strided encoded;
   if (!read(numbers.get(), encoded) || encoded.dtype != codes().int64 || encoded.dim != 1 ||

@@ -401,10 +401,17 @@ def none_served() -> None:
     """Where planning raises, nothing is launched, and the next call plans again."""
     t = tensors_of(PLAIN._replace(R=5))
     original = calls.forward_recipe
-    library().adalora_forget_plans()
-    calls.forward_recipe = lambda call: 1 / 0
+
+    def interrupted(call: Any) -> Any:
+        raise KeyboardInterrupt
+
+    forget()
     try:
+        calls.forward_recipe = lambda call: 1 / 0
         assert set(forward(t, 0.0).values()) == {None}
+        # Torch does not hand on what is no error; it must not be lost all the same.
+        calls.forward_recipe = interrupted
+        assert "planned, and this was interrupted" in error_of(lambda: forward(t, 0.0))
     finally:
         calls.forward_recipe = original
     assert forward(t, 0.0)["y"] is not None

@@ -25,6 +25,7 @@ def python(*arguments, library):
 
 
 def test_without_the_library_plain_pytorch_runs():
+    assert not _extension.Library(None, "", "none").has_launcher
     done = python("-c", SHOW, library="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("None||ADALORA_KERNELS_LIBRARY is empty")
@@ -47,6 +48,7 @@ def test_without_the_library_the_tests_of_the_allocator_pass(selected):
 def test_a_library_of_this_version_has_the_launcher():
     if ops.library.path is None:
         pytest.skip(f"no library: {ops.library.why_not}")
+    assert ops.library.has_launcher
     assert hasattr(torch.ops.adalora, "launch_forward")
     assert hasattr(torch.ops.adalora, "launch_backward")
 
