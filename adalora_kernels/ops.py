@@ -179,6 +179,7 @@ torch.library.impl(
 torch.library.impl("adalora::prune_", "default", reference.prune_)
 
 library = launching.library
+_PLAIN = "reference (plain PyTorch)"
 
 
 class Implementation(NamedTuple):
@@ -194,25 +195,30 @@ class Implementation(NamedTuple):
 
 def implementations(device_type: str) -> list[Implementation]:
     """Say what runs for every op on tensors of `device_type` as long as `impl` is "auto"."""
-    plain = "reference (plain PyTorch)"
     rows = []
     for op in _SCHEMAS:
         if op.startswith("svd_"):
-            why = launching.why_no_triton(torch.device(device_type))
-            if device_type == "cpu":
-                why = "matrix products take nearly all of its time"
-                rows.append(Implementation(op, "cpu (plain PyTorch)", why))
-            else:
-                rows.append(Implementation(op, plain if why else "triton", why or ""))
+            rows.append(Implementation(op, *_of_layer(device_type)))
         elif op == "prune_" and device_type != "cpu":
-            rows.append(Implementation(op, plain, ""))
+            rows.append(Implementation(op, _PLAIN, ""))
         elif device_type in library.device_types:
             rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
         else:
             why = library.why_not or f"the library was built for {library.built_for} only"
-            name = "torch._foreach" if op == "importance_update_" else plain
+            name = "torch._foreach" if op == "importance_update_" else _PLAIN
             rows.append(Implementation(op, name, why))
     return rows
+
+
+def _of_layer(device_type: str) -> tuple[str, str]:
+    """Return the name and the reason in an `Implementation` of a layer op."""
+    if device_type == "cpu":
+        return "cpu (plain PyTorch)", "matrix products take nearly all of its time"
+    if why := launching.why_no_triton(torch.device(device_type)):
+        return _PLAIN, why
+    if why := launching.why_not_library():
+        return "triton, launched by Triton", why
+    return "triton, launched by the compiled library", ""
 
 
 def dropout_seed(x: Tensor) -> Tensor:

@@ -410,11 +410,31 @@ def the_ops_launch_by_the_library_too():
     assert fake_gpu.counts().errors == missed.errors
 
 
+def the_report_says_who_launches():
+    """And why it is not the library, where it is not."""
+    from triton import knobs
+
+    from adalora_kernels import ops
+
+    def rows():
+        return {row[1:] for row in ops.implementations("cuda") if row.op.startswith("svd_")}
+
+    assert rows() == {("triton, launched by the compiled library", "")}
+    hook, watch = knobs.runtime.launch_exit_hook, print
+    hook.add(watch)
+    try:
+        ((name, why),) = rows()
+    finally:
+        hook.remove(watch)
+    assert name == "triton, launched by Triton" and "somebody watches" in why
+
+
 OVER_THE_FAKE_GPU = {
     f.__name__: f
     for f in (
         *(no_python_below_the_function, a_watcher_of_tritons_launches_sees_them),
         *(what_the_library_does_not_serve_goes_the_long_way, the_ops_launch_by_the_library_too),
+        the_report_says_who_launches,
     )
 }
 

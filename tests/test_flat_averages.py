@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from test_importance import (
 )
 from torch import nn
 
-from adalora_kernels import RankAllocator, SVDLinear, reference
+from adalora_kernels import RankAllocator, SVDLinear, ops, reference
 
 SHAPES = [(12, 64, 48), (3, 17, 29), (0, 9, 8), (1, 5, 1), (4, 33, 20)]
 
@@ -275,6 +276,27 @@ def test_a_restart_zeroes_the_averages_where_they_are():
     again = (*allocator._state.exp_avg_ipt, *allocator._state.exp_avg_unc)
     assert all(a is b for a, b in zip(flat, again, strict=True))
     assert not any(t.any() for t in again)
+
+
+def test_views_are_kept_where_there_is_no_compiled_code(monkeypatch):
+    monkeypatch.setattr(ops, "library", ops.library._replace(built_for=""))
+    model, optimizer, allocator = setup()
+    kept = allocator._state._views
+    train(model, optimizer, allocator, range(1, 8))
+    assert allocator._state._views is kept
+    assert kept[0][-1].untyped_storage().data_ptr() == allocator._state.exp_avg_ipt[0].data_ptr()
+    # Each view would be pickled with the memory of all.
+    size = sum(t.nbytes for t in allocator._state.exp_avg_ipt + allocator._state.exp_avg_unc)
+    pickled = pickle.dumps(allocator._state)
+    assert size < len(pickled) < 2 * size + 20_000
+    state = pickle.loads(pickled)
+    state._views[1][0].fill_(7.0)
+    assert (state.exp_avg_unc[0] == 7.0).any() and (kept[1][0] != 7.0).all()
+    other = setup()
+    monkeypatch.undo()
+    train(*other, range(1, 8))
+    for a, b in zip(model.parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def old_state():

@@ -181,6 +181,25 @@ def test_opcheck_of_importance_update():
     opcheck(OPS.importance_update_, (list(params), grads, *state, torch.tensor([0.5])))
 
 
+def test_opcheck_of_the_update_with_flat_averages():
+    params = adapter(3, 5, 4, dtype=torch.float32, requires_grad=False)
+    averages = [reference.flat_averages(params, torch.float32) for _ in range(2)]
+    skipped = torch.zeros(1, dtype=torch.int64)
+    state = (*averages, torch.zeros(3), skipped, 0.85, 0.85)
+    opcheck(OPS.importance_update_, (list(params), [torch.randn_like(p) for p in params], *state))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "again"])
+def test_opcheck_of_prune(again):
+    mask, in_play = torch.tensor([True, False, True, True, False]), torch.arange(5) < 4
+    budget, prunes = torch.tensor([2]), torch.tensor([True])
+    lora_E = [torch.randn(3, 1), torch.randn(2, 1)]
+    for kept_at_0 in (None, ~in_play):
+        opcheck(
+            OPS.prune_, (torch.rand(5), budget, prunes, in_play, kept_at_0, mask, lora_E, again)
+        )
+
+
 def test_impl_may_be_left_out_of_a_call():
     c, factors, (mask, *rest) = raw_args(False, 0.25)
     base, g, h = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randn(2, 5, 3)

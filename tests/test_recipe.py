@@ -251,6 +251,37 @@ def test_one_row_may_have_any_stride():
     assert kernels.call_of(given | {"x": columns}).x.strides == (128, 2)
 
 
+ALIGNED = {
+    "rows": (True, lambda t: t),
+    "columns": (True, lambda t: t.T.contiguous().T),
+    "wide_rows": (True, lambda t: torch.empty(t.shape[0], 2 * t.shape[1])[:, : t.shape[1]]),
+    "odd_rows": (False, lambda t: torch.empty(t.shape[0], t.shape[1] + 1)[:, : t.shape[1]]),
+    "odd_start": (False, lambda t: torch.empty(t.numel() + 1)[1:].view(t.shape)),
+    "apart": (False, lambda t: torch.empty(*t.shape, 2)[..., 0]),
+    "expanded": (False, lambda t: t[:1].expand_as(t)),
+}
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize(("aligned", "change"), ALIGNED.values(), ids=ALIGNED.keys())
+def test_which_matrices_are_aligned(name, aligned, change):
+    given = operands_of(32, 64, 48, 4, (FP32, FP32), "svd_linear", device="cpu")
+    call = kernels.call_of(given | {name: change(given[name])})
+    if (name, aligned) == ("x", True) and call.x.strides[1] != 1:
+        aligned = False  # Only a weight may lie by columns.
+    assert call.aligned == {"x", "weight", "y", "dx"} - (set() if aligned else {name})
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_for_float32_where_torch_allows_it(allow_tf32, allowed):
+    allow_tf32(allowed)
+    for dtype, kind in itertools.product((FP32, BF16), ("svd_linear", "svd_delta", "backward")):
+        call = kernels.call_of(operands_of(80, 64, 48, 4, (dtype, FP32), kind), True, "two_pass")
+        steps = kernels.recipe_of(call).steps
+        precisions = {step.arguments.get("PRECISION") for step in steps} - {None}
+        assert precisions == {"tf32" if allowed and dtype == FP32 else "ieee"}
+
+
 def test_results_and_one_workspace_are_all_that_is_allocated():
     case = random_case(lead=(200,), in_features=4096, out_features=64, dtype=BF16, device="meta")
     x, weight, *factors, bias, mask = case.values()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from layer_cases import random_case
 from test_fake_gpu import ENVIRONMENT, needs_it
 
-from adalora_kernels import cpu, ops, svd_delta, svd_linear
+from adalora_kernels import cpu, launching, ops, svd_delta, svd_linear
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,11 +36,36 @@ def over_the_fake_gpu(tmp_path_factory):
 
 
 @needs_it
-@pytest.mark.skipif(not ops.library.has_launcher, reason="needs the compiled library's launcher")
+@pytest.mark.skipif(
+    launching.launch_forward is None, reason="needs the compiled library's launcher"
+)
 @pytest.mark.parametrize("scenario", [*short_runs.SCENARIOS, *short_runs.OVER_THE_FAKE_GPU])
 def test_over_the_fake_gpu(over_the_fake_gpu, scenario):
     outcomes, printed = over_the_fake_gpu
     assert outcomes.get(scenario, printed) == ""
+
+
+WHY_NOT = """if True:
+    import torch
+    from adalora_kernels import launching, ops
+    launching.why_no_triton = lambda device: None
+    print({row[1:] for row in ops.implementations("cuda") if row.op.startswith("svd_")})
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ADALORA_KERNELS_LIBRARY", "", "ADALORA_KERNELS_LIBRARY is empty"),
+        ("TRITON_INTERPRET", "1", "TRITON_INTERPRET=1 interprets them"),
+    ],
+    ids=["no_library", "interpreter"],
+)
+def test_why_the_library_does_not_launch(variable, value, says):
+    environment = ENVIRONMENT | {variable: value}
+    command = [sys.executable, "-c", WHY_NOT]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str({("triton, launched by Triton", says)}), done.stderr
 
 
 CASES = {

@@ -439,12 +439,12 @@ def test_peak_memory_is_that_of_the_results():
 
 
 @needs_gpu
-def test_tf32_is_used_where_torch_allows_it(monkeypatch):
+def test_tf32_is_used_where_torch_allows_it(allow_tf32):
     case = random_case(lead=(64,), in_features=512, out_features=64, device=DEVICE)
     exact, _ = reference.svd_linear(*arguments({k: wide(t) for k, t in case.items()}))
     errors = []
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        allow_tf32(allowed)
         y = svd_linear(**case, scaling=1.5)
         errors.append((y - exact).norm() / exact.norm())
     assert errors[0] < 1e-6 < 1e-5 < errors[1] < 1e-2
@@ -489,6 +489,7 @@ def test_launches_and_bytes_at_the_goal_shapes(shape, megabytes):
     assert [item.kernel for item in there] == ["down", "gemm"]
     assert [item.kernel for item in of_kernels(back)] == ["g_pass", "x_pass", "gemm"]
     assert len(back) - len(of_kernels(back)) == 2
+    assert there[-1].grid == back[-1].grid == (H200.sms,), "the GEMM is persistent"
     # Design, section 5: one pass over x more than the frozen layer; one over g and one over x.
     M, K, N = shape
     x, w, y = 2 * M * K, 2 * N * K, 2 * M * N

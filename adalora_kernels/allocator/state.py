@@ -120,7 +120,7 @@ class AllocatorState:
             flat_averages(parameters, self._narrow_dtype) for _ in range(2)
         )
         self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parameters]
-        self._views = None
+        self._keep_views()
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
@@ -128,14 +128,25 @@ class AllocatorState:
 
     def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """Both averages of each parameter in its shape, as views."""
-        if self._views is None:
-            ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
-            self._views = ipt, unc
-        return self._views
+        if self._views is not None:
+            return self._views
+        ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
+        return ipt, unc
+
+    def _keep_views(self) -> None:
+        """Keep them where there is no compiled code: to make them in every step costs the host."""
+        self._views = None
+        device = self.exp_avg_ipt[0].device if self.exp_avg_ipt else None
+        if device is not None and device.type not in ops.library.device_types:
+            self._views = self._averages()
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled, views would be tensors of their own.
         return {**self.__dict__, "_views": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep_views()
 
     def _set_averages(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> None:
         for own, values in zip(self._averages(), (exp_avg_ipt, exp_avg_unc), strict=True):
@@ -169,10 +180,7 @@ class AllocatorState:
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
         """Update the averages and the scores from the gradients of the parameters."""
-        exp_avg_ipt, exp_avg_unc = self.exp_avg_ipt, self.exp_avg_unc
-        if self.scores.device.type not in ops.library.device_types:
-            # Without compiled code they are taken apart; to do that in every step costs the host.
-            exp_avg_ipt, exp_avg_unc = self._averages()
+        exp_avg_ipt, exp_avg_unc = self._views or (self.exp_avg_ipt, self.exp_avg_unc)
         torch.ops.adalora.importance_update_(
             parameters,
             # What is frozen may still hold a gradient of before.
