@@ -17,9 +17,25 @@
 #include "recipe.h"
 #include "tensors.h"
 
-// Of libtorch_cuda. Weak, so that a torch without CUDA can load this library, too.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+// Those of libtorch_cuda are weak, so that a torch without CUDA can load this library, too.
+extern "C" {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
+AOTITorchError aoti_torch_cuda_randint_low_out(AtenTensorHandle out, int64_t low, int64_t high,
+                                               const int64_t* sizes, int64_t dim)
+    __attribute__((weak));
+AOTITorchError aoti_torch_cpu_randint_low_out(AtenTensorHandle out, int64_t low, int64_t high,
+                                              const int64_t* sizes, int64_t dim);
+AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w)
+    __attribute__((weak));
+AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+                                         AtenTensorHandle x, AtenTensorHandle w, double beta,
+                                         double alpha) __attribute__((weak));
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+                                        AtenTensorHandle x, AtenTensorHandle w, double beta,
+                                        double alpha);
+}
 
 namespace adalora {
 namespace {
@@ -117,13 +133,14 @@ bool make_workspace(Call& call, const Recipe& recipe) {
   return true;
 }
 
+bool is_on_gpu(const Call& call) { return call[of_x].device_type == codes().cuda; }
+
 // Draws what torch.randint(2**63 - 1, (1,)) would, from the same generator.
-bool draw_seed(Call& call) {
-  StableIValue stack[] = {argument(call[of_seed].handle), stable::from(int64_t{0}),
-                          stable::from(std::make_optional(INT64_MAX)), stable::from(std::nullopt)};
-  if (!adalora::call("aten::random_", "from", stack)) return false;
-  const Owned same(stable::to<AtenTensorHandle>(stack[0]));
-  return true;
+bool draw_seed(const Call& call) {
+  const auto draw =
+      is_on_gpu(call) ? aoti_torch_cuda_randint_low_out : aoti_torch_cpu_randint_low_out;
+  const int64_t one = 1;
+  return draw != nullptr && draw(call[of_seed].handle, 0, INT64_MAX, &one, 1) == 0;
 }
 
 void launch(const Driver& driver, const Step& step, const Call& call, void* stream) {
@@ -155,38 +172,31 @@ void launch(const Driver& driver, const Step& step, const Call& call, void* stre
   driver.launch(step.function, grid, step.threads, step.shared, stream, parameters);
 }
 
-// A matrix of a product, or its transpose.
-Owned view(const Call& call, const Matrix& matrix, bool transposed) {
-  int64_t sizes[2] = {matrix.rows.of(call.rows), matrix.columns.of(call.rows)};
-  int64_t strides[2] = {matrix.strides[0], matrix.strides[1]};
-  if (transposed) {
-    std::swap(sizes[0], sizes[1]);
-    std::swap(strides[0], strides[1]);
-  }
+Owned view(const Call& call, const Matrix& matrix) {
+  const int64_t sizes[2] = {matrix.rows.of(call.rows), matrix.columns.of(call.rows)};
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(call.tensors[matrix.array].handle, 2, sizes,
-                                                        strides, 0, &made));
+                                                        matrix.strides, 0, &made));
   return Owned(made);
 }
 
-// out = x w + bias by torch, which calls cuBLAS. With a bias it is torch.addmm, to which linear.out
-// comes down; a call of its own would need numbers of a type that can't be passed.
+// out = x w + bias by torch, which calls cuBLAS: torch.mm or torch.addmm.
 bool multiply(const Call& call, const Step& step) {
-  const bool has_bias = step.product.size() > 3;
-  const Owned out = view(call, step.product[0], false), x = view(call, step.product[1], false),
-              w = view(call, step.product[2], has_bias);
-  StableIValue stack[4] = {argument(x.get()), argument(w.get())};
-  if (has_bias) stack[2] = optional_argument(call.tensors[step.product[3].array].handle);
-  stack[has_bias ? 3 : 2] = argument(out.get());
-  if (!adalora::call(has_bias ? "aten::linear" : "aten::mm", "out", stack)) return false;
-  const Owned same(stable::to<AtenTensorHandle>(stack[0]));
-  return true;
+  const Owned out = view(call, step.product[0]), x = view(call, step.product[1]),
+              w = view(call, step.product[2]);
+  if (step.product.size() == 3) {
+    const auto mm = is_on_gpu(call) ? aoti_torch_cuda_mm_out : aoti_torch_cpu_mm_out;
+    return mm != nullptr && mm(out.get(), x.get(), w.get()) == 0;
+  }
+  const AtenTensorHandle bias = call.tensors[step.product[3].array].handle;
+  const auto addmm = is_on_gpu(call) ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
+  return addmm != nullptr && addmm(out.get(), bias, x.get(), w.get(), 1.0, 1.0) == 0;
 }
 
 // Carries out the recipe; false where torch raises.
 bool carry_out(const Driver& driver, const Recipe& recipe, const Call& call) {
   void* stream = nullptr;
-  if (call[of_x].device_type == codes().cuda) {
+  if (is_on_gpu(call)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device, &stream));
   }
   driver.ensure_context(call.device);
@@ -206,7 +216,7 @@ bool serve(Call& call) {
   const Driver* driver = find_driver(call);
   if (driver == nullptr) return false;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (call[of_x].device_type == codes().cuda) guard.emplace(call.device);
+  if (is_on_gpu(call)) guard.emplace(call.device);
   const bool draws = call.has_dropout && !call.has(of_seed);
   const int64_t one = 1;
   if (draws) {

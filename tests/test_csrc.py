@@ -65,13 +65,15 @@ def test_the_library_refuses(update, says, change):
 # The binary
 
 # What torch 2.11 exports of the stable ABI and this library uses, or may come to use: of
-# aoti_torch/c/shim.h as it was before 2.10, and of stable/c/shim.h what is marked 2.10 or 2.11.
+# aoti_torch/c/shim.h and aoti_torch/generated/c_shim_*.h as they were before 2.10, and of
+# stable/c/shim.h what is marked 2.10 or 2.11.
 IN_TORCH_2_11 = re.compile(
     r"aoti_torch_(abi_version|(device_type|dtype|layout|memory_format)_\w+"
     r"|(delete|new)_tensor_(object|handle)|delete_library_object|library_init_(impl|fragment)"
     r"|library_def|empty_strided|_reinterpret_tensor"
     r"|get_(data_ptr|dim|numel|sizes?|strides?|dtype|layout|device_type|device_index)|is_contiguous"
-    r"|(create|delete)_device_guard|get_current_cuda_stream)"
+    r"|(create|delete)_device_guard|get_current_cuda_stream"
+    r"|(cpu|cuda)_(randint_low|mm|addmm)_out)"
     r"|torch_(call_dispatcher|library_impl|parallel_for|new_list_reserve_size|delete_list"
     r"|list_(size|get_item|push_back)|dtype_float8_e8m0fnu|dtype_float4_e2m1fn_x2)"
 )
