@@ -12,7 +12,7 @@
 namespace adalora {
 namespace {
 
-using Tensors = std::vector<Tensor>;
+using Tensors = std::vector<Owned>;
 
 Type type_of(const Strided& t, const char* name) {
   const Codes& code = codes();
@@ -37,9 +37,21 @@ int64_t* int64_of(const Tensor& t, const char* name) {
 }
 
 void check_device(const Strided& t, const char* name, const Strided& like) {
-  STD_TORCH_CHECK(t.handle == nullptr || (t.device_type == like.device_type &&
-                                          t.device_index == like.device_index),
-                  name, " must be on the device of all the other tensors");
+  STD_TORCH_CHECK(t.device_type == like.device_type && t.device_index == like.device_index, name,
+                  " must be on the device of all the other tensors");
+}
+
+// One of a list. Tensors that are not strided, or on a GPU where others are on a CPU, have other
+// dispatch keys, so they never come here; those on another GPU do.
+Strided read_on_device(const Owned& t, const char* name, const Strided& like) {
+  Strided found;
+  bool is_read = read_strided(t.get(), found);
+  if (like.device_type != codes().cpu) {
+    is_read &= read_device(found);
+    check_device(found, name, like);
+  }
+  STD_TORCH_CHECK(is_read, name, " can't be read");
+  return found;
 }
 
 // An average of every parameter: one tensor for each, or flat ones (see reference.flat_views).
@@ -50,13 +62,14 @@ class Averages {
     Type type;
   };
 
-  Averages(const Tensors& list, size_t count, const char* name)
-      : list_(list), name_(name), is_flat_(list.size() != count) {
+  Averages(const Tensors& list, size_t count, const char* name, const Strided& like)
+      : list_(list), name_(name), like_(like), is_flat_(list.size() != count) {
     if (!is_flat_) return;
     STD_TORCH_CHECK(list.size() == 1 || list.size() == 2,
                     "params, grads, exp_avg_ipt and exp_avg_unc must be of one length, or the "
                     "averages flat; got ", count, " params and ", list.size(), " ", name);
-    for (const Tensor& t : list) {
+    for (const Owned& flat : list) {
+      const Strided t = read_on_device(flat, name, like);
       STD_TORCH_CHECK(t.dim == 1 && t.is_contiguous(), name,
                       " must be flat and contiguous, or of the shapes of params");
       flat_.push_back({static_cast<char*>(t.data), type_of(t, name), t.numel(), 0});
@@ -69,7 +82,7 @@ class Averages {
   // That of the next parameter, params[i].
   Part next(size_t i, int64_t rows, int64_t columns, Type weight_type) {
     if (!is_flat_) {
-      const Tensor& t = list_[i];
+      const Strided t = read_on_device(list_[i], name_, like_);
       STD_TORCH_CHECK(t.is(rows, columns) && t.is_contiguous(), "the averages of params[", i,
                       "] must have its shape and be contiguous");
       return {t.data, type_of(t, name_)};
@@ -100,6 +113,7 @@ class Averages {
 
   const Tensors& list_;
   const char* name_;
+  const Strided& like_;
   bool is_flat_;
   std::vector<Flat> flat_;
 };
@@ -108,24 +122,26 @@ class Averages {
 class Parameters {
  public:
   Parameters(const Tensors& params, const Tensors& grads, const Tensors& exp_avg_ipt,
-             const Tensors& exp_avg_unc)
+             const Tensors& exp_avg_unc, const Strided& like)
       : params_(params),
         grads_(grads),
-        ipt_(exp_avg_ipt, params.size(), "exp_avg_ipt"),
-        unc_(exp_avg_unc, params.size(), "exp_avg_unc") {}
+        ipt_(exp_avg_ipt, params.size(), "exp_avg_ipt", like),
+        unc_(exp_avg_unc, params.size(), "exp_avg_unc", like),
+        like_(like) {}
 
   // The next adapter, whose first triplet has this place in the scores.
   ImportanceUpdate::Adapter next(int64_t first) {
-    const Tensor &A = params_[next_], &B = params_[next_ + 2];
+    const Strided A = read_on_device(params_[next_], "params", like_);
+    const Strided B = read_on_device(params_[next_ + 2], "params", like_);
     STD_TORCH_CHECK(A.dim == 2 && B.dim == 2, "params must be matrices (lora_A, lora_E, lora_B)");
     ImportanceUpdate::Adapter a{};
     a.r = A.sizes[0];
     a.in = A.sizes[1];
     a.out = B.sizes[0];
     a.first = first;
-    a.A = parameter(a.r, a.in);
-    a.E = parameter(a.r, 1);
-    a.B = parameter(a.out, a.r);
+    a.A = parameter(A, a.r, a.in);
+    a.E = parameter(read_on_device(params_[next_], "params", like_), a.r, 1);
+    a.B = parameter(B, a.out, a.r);
     return a;
   }
 
@@ -136,14 +152,14 @@ class Parameters {
   }
 
  private:
-  ImportanceUpdate::Parameter parameter(int64_t rows, int64_t columns) {
+  ImportanceUpdate::Parameter parameter(const Strided& w, int64_t rows, int64_t columns) {
     const size_t i = next_++;
-    const Tensor &w = params_[i], &g = grads_[i];
     ImportanceUpdate::Parameter p{};
     STD_TORCH_CHECK(w.is(rows, columns), "params[", i, "] must be ", rows, " x ", columns);
     p.weight_type = type_of(w, "params");
     p.weight = contiguous_data(w);
-    if (g.handle != nullptr) {
+    if (grads_[i]) {
+      const Strided g = read_on_device(grads_[i], "grads", like_);
       STD_TORCH_CHECK(g.is(rows, columns), "grads[", i, "] must have the shape of params");
       p.grad_type = type_of(g, "grads");
       p.grad = contiguous_data(g);
@@ -159,15 +175,16 @@ class Parameters {
   }
 
   // Either as it is, or of a copy that is kept as long as this.
-  const void* contiguous_data(const Tensor& t) {
+  const void* contiguous_data(const Strided& t) {
     if (t.is_contiguous()) return t.data;
-    copies_.emplace_back(contiguous(t.handle));
-    STD_TORCH_CHECK(copies_.back().data != nullptr, "a parameter or gradient can't be copied");
-    return copies_.back().data;
+    copies_.push_back(contiguous(t.handle));
+    STD_TORCH_CHECK(copies_.back(), "a parameter or gradient can't be copied");
+    return read_on_device(copies_.back(), "a copy", like_).data;
   }
 
   const Tensors &params_, &grads_;
   Averages ipt_, unc_;
+  const Strided& like_;
   size_t next_ = 0;
   Tensors copies_;
 };
@@ -208,13 +225,8 @@ void importance_update_(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(count % 3 == 0, "params must be (A, E, B) of each adapter, got ", count);
   STD_TORCH_CHECK(grads.size() == count,
                   "params, grads, exp_avg_ipt and exp_avg_unc must be of one length");
-  for (const Tensor& t : params) check_device(t, "params", scores);
-  for (const Tensor& t : grads) check_device(t, "grads", scores);
-  for (const Tensor& t : exp_avg_ipt) check_device(t, "exp_avg_ipt", scores);
-  for (const Tensor& t : exp_avg_unc) check_device(t, "exp_avg_unc", scores);
   check_device(skipped, "skipped", scores);
-  check_device(grad_scale, "grad_scale", scores);
-  Parameters parameters(params, grads, exp_avg_ipt, exp_avg_unc);
+  Parameters parameters(params, grads, exp_avg_ipt, exp_avg_unc, scores);
   op.adapters.reserve(count / 3);
   for (size_t i = 0; i < count; i += 3) {
     op.adapters.push_back(parameters.next(op.total_rank));
@@ -225,6 +237,7 @@ void importance_update_(StableIValue* stack, uint64_t, uint64_t) {
   op.scores_type = type_of_scores(scores, op.total_rank);
   op.skipped = int64_of(skipped, "skipped");
   if (grad_scale.handle != nullptr) {
+    check_device(grad_scale, "grad_scale", scores);
     STD_TORCH_CHECK(grad_scale.numel() == 1 && grad_scale.dtype == codes().float32,
                     "grad_scale must be one float32");
     op.grad_scale = static_cast<const float*>(grad_scale.data);
@@ -247,7 +260,7 @@ void prune_(StableIValue* stack, uint64_t, uint64_t) {
   op.again = next.flag();
   op.factors.reserve(lora_E.size());
   for (size_t i = 0; i < lora_E.size(); ++i) {
-    const Tensor& E = lora_E[i];
+    const Strided E = read_on_device(lora_E[i], "lora_E", scores);
     STD_TORCH_CHECK(E.dim == 2 && E.sizes[1] == 1, "lora_E[", i, "] must be r x 1");
     op.factors.push_back({E.data, type_of(E, "lora_E"), E.sizes[0], E.strides[0]});
     op.total_rank += E.sizes[0];

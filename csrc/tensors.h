@@ -114,21 +114,29 @@ struct Strided {
   }
 };
 
+// Reads all of a strided tensor but its device, each question to torch taking its time.
+inline bool read_strided(AtenTensorHandle t, Strided& to) {
+  to.handle = t;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  const bool failed = aoti_torch_get_dim(t, &to.dim) || aoti_torch_get_sizes(t, &sizes) ||
+                      aoti_torch_get_strides(t, &strides) || aoti_torch_get_dtype(t, &to.dtype) ||
+                      aoti_torch_get_data_ptr(t, &to.data);
+  to.sizes = sizes;
+  to.strides = strides;
+  return !failed;
+}
+inline bool read_device(Strided& of) {
+  return !aoti_torch_get_device_type(of.handle, &of.device_type) &&
+         !aoti_torch_get_device_index(of.handle, &of.device_index);
+}
+
 // False for what is not strided, for instance sparse: that has no dtype and no dimensions here.
 inline bool read(AtenTensorHandle t, Strided& to) {
   to.handle = t;
   if (t == nullptr) return true;
   int32_t layout = -1;
-  int64_t *sizes = nullptr, *strides = nullptr;
   if (aoti_torch_get_layout(t, &layout) || layout != codes().strided) return false;
-  const bool failed = aoti_torch_get_dim(t, &to.dim) || aoti_torch_get_sizes(t, &sizes) ||
-                      aoti_torch_get_strides(t, &strides) || aoti_torch_get_dtype(t, &to.dtype) ||
-                      aoti_torch_get_device_type(t, &to.device_type) ||
-                      aoti_torch_get_device_index(t, &to.device_index) ||
-                      aoti_torch_get_data_ptr(t, &to.data);
-  to.sizes = sizes;
-  to.strides = strides;
-  return !failed;
+  return read_strided(t, to) && read_device(to);
 }
 
 // An op of torch's, whose arguments are on the stack and whose result is left there. False where it
@@ -172,8 +180,8 @@ class Stack {
   Owned optional() { return optional_of(*next_++); }
   double number() { return stable::to<double>(*next_++); }
   bool flag() { return stable::to<bool>(*next_++); }
-  std::vector<Tensor> tensors() { return list(tensor_of); }
-  std::vector<Tensor> optionals() { return list(optional_of); }
+  std::vector<Owned> tensors() { return list(tensor_of); }
+  std::vector<Owned> optionals() { return list(optional_of); }
 
  private:
   static Owned tensor_of(StableIValue value) {
@@ -183,17 +191,17 @@ class Stack {
     return Owned(stable::to<std::optional<AtenTensorHandle>>(value).value_or(nullptr));
   }
   // Torch moves the tensors out of a list, and so gives each only once.
-  std::vector<Tensor> list(Owned (*item_of)(StableIValue)) {
+  std::vector<Owned> list(Owned (*item_of)(StableIValue)) {
     const std::unique_ptr<StableListOpaque, decltype(&torch_delete_list)> list(
         stable::to<StableListHandle>(*next_++), torch_delete_list);
     size_t size = 0;
     TORCH_ERROR_CODE_CHECK(torch_list_size(list.get(), &size));
-    std::vector<Tensor> tensors;
+    std::vector<Owned> tensors;
     tensors.reserve(size);
     for (size_t i = 0; i < size; i++) {
       StableIValue item = 0;
       TORCH_ERROR_CODE_CHECK(torch_list_get_item(list.get(), i, &item));
-      tensors.emplace_back(item_of(item));
+      tensors.push_back(item_of(item));
     }
     return tensors;
   }
