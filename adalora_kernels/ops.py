@@ -76,9 +76,7 @@ torch.library.define(
 
 
 def _plan_launches(*arguments: Any) -> Tensor:
-    from .kernels.encode import plan_launches
-
-    return plan_launches(*arguments)
+    return launching.planner()(*arguments)
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)

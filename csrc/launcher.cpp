@@ -264,10 +264,11 @@ STABLE_TORCH_LIBRARY_IMPL(adalora, CompositeExplicitAutograd, m) {
   m.impl("launch_backward", &adalora::launch_backward);
 }
 
-// For tests: forget every recipe; how often there was none.
+// Forgets every recipe, as the tables have changed that they were made from.
 extern "C" __attribute__((visibility("default"))) void adalora_forget_plans() {
   adalora::Plans::get().forget();
 }
+// How often there was none, for tests and benches.
 extern "C" __attribute__((visibility("default"))) int64_t adalora_plan_misses() {
   return adalora::Plans::get().misses;
 }
