@@ -40,7 +40,13 @@ def svd_linear(
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and type(bias) in _PLAIN_OR_NONE
-        and _are_plain(A, E, B, mask, scaling, dropout_p)
+        and type(A) in _PLAIN
+        and type(E) in _PLAIN
+        and type(B) in _PLAIN
+        and type(mask) in _PLAIN_OR_NONE
+        and type(scaling) is float
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
     ):
         return None
     y: Tensor | None
@@ -81,7 +87,13 @@ def svd_delta(
         is_eager()
         and type(base_output) in _PLAIN
         and type(x) in _PLAIN
-        and _are_plain(A, E, B, mask, scaling, dropout_p)
+        and type(A) in _PLAIN
+        and type(E) in _PLAIN
+        and type(B) in _PLAIN
+        and type(mask) in _PLAIN_OR_NONE
+        and type(scaling) is float
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
     ):
         return None
     y: Tensor | None
@@ -104,21 +116,6 @@ def svd_delta(
         seed = dropout_seed(x) if dropout_p else None
         y, _ = cpu.svd_delta(base_output, x, A, E, B, mask, scaling, dropout_p, seed)
     return y
-
-
-def _are_plain(
-    A: Tensor, E: Tensor, B: Tensor, mask: Tensor | None, scaling: float, dropout_p: float
-) -> bool:
-    """Whether the adapter's tensors are of no subclass, and its numbers what they should be."""
-    return (
-        type(A) in _PLAIN
-        and type(E) in _PLAIN
-        and type(B) in _PLAIN
-        and type(mask) in _PLAIN_OR_NONE
-        and type(scaling) is float
-        and type(dropout_p) is float
-        and 0.0 <= dropout_p < 1.0
-    )
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

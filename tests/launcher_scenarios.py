@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import traceback
@@ -48,6 +49,9 @@ FEW = (
     PLAIN._replace(leading=(1,), x="wide"),
     PLAIN._replace(leading=(4, 6), x="transposed", weight="transposed", grad_y="transposed"),
     PLAIN._replace(grad_y="sum"),
+    # What differs from PLAIN in strides alone.
+    *(PLAIN._replace(**{name: "wide"}) for name in ("x", "weight", "grad_y")),
+    PLAIN._replace(delta=True, p=0.1, grad_y="wide"),
     DROPOUT._replace(bias=True, small="second"),
     DROPOUT._replace(small="shifted"),
 )
@@ -277,6 +281,7 @@ def fork() -> None:
             child = os.fork()
             if child == 0:
                 code = 1
+                signal.alarm(60)  # Waiting for a lock for ever is a failure, too.
                 try:
                     compare(PLAIN)
                     code = 0

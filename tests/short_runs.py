@@ -350,7 +350,7 @@ def no_python_below_the_function():
                 if frame.f_code in forwards:
                     inside = event == "call"
                 elif inside and event == "call":
-                    called.append(frame.f_code.co_qualname)
+                    called.append(frame.f_code.co_name)
 
             sys.setprofile(look)
             try:

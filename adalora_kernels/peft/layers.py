@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
+from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked
 from .saving import fit_rows_
 
 
@@ -66,21 +66,23 @@ class FusedLayer(ReadingLayer):
         # times as long. Nothing is remembered, so nothing has to be kept up to date.
         modules = self._modules
         dropouts = modules["lora_dropout"]._modules
-        names = [name for name in self.active_adapters if name in dropouts]
+        active = self.active_adapter
+        if type(active) is str:
+            names = [active] if active in dropouts else []
+        else:
+            names = [name for name in active if name in dropouts]
         if self.disable_adapters or self.merged_adapters or not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = modules["base_layer"]
         dropout_p = fused_dropout_p(dropouts[names[0]])
-        weight = None if args or kwargs else _plain_weight(base)
-        if dropout_p is not None and weight is not None:
+        product = None if args or kwargs else _product_of(base)
+        if dropout_p is not None and product is not None:
             name = names.pop(0)
+            weight, bias = product
+            A, E, B = self._factors_of(name)
+            scaling = self._scaling_of(name)
             result = functional.svd_linear(
-                x,
-                weight,
-                *self._factors_of(name),
-                bias=parameter_of(base, "bias"),
-                scaling=self._scaling_of(name),
-                dropout_p=dropout_p,
+                x, weight, A, E, B, bias=bias, scaling=scaling, dropout_p=dropout_p
             )
         else:
             result = base(x, *args, **kwargs)
@@ -173,15 +175,19 @@ def freeze_ranknums(root: nn.Module) -> None:
             ranknum.requires_grad_(False)
 
 
-def _plain_weight(base: Any) -> Tensor | None:
-    """Return the weight of `base`, as (out, in), if base(x) is nothing but its matrix product.
+def _product_of(base: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight (out, in) and bias of `base` if base(x) is nothing but their product with x.
 
     It is not where the layer is of a subclass, hooked or patched. Its weight must be plain, too:
     what a tensor subclass (torchao's, DTensor, a user's) makes of x is for the subclass to say.
     """
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
         return None
-    weight: Tensor = parameter_of(base, "weight")
+    parameters = base._parameters
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        weight, bias = base.weight, base.bias
     if not (is_plain_tensor(weight) and weight.is_floating_point()):
         return None
-    return weight.T if type(base) is Conv1D else weight
+    return weight.T if type(base) is Conv1D else weight, bias
