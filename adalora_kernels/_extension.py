@@ -42,6 +42,11 @@ class Library(NamedTuple):
         """Whether it has the ops `launch_forward` and `launch_backward`; an older one has not."""
         return self.path is not None and hasattr(ctypes.CDLL(str(self.path)), _OF_LAUNCHER)
 
+    def forget_plans(self) -> None:
+        """Have the launcher, if there is one, ask anew how to launch each call."""
+        if self.has_launcher:
+            ctypes.CDLL(str(self.path)).adalora_forget_plans()
+
 
 def load() -> Library:
     """Load it; the dispatcher then prefers its code to ours."""

@@ -92,7 +92,6 @@ class planned:
 def forget() -> None:
     """Forget what was planned, in Python and in the library; not what Triton has compiled."""
     plans.forget_tables()
-    library().adalora_forget_plans()
 
 
 def few() -> None:
@@ -132,6 +131,18 @@ def tf32() -> None:
     for precision in ("ieee", "tf32", "ieee"):
         torch.backends.cuda.matmul.fp32_precision = precision
         compare(PLAIN._replace(dtype=F32))
+
+
+def forgotten() -> None:
+    """A table that is written, as tuning does, counts in the next call."""
+    t = tensors_of(PLAIN)
+    forward(t, 0.0)
+    before = library().adalora_plan_misses()
+    forward(t, 0.0)
+    assert library().adalora_plan_misses() == before
+    plans.forget_tables()
+    forward(t, 0.0)
+    assert library().adalora_plan_misses() == before + 1
 
 
 def dropout_rates() -> None:
@@ -424,7 +435,7 @@ def none_served() -> None:
 
 SCENARIOS = {
     **{f.__name__: f for f in (paths, few, tf32, dropout_rates, buckets, threads, fork, devices)},
-    **{f.__name__: f for f in (seeds, refused, none_served, all_combinations)},
+    **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),
     "errors": errors,  # leaves a kernel behind that cannot be recorded any more

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launching import library
 from .recipe import Array, Count, Recipe, Scalar, Size, Step, Tile
 from .svd_linear import plans
 from .svd_linear.calls import call_of, operands, recipe_of
@@ -37,6 +38,9 @@ _NOTHING = [0, 0]
 
 # The code of a function is unloaded with its kernel.
 _kernels: dict[int, Any] = {}
+
+# The kernels stay, for a launch that another thread has begun.
+plans.when_forgotten(library.forget_plans)
 
 
 class _CannotEncode(Exception):
