@@ -281,10 +281,10 @@ torch.library.register_fake("adalora::prune_", _in_place_fake)
 def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, ...]:
     """Return (dx, dA, dE, dB), of the op unless they are to be differentiated or transformed.
 
-    The tensors are grad_y, x, weight, A, E, B, mask, h, seed and the mask of dropout, if it was
-    kept. Where nobody looks on, what the op calls is called without it.
+    The tensors are grad_y, x, weight, A, E, B, mask, h and seed. Where nobody looks on, what the op
+    calls is called without it.
     """
-    grad_y, x, weight, A, E, B, mask, h, seed, keep = tensors
+    grad_y, x, weight, A, E, B, mask, h, seed = tensors
     scaling, dropout_p, impl = ctx.options
     why: str | None = "its gradient is not differentiable itself (create_graph=True)"
     if not torch.is_grad_enabled():
@@ -298,6 +298,7 @@ def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, .
                     if grads[1] is not None:
                         return grads
             elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
+                keep = getattr(seed, "kept_mask", None)
                 return cpu.svd_linear_backward(
                     grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx, keep
                 )
@@ -320,7 +321,7 @@ def _plain_gradients(
     h is computed again, because the one that was saved has no history. Dropout drops what it
     dropped in the forward, so its mask is that of the device's implementation.
     """
-    grad_y, x, weight, A, E, B, mask, _, seed, _ = tensors
+    grad_y, x, weight, A, E, B, mask, _, seed = tensors
     dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
     if seed is not None:
         mask_of = cpu.dropout_mask if x.is_cpu else reference.philox_mask
@@ -346,15 +347,15 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias, A, E and B; that of a base is grad_y.
 
-    `ctx` has saved x, weight, A, E, B, mask, h, seed and `cpu.small_mask`, and its `options` are
-    scaling, dropout_p and impl.
+    `ctx` has saved x, weight, A, E, B, mask, h and seed, and its `options` are scaling, dropout_p
+    and impl. The seed may have `cpu.small_mask` as an attribute.
     """
     if grad_y is None:
         return (None,) * 6
-    x, weight, A, E, B, mask, h, seed, keep = ctx.saved_tensors
+    x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
     dx = dA = dE = dB = dweight = dbias = None
     if for_x or for_adapter:
-        dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed, keep)
+        dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed)
     if for_weight:  # It is normally frozen; who thaws it gets its gradient all the same.
         dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if for_bias:
@@ -367,7 +368,7 @@ def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed, None)
+    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed)
 
 
 def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -380,7 +381,7 @@ def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, None, A, E, B, mask, output[1], seed, None)
+    ctx.save_for_backward(x, None, A, E, B, mask, output[1], seed)
 
 
 def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:

@@ -82,8 +82,13 @@ def layer(
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
-    """Cast t, if there is one, as autocast casts an argument of `F.linear`."""
-    return t if t is None or t.dtype is torch.float64 else t.to(dtype)
+    """Cast t, if there is one, as autocast casts an argument of `F.linear`.
+
+    What is not of floating point stays as it is, so that the call is refused as it is without.
+    """
+    if t is None or t.dtype is torch.float64 or not t.is_floating_point():
+        return t
+    return t.to(dtype)
 
 
 def _fits(
@@ -140,7 +145,8 @@ class SvdLinearFunction(Function):
     """`layer` as autograd records it; y is None where the library does not serve the call.
 
     `tf32` is whether a GPU may use TF32, and None on a CPU. The attributes of `ctx` are set as its
-    methods set them, whose calls would cost more.
+    methods set them, whose calls would cost more. What is saved is what the op saves, because
+    checkpointing may compute one way what was the other: a kept mask goes along with its seed.
     """
 
     @staticmethod
@@ -158,7 +164,8 @@ class SvdLinearFunction(Function):
         dropout_p: float,
         tf32: bool | None,
     ) -> Any:
-        seed = keep = None
+        seed: Any = None
+        keep = None
         if tf32 is not None:
             y, h, seed = launching.launch_forward(
                 x, weight, bias, base, A, E, B, mask, None, scaling, dropout_p, tf32
@@ -166,14 +173,14 @@ class SvdLinearFunction(Function):
         else:
             if dropout_p:
                 seed = dropout_seed(x)
-                keep = cpu.small_mask(x, dropout_p, seed)
+                keep = seed.kept_mask = cpu.small_mask(x, dropout_p, seed)
             if weight is not None:
                 y, h = cpu.svd_linear(
                     x, weight, bias, A, E, B, mask, scaling, dropout_p, seed, keep
                 )
             else:
                 y, h = cpu.svd_delta(base, x, A, E, B, mask, scaling, dropout_p, seed, keep)
-        ctx.to_save = x, weight, A, E, B, mask, h, seed, keep
+        ctx.to_save = x, weight, A, E, B, mask, h, seed
         ctx.options = scaling, dropout_p, "auto"
         ctx.materialize_grads = False
         return y

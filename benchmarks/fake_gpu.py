@@ -58,10 +58,9 @@ class TensorMap(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Launches, tensor maps, and calls that the driver refused."""
+    """Launches, and calls that the driver refused."""
 
     launches: int
-    maps: int
     errors: int
 
 
