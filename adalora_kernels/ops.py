@@ -75,10 +75,13 @@ torch.library.define(
 )
 
 
-def _plan_launches(*arguments: Any) -> Tensor:
+def _plan_launches(x: Tensor, *others: Any) -> Tensor:
+    # Whether there are kernels for this GPU is asked here, once for a plan and not at every call.
+    if launching.why_no_triton(x.device) is not None:
+        return torch.tensor(launching.NOTHING, dtype=torch.int64)
     from .kernels.encode import plan_launches
 
-    return plan_launches(*arguments)
+    return plan_launches(x, *others)
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)
