@@ -36,9 +36,6 @@ def _op_of_library(name: str) -> Any:
     return None if packet is None else packet.default.op
 
 
-# The plan that tells the library to leave such calls alone, for good: no workspace and no steps.
-NOTHING = (0, 0)
-
 # (…) -> (y, h, seed) and (…) -> (dx, dA, dE, dB). The library returns None for y and for dA where
 # it cannot serve the call; it does not say why, and whoever called goes the long way round.
 launch_forward = _op_of_library("launch_forward")

@@ -78,10 +78,18 @@ torch.library.define(
 def _plan_launches(x: Tensor, *others: Any) -> Tensor:
     # Whether there are kernels for this GPU is asked here, once for a plan and not at every call.
     if launching.why_no_triton(x.device) is not None:
-        return torch.tensor(launching.NOTHING, dtype=torch.int64)
-    from .kernels.encode import plan_launches
+        # No workspace and no steps: the library leaves such calls alone, for good.
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
+    return _planner()(x, *others)
 
-    return plan_launches(x, *others)
+
+@functools.cache
+def _planner() -> Callable[..., Tensor]:
+    from .kernels.encode import plan_launches
+    from .kernels.svd_linear import plans
+
+    plans.when_forgotten(library.forget_plans)
+    return plan_launches
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launching import NOTHING, library
 from .recipe import Array, Count, Recipe, Scalar, Size, Step, Tile
 from .svd_linear import plans
 from .svd_linear.calls import call_of, operands, recipe_of
@@ -33,12 +32,11 @@ _MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 _CONSTANT, _ADDRESS, _SCALAR, _MAP = range(4)
 _LAUNCH, _PRODUCT = range(2)
 _SCRATCH = 2
+# What the launcher takes for a call that it must leave alone, for good.
+_NOTHING = [0, 0]
 
 # The code of a function is unloaded with its kernel.
 _kernels: dict[int, Any] = {}
-
-# The kernels stay, for a launch that another thread has begun.
-plans.when_forgotten(library.forget_plans)
 
 
 class _CannotEncode(Exception):
@@ -70,7 +68,7 @@ def plan_launches(
         given = operands(**dict(zip(_GIVEN, tensors, strict=True)))
         numbers = encode(recipe_of(call_of(given, need_dx)), len(given["x"]), given)
     except _CannotEncode:
-        numbers = [*NOTHING]
+        numbers = _NOTHING
     except Exception:
         numbers = []
     return torch.tensor(numbers, dtype=torch.int64)
