@@ -75,8 +75,21 @@ torch.library.define(
 )
 
 
-def _plan_launches(*arguments: Any) -> Tensor:
-    return launching.planner()(*arguments)
+def _plan_launches(x: Tensor, *others: Any) -> Tensor:
+    # Whether there are kernels for this GPU is asked here, once for a plan and not at every call.
+    if launching.why_no_triton(x.device) is not None:
+        # No workspace and no steps: the library leaves such calls alone, for good.
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
+    return _planner()(x, *others)
+
+
+@functools.cache
+def _planner() -> Callable[..., Tensor]:
+    from .kernels.encode import plan_launches
+    from .kernels.svd_linear import plans
+
+    plans.when_forgotten(library.forget_plans)
+    return plan_launches
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)

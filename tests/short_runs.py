@@ -27,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalora_kernels import SVDLinear, svd_delta, svd_linear
+from adalora_kernels import SVDLinear, launching, svd_delta, svd_linear
 
 DTYPE = torch.bfloat16 if __name__ == "__main__" else torch.float32
 OPS = ("svd_linear", "svd_delta")
@@ -409,6 +409,26 @@ def a_watcher_of_tritons_launches_sees_them():
     assert not seen and len(expected) == 7
 
 
+def where_triton_cannot_run_nothing_is_launched():
+    """On a GPU that is too old, or without Triton."""
+    from adalora_kernels.kernels.svd_linear import plans
+
+    before = launching.why_no_triton
+    launching.why_no_triton = lambda device: "the GPU is too old"
+    plans.forget_tables()
+    try:
+        for op, p in itertools.product(OPS, (0.0, 0.1)):
+            t = tensors()
+            with fake_gpu.recorded() as launches:
+                y = call(op, t, dropout_p=p)
+                made = gradients(y, t)
+            assert not launches
+            assert all(g.isfinite().all() for g in (y, *made))
+    finally:
+        launching.why_no_triton = before
+        plans.forget_tables()
+
+
 def what_the_library_does_not_serve_goes_the_long_way():
     t = tensors(r=257)
     y = call("svd_linear", t)
@@ -457,7 +477,7 @@ OVER_THE_FAKE_GPU = {
     for f in (
         *(no_python_below_the_function, a_watcher_of_tritons_launches_sees_them),
         *(what_the_library_does_not_serve_goes_the_long_way, the_ops_launch_by_the_library_too),
-        the_report_says_who_launches,
+        *(the_report_says_who_launches, where_triton_cannot_run_nothing_is_launched),
     )
 }
 
