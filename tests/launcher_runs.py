@@ -17,6 +17,7 @@ from torch import Tensor  # noqa: E402
 
 from adalora_kernels import ops  # noqa: E402
 from adalora_kernels.kernels.svd_linear import (  # noqa: E402
+    plans,
     svd_delta_fwd,
     svd_linear_bwd,
     svd_linear_fwd,
@@ -50,6 +51,10 @@ class Problem(NamedTuple):
     weight: str = "plain"
     grad_y: str = "plain"
     small: str = "plain"  # A, E, B, bias, mask, seed and h
+
+
+PLAIN = Problem()
+DROPOUT = PLAIN._replace(p=0.1, mask=True)
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -203,3 +208,19 @@ def library() -> Any:
     lib = ctypes.CDLL(str(ops.library.path))
     lib.adalora_plan_misses.restype = ctypes.c_int64
     return lib
+
+
+def forget() -> None:
+    """Forget what was planned, in Python and in the library; not what Triton has compiled."""
+    plans.forget_tables()
+
+
+def launched(problem: Problem) -> list[Any]:
+    """Return what forward and backward launch."""
+    t = tensors_of(problem)
+    with fake_gpu.recorded() as forwards:
+        y = forward(t, problem.p)
+    assert y.pop("seed") is None
+    with fake_gpu.recorded() as backwards:
+        dx = backward(t, problem.p, problem.need_dx)
+    return [named(forwards, {**t, **y}), named(backwards, {**t, **dx})]
