@@ -195,8 +195,8 @@ def svd_linear_backward(
     if keep is None:
         dA = torch.mm(ue.T, _to(rows, wide))
     else:
-        wide_A, kept = _to(A, wide), _to(rows * keep, wide)
-        dA = torch.addmm(wide_A, ue.T, kept, beta=0.0, alpha=keep_scale)
+        # What is dropped has no name, which would keep its memory until dx is there, too.
+        dA = torch.addmm(_to(A, wide), ue.T, _to(rows * keep, wide), beta=0.0, alpha=keep_scale)
     grads = _to(dA, A.dtype), _to(dE, E.dtype), _to(dB, B.dtype)
     if not need_dx:
         return x.new_empty(0), *grads

@@ -89,12 +89,16 @@ def parameter_of(module: nn.Module, name: str) -> Any:
     """Return `module.<name>`, from the table of its parameters if it is there.
 
     That takes a tenth of the time. It is not there where something stands in for the parameter: a
-    view of FSDP's, a tensor of a replica of DataParallel, what a parametrization computes.
+    view of FSDP's, a tensor of a replica of DataParallel, what a parametrization computes. And an
+    attribute of the instance comes first, as it does in Python.
     """
-    try:
-        return module._parameters[name]
-    except KeyError:
-        return getattr(module, name)
+    attributes = module.__dict__
+    if name not in attributes:
+        try:
+            return attributes["_parameters"][name]
+        except KeyError:
+            pass
+    return getattr(module, name)
 
 
 def is_unhooked(module: nn.Module) -> bool:

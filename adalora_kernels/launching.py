@@ -88,7 +88,7 @@ def _is_interpreted() -> bool:
 @functools.cache
 def _why_never_library() -> str | None:
     if launch_forward is None:
-        return library.why_not or "the library was built before there was a launcher"
+        return library.why_not
     return "TRITON_INTERPRET=1 interprets them" if _is_interpreted() else None
 
 

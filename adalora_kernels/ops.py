@@ -75,10 +75,21 @@ torch.library.define(
 )
 
 
-def _plan_launches(*arguments: Any) -> Tensor:
-    from .kernels.encode import plan_launches
+def _plan_launches(x: Tensor, *others: Any) -> Tensor:
+    # Whether there are kernels for this GPU is asked here, once for a plan and not at every call.
+    if launching.why_no_triton(x.device) is not None:
+        # No workspace and no steps: the library leaves such calls alone, for good.
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
+    return _planner()(x, *others)
 
-    return plan_launches(*arguments)
+
+@functools.cache
+def _planner() -> Callable[..., Tensor]:
+    from .kernels.encode import plan_launches
+    from .kernels.svd_linear import plans
+
+    plans.when_forgotten(library.forget_plans)
+    return plan_launches
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)
@@ -283,10 +294,10 @@ torch.library.register_fake("adalora::prune_", _in_place_fake)
 def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, ...]:
     """Return (dx, dA, dE, dB), of the op unless they are to be differentiated or transformed.
 
-    The tensors are grad_y, x, weight, A, E, B, mask, h, seed and the mask of dropout, if it was
-    kept. Where nobody looks on, what the op calls is called without it.
+    The tensors are grad_y, x, weight, A, E, B, mask, h and seed. Where nobody looks on, what the op
+    calls is called without it.
     """
-    grad_y, x, weight, A, E, B, mask, h, seed, keep = tensors
+    grad_y, x, weight, A, E, B, mask, h, seed = tensors
     scaling, dropout_p, impl = ctx.options
     why: str | None = "its gradient is not differentiable itself (create_graph=True)"
     if not torch.is_grad_enabled():
@@ -300,6 +311,7 @@ def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, .
                     if grads[1] is not None:
                         return grads
             elif x.is_cpu and not torch.is_autocast_enabled("cpu"):
+                keep = getattr(seed, "kept_mask", None)
                 return cpu.svd_linear_backward(
                     grad_y, x, weight, A, E, B, mask, h, scaling, dropout_p, seed, need_dx, keep
                 )
@@ -322,7 +334,7 @@ def _plain_gradients(
     h is computed again, because the one that was saved has no history. Dropout drops what it
     dropped in the forward, so its mask is that of the device's implementation.
     """
-    grad_y, x, weight, A, E, B, mask, _, seed, _ = tensors
+    grad_y, x, weight, A, E, B, mask, _, seed = tensors
     dropped, keep = x.to(torch.promote_types(x.dtype, A.dtype)), None
     if seed is not None:
         mask_of = cpu.dropout_mask if x.is_cpu else reference.philox_mask
@@ -338,19 +350,25 @@ def _plain_gradients(
     return dx, dA, dE, dB
 
 
-def linear_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias, A, E and B of `svd_linear`.
+def gradients(
+    ctx: Any,
+    grad_y: Tensor | None,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+    for_adapter: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, A, E and B; that of a base is grad_y.
 
-    `ctx` has saved x, weight, A, E, B, mask, h, seed and `cpu.small_mask`, and its `options` are
-    scaling, dropout_p and impl.
+    `ctx` has saved x, weight, A, E, B, mask, h and seed, and its `options` are scaling, dropout_p
+    and impl. The seed may have `cpu.small_mask` as an attribute.
     """
     if grad_y is None:
         return (None,) * 6
-    x, weight, A, E, B, mask, h, seed, keep = ctx.saved_tensors
-    for_x, for_weight, for_bias, *for_adapter = ctx.needs_input_grad[:6]
+    x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
     dx = dA = dE = dB = dweight = dbias = None
-    if for_x or any(for_adapter):
-        dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed, keep)
+    if for_x or for_adapter:
+        dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed)
     if for_weight:  # It is normally frozen; who thaws it gets its gradient all the same.
         dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if for_bias:
@@ -358,28 +376,17 @@ def linear_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ..
     return dx if for_x else None, dweight, dbias, dA, dE, dB
 
 
-def delta_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, x, A, E and B of `svd_delta`; `ctx` as above, without a weight."""
-    if grad_y is None:
-        return (None,) * 5
-    x, A, E, B, mask, h, seed, keep = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx = dA = dE = dB = None
-    if any(needs[1:5]):
-        dx, dA, dE, dB = _gradients(ctx, needs[1], grad_y, x, None, A, E, B, mask, h, seed, keep)
-    return grad_y, dx if needs[1] else None, dA, dE, dB
-
-
 def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, A, E, B, mask, scaling, dropout_p, seed, impl = inputs
     ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed, None)
+    ctx.save_for_backward(x, weight, A, E, B, mask, output[1], seed)
 
 
 def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    return *linear_gradients(ctx, grad_y), *(None,) * 5
+    x, weight, bias, *adapter = ctx.needs_input_grad[:6]
+    return *gradients(ctx, grad_y, x, weight, bias, any(adapter)), *(None,) * 5
 
 
 def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -387,11 +394,13 @@ def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, A, E, B, mask, output[1], seed, None)
+    ctx.save_for_backward(x, None, A, E, B, mask, output[1], seed)
 
 
 def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    return *delta_gradients(ctx, grad_y), *(None,) * 5
+    needs = ctx.needs_input_grad
+    dx, _, _, *others = gradients(ctx, grad_y, needs[1], False, False, any(needs[2:5]))
+    return grad_y, dx, *others, *(None,) * 5
 
 
 torch.library.register_autograd(

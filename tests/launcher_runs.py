@@ -213,7 +213,6 @@ def library() -> Any:
 def forget() -> None:
     """Forget what was planned, in Python and in the library; not what Triton has compiled."""
     plans.forget_tables()
-    library().adalora_forget_plans()
 
 
 def launched(problem: Problem) -> list[Any]:

@@ -128,6 +128,18 @@ def tf32() -> None:
         compare(PLAIN._replace(dtype=F32))
 
 
+def forgotten() -> None:
+    """A table that is written, as tuning does, counts in the next call."""
+    t = tensors_of(PLAIN)
+    forward(t, 0.0)
+    before = library().adalora_plan_misses()
+    forward(t, 0.0)
+    assert library().adalora_plan_misses() == before
+    plans.forget_tables()
+    forward(t, 0.0)
+    assert library().adalora_plan_misses() == before + 1
+
+
 def dropout_rates() -> None:
     """All rates share a plan. Triton compiles some of them in, so its kernel may be another."""
     compare(DROPOUT)
@@ -296,7 +308,7 @@ def none_served() -> None:
 
 SCENARIOS = {
     **{f.__name__: f for f in (paths, few, tf32, dropout_rates, buckets, threads, fork, devices)},
-    **{f.__name__: f for f in (seeds, refused, none_served, all_combinations)},
+    **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),
     "errors": errors,  # leaves a kernel behind that cannot be recorded any more

@@ -6,6 +6,8 @@ runs all scenarios over the fake GPU, in what has to be a fresh process, and wri
 each raised, as JSON; nothing if it passed.
 """
 
+import contextlib
+import itertools
 import json
 import sys
 import threading
@@ -17,6 +19,7 @@ if __name__ == "__main__":
 
     fake_gpu.install()
 
+import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalora_kernels import SVDLinear, svd_delta, svd_linear
+from adalora_kernels import SVDLinear, launching, svd_delta, svd_linear
 
 DTYPE = torch.bfloat16 if __name__ == "__main__" else torch.float32
 OPS = ("svd_linear", "svd_delta")
@@ -157,6 +160,13 @@ def autocast():
         torch.set_autocast_enabled(device, False)
         assert [g.dtype for g in made] == [v.dtype for v in t.values() if v.requires_grad]
         assert call(op, t).dtype == DTYPE and is_short(call(op, t), op)
+    torch.set_autocast_enabled(device, True)
+    for name in ("x", "weight", "bias"):
+        t = {n: v.detach() for n, v in tensors().items()}
+        t[name] = torch.ones((64,) if name == "bias" else t[name].shape, dtype=torch.int64)
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match=f"{name} must be floating point, got {dtype}"):
+                svd_linear(**t | {name: t[name].to(dtype)})
     torch.set_autocast_enabled(device, before[0])
     torch.set_autocast_dtype(device, before[1])
 
@@ -176,6 +186,11 @@ def compiled():
         gradients(y, t)
 
 
+class LooksOn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 def checkpointing():
     for reentrant in (False, True):
         t = tensors()
@@ -183,6 +198,14 @@ def checkpointing():
         y = torch.utils.checkpoint.checkpoint(run, t["x"], use_reentrant=reentrant)
         y.float().sum().backward()
         assert all(v.grad is not None for n, v in t.items() if n != "weight")
+    # What is computed again may go the other way than the forward did.
+    for op, looked_on in itertools.product(OPS, ("forward", "backward")):
+        t = tensors(rows=4)
+        run = lambda x, t=t, op=op: call(op, {**t, "x": x}, dropout_p=0.1).tanh()  # noqa: E731
+        with LooksOn() if looked_on == "forward" else contextlib.nullcontext():
+            y = torch.utils.checkpoint.checkpoint(run, t["x"], use_reentrant=False)
+        with LooksOn() if looked_on == "backward" else contextlib.nullcontext():
+            gradients(y, t)
 
 
 def create_graph_is_plain():
@@ -386,6 +409,26 @@ def a_watcher_of_tritons_launches_sees_them():
     assert not seen and len(expected) == 7
 
 
+def where_triton_cannot_run_nothing_is_launched():
+    """On a GPU that is too old, or without Triton."""
+    from adalora_kernels.kernels.svd_linear import plans
+
+    before = launching.why_no_triton
+    launching.why_no_triton = lambda device: "the GPU is too old"
+    plans.forget_tables()
+    try:
+        for op, p in itertools.product(OPS, (0.0, 0.1)):
+            t = tensors()
+            with fake_gpu.recorded() as launches:
+                y = call(op, t, dropout_p=p)
+                made = gradients(y, t)
+            assert not launches
+            assert all(g.isfinite().all() for g in (y, *made))
+    finally:
+        launching.why_no_triton = before
+        plans.forget_tables()
+
+
 def what_the_library_does_not_serve_goes_the_long_way():
     t = tensors(r=257)
     y = call("svd_linear", t)
@@ -434,7 +477,7 @@ OVER_THE_FAKE_GPU = {
     for f in (
         *(no_python_below_the_function, a_watcher_of_tritons_launches_sees_them),
         *(what_the_library_does_not_serve_goes_the_long_way, the_ops_launch_by_the_library_too),
-        the_report_says_who_launches,
+        *(the_report_says_who_launches, where_triton_cannot_run_nothing_is_launched),
     )
 }
 

@@ -1,9 +1,12 @@
 """What is tuned for CPUs, against the definition; its rounding errors are in test_ops.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from adalora_kernels import cpu, reference
+from benchmarks.counting import peak_extra_megabytes
 
 
 def case(dtypes, lead=(6, 4), mask=True):
@@ -77,3 +80,17 @@ class TestDropoutMask:
         assert mask_of(x, 1e-9, seed).all()
         assert mask_of(x, 1 - 1e-9, seed).sum() <= 1
         assert mask_of(torch.empty(0, 5), 0.5, seed).shape == (0, 5)
+
+
+@pytest.mark.parametrize("has_weight", [False, True], ids=["svd_delta", "svd_linear"])
+def test_what_is_dropped_is_not_held_until_dx_is_there(has_weight):
+    x, weight, g = torch.randn(3, 256, 256)
+    A, E, B, seed = torch.randn(4, 256), torch.randn(4, 1), torch.randn(256, 4), torch.tensor([3])
+    _, h = cpu.svd_linear(x, weight, None, A, E, B, None, 1.0, 0.1, seed)
+    call = partial(
+        *(cpu.svd_linear_backward, g, x, weight if has_weight else None, A, E, B, None, h),
+        *(1.0, 0.1, seed, True),
+    )
+    # Of the size of x: the mask of dropout, dx, and with a weight the other part of dx.
+    megabytes = (2 + has_weight + 0.2) * x.numel() * x.element_size() / 1e6
+    assert peak_extra_megabytes(call, torch.device("cpu")) < megabytes

@@ -18,12 +18,12 @@ from adalora_kernels import _extension, ops
 ROOT = Path(__file__).parent.parent
 SCENARIOS = [
     *("paths", "few", "tf32", "dropout_rates", "buckets", "random_60", "threads", "fork"),
-    *("devices", "seeds", "refused", "none_served", "errors"),
+    *("devices", "seeds", "refused", "forgotten", "none_served", "errors"),
 ]
 LONG = ["all_combinations", "random_1000"]
 
 NEEDED = {
-    f"no compiled library with the launcher {ops.library.why_not}": ops.library.has_launcher,
+    f"no compiled library: {ops.library.why_not}": ops.library.path,
     "needs a C compiler (cc or gcc)": shutil.which("cc") or shutil.which("gcc"),
     "needs triton": importlib.util.find_spec("triton"),
 }

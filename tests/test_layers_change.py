@@ -182,11 +182,23 @@ def base_without_bias(model):
     layer_of(model).base_layer.bias = None
 
 
+def weight_of_the_instance(model):
+    """Python takes it for the parameter of that name, which is still there."""
+    base = layer_of(model).base_layer
+    base.__dict__["weight"] = 2 * base.weight.detach()
+    return lambda: base.__dict__.pop("weight")
+
+
+def adapter_taken_out_by_hand(model):
+    del layer_of(model).lora_A["default"]
+
+
 CHANGES = [
     *(hook_on(""), hook_on("base_layer"), hook_on("lora_dropout.default"), global_hook),
     *(backward_hook, patched, another_adapter, two_adapters, update_layer, delete_adapter),
     *(disabled, merged, cast, load_state, another_weight, another_dropout, another_parameter),
     *(thawed, frozen, shrunk, scaling, weight_norm, evaluation, base_without_bias),
+    *(weight_of_the_instance, adapter_taken_out_by_hand),
 ]
 HOOKED = ["hook_on_layer", "hook_on_base", "hook_on_dropout"]
 IDS = HOOKED + [change.__name__ for change in CHANGES[len(HOOKED) :]]

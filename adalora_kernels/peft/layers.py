@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked
+from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
 from .saving import fit_rows_
 
 
@@ -66,11 +66,12 @@ class FusedLayer(ReadingLayer):
         # times as long. Nothing is remembered, so nothing has to be kept up to date.
         modules = self._modules
         dropouts = modules["lora_dropout"]._modules
+        adapters = modules["lora_A"]
         active = self.active_adapter
-        if type(active) is str:
-            names = [active] if active in dropouts else []
+        if isinstance(active, str):
+            names = [active] if active in adapters else []
         else:
-            names = [name for name in active if name in dropouts]
+            names = [name for name in active if name in adapters]
         if self.disable_adapters or self.merged_adapters or not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = modules["base_layer"]
@@ -183,11 +184,7 @@ def _product_of(base: Any) -> tuple[Tensor, Tensor | None] | None:
     """
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
         return None
-    parameters = base._parameters
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-    except KeyError:
-        weight, bias = base.weight, base.bias
+    weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
     if not (is_plain_tensor(weight) and weight.is_floating_point()):
         return None
     return weight.T if type(base) is Conv1D else weight, bias
