@@ -1,7 +1,7 @@
 """The harness: it checks the providers of a case, then times them in interleaved rounds.
 
-In a round every provider takes its turn, and another one is first in the next. Whatever else the
-machine is doing then hits all of them alike, and a ratio is taken within a round.
+In a round every provider takes its turn, in another order in each. Whatever else the machine is
+doing then hits all of them alike, and a ratio is taken within a round.
 
 On a GPU there are three clocks. What the device does is timed in CUDA graphs of calls over rotated
 inputs; what a training loop waits for, by the wall's clock until the device is done; what the host
@@ -16,6 +16,7 @@ import gc
 import itertools
 import math
 import operator
+import random
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -275,9 +276,9 @@ def interleaved(
         timed = [one_round(work, list(work))]
         wanted = int(seconds / (time.perf_counter() - start))
         for turn in range(1, min(max(wanted, rounds[0]), rounds[1])):
-            # Another one begins each time: nobody always finds the caches of the same one.
-            first = turn % len(work)
-            timed.append(one_round(work, [*work][first:] + [*work][:first]))
+            # In another order each time: nobody always finds the caches as the same one left them.
+            order = random.Random(turn).sample([*work], len(work))
+            timed.append(one_round(work, order))
     finally:
         gc.enable()
     return pd.DataFrame(timed)[list(work)]

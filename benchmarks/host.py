@@ -34,23 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fake is not None:
         args.fake.write_text(json.dumps(bench_host.measure_over_the_fake_gpu(not args.counts)))
         return 0
-    wrong = False
-    for line in _lines(torch.device("cpu")):
+    wrong, missed = False, []
+    for line, verdict in _lines(torch.device("cpu")):
         wrong |= line.startswith("WRONG")
+        missed += [f"{line} ({verdict})"] if "MISSED" in verdict else []
         print(line, flush=True)
+    print("goals missed: " + ("; ".join(missed) or "none"))
     return int(wrong)
 
 
-def _lines(device: Any) -> Iterator[str]:
+def _lines(device: Any) -> Iterator[tuple[str, str]]:
+    """Measure, and yield the lines, each with the verdict on its goal, or nothing."""
     import pytest
 
     from adalora_kernels import launching
     from benchmarks import bench_host, bench_whole_model
-    from benchmarks.harness import Context
+    from benchmarks.harness import Context, verdict
     from benchmarks.whole_models import HOST_ALONE
 
     if why := launching.why_not_library():
-        yield f"Triton's launcher is measured, not that of the compiled library: {why}"
+        yield f"Triton's launcher is measured, not that of the compiled library: {why}", ""
     context, skipped = Context(device), set()
     cases = [(bench_host, case) for case in bench_host.cases(context)]
     works = bench_whole_model.cases(context)
@@ -60,19 +63,17 @@ def _lines(device: Any) -> Iterator[str]:
             outcome = bench.measure(case, context)
         except pytest.skip.Exception as skip:
             if str(skip) not in skipped:
-                yield f"skipped: {skip}"
+                yield f"skipped: {skip}", ""
             skipped.add(str(skip))
             continue
-        yield from (f"WRONG {name}, {case}: {why}" for name, why in outcome.wrong.items())
-        yield from filter(None, map(_line, outcome.rows))
+        yield from ((f"WRONG {name}, {case}: {why}", "") for name, why in outcome.wrong.items())
+        for row in outcome.rows:
+            if row["kind"] == "ours" and ("p25" in row or "goal" in row):
+                yield _line(row), f"goal {row['goal']}: {verdict(row)}" if "goal" in row else ""
 
 
 def _line(row: dict[str, Any]) -> str:
-    """Write a ratio, or a count that has a goal; empty for other figures."""
-    from benchmarks.harness import verdict
-
-    if row["kind"] != "ours" or not ("p25" in row or "goal" in row):
-        return ""
+    """Write a ratio or a count."""
     what, settings, measure = row["work"], row["settings"], row["measure"]
     what += " with dropout" if settings.get("dropout") else ""
     what += f", {row['point']} row{'s' * (row['point'] > 1)}" if "point" in row else ""
@@ -80,8 +81,7 @@ def _line(row: dict[str, Any]) -> str:
     what += "" if row["provider"] == "peft.apply" else f", {row['provider']}"
     against = measure.startswith("time / ")
     what += f" / {measure.removeprefix('time / ')}" if against else f", {measure}"
-    goal = f"  (goal {row['goal']}: {verdict(row)})" if "goal" in row else ""
-    return f"{what}: {row['value']:.2f}{goal}"
+    return f"{what}: {row['value']:.2f}"
 
 
 if __name__ == "__main__":
