@@ -15,8 +15,6 @@ import torch
 
 # Names a library to load instead of the installed one; empty: none.
 VARIABLE = "ADALORA_KERNELS_LIBRARY"
-# What a library exports that has the launcher.
-_OF_LAUNCHER = "adalora_plan_misses"
 
 
 class Library(NamedTuple):
@@ -37,14 +35,9 @@ class Library(NamedTuple):
         """The types of device that it has code for."""
         return tuple(name for name in ("cpu", "cuda") if name.upper() in self.built_for)
 
-    @property
-    def has_launcher(self) -> bool:
-        """Whether it has the ops `launch_forward` and `launch_backward`; an older one has not."""
-        return self.path is not None and hasattr(ctypes.CDLL(str(self.path)), _OF_LAUNCHER)
-
     def forget_plans(self) -> None:
-        """Have the launcher, if there is one, ask anew how to launch each call."""
-        if self.has_launcher:
+        """Have it ask again what each call of a layer launches."""
+        if self.path is not None:
             ctypes.CDLL(str(self.path)).adalora_forget_plans()
 
 
@@ -62,7 +55,10 @@ def load() -> Library:
         path = found[0]
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-        function = ctypes.CDLL(str(path)).adalora_built_for
+        exported = ctypes.CDLL(str(path))
+        function = exported.adalora_built_for
+        # One that was built from older sources has no launcher.
+        exported.adalora_forget_plans  # noqa: B018
     except (OSError, AttributeError, RuntimeError) as error:
         # torch names the file only; the linker's complaint is the cause.
         why_not = f"{path} cannot be loaded: {error.__cause__ or error}"

@@ -78,7 +78,7 @@ def svd_linear(
         RuntimeError: an impl that cannot run here; the message says why.
     """
     if impl == "auto":
-        y = short.svd_linear(x, weight, bias, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+        y = short.layer(x, weight, bias, None, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
         if y is not None:
             return y
     check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
@@ -136,7 +136,9 @@ def svd_delta(
         The sum, (..., out) in the dtype of base_output.
     """
     if impl == "auto":
-        y = short.svd_delta(base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+        y = short.layer(
+            *(x, None, None, base_output, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+        )
         if y is not None:
             return y
     check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)

@@ -88,7 +88,7 @@ def _is_interpreted() -> bool:
 @functools.cache
 def _why_never_library() -> str | None:
     if launch_forward is None:
-        return library.why_not or "the library was built before there was a launcher"
+        return library.why_not
     return "TRITON_INTERPRET=1 interprets them" if _is_interpreted() else None
 
 
@@ -103,6 +103,16 @@ def why_not_library() -> str | None:
         if _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook):
             return "somebody watches Triton's launches (triton.knobs.runtime)"
     return why
+
+
+@functools.cache
+def planner() -> Callable[..., Tensor]:
+    """Return what plans launches for the library, which forgets its plans when tables change."""
+    from .kernels.encode import plan_launches
+    from .kernels.svd_linear import plans
+
+    plans.when_forgotten(library.forget_plans)
+    return plan_launches
 
 
 def _has_calls(hook: Any) -> bool:

@@ -80,16 +80,7 @@ def _plan_launches(x: Tensor, *others: Any) -> Tensor:
     if launching.why_no_triton(x.device) is not None:
         # No workspace and no steps: the library leaves such calls alone, for good.
         return torch.zeros(2, dtype=torch.int64, device="cpu")
-    return _planner()(x, *others)
-
-
-@functools.cache
-def _planner() -> Callable[..., Tensor]:
-    from .kernels.encode import plan_launches
-    from .kernels.svd_linear import plans
-
-    plans.when_forgotten(library.forget_plans)
-    return plan_launches
+    return launching.planner()(x, *others)
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)
@@ -350,8 +341,15 @@ def _plain_gradients(
     return dx, dA, dE, dB
 
 
-def linear_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias, A, E and B of `svd_linear`.
+def gradients(
+    ctx: Any,
+    grad_y: Tensor | None,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+    for_adapter: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias, A, E and B; that of a base is grad_y.
 
     `ctx` has saved x, weight, A, E, B, mask, h and seed, and its `options` are scaling, dropout_p
     and impl. The seed may have `cpu.small_mask` as an attribute.
@@ -359,27 +357,14 @@ def linear_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ..
     if grad_y is None:
         return (None,) * 6
     x, weight, A, E, B, mask, h, seed = ctx.saved_tensors
-    for_x, for_weight, for_bias, *for_adapter = ctx.needs_input_grad[:6]
     dx = dA = dE = dB = dweight = dbias = None
-    if for_x or any(for_adapter):
+    if for_x or for_adapter:
         dx, dA, dE, dB = _gradients(ctx, for_x, grad_y, x, weight, A, E, B, mask, h, seed)
     if for_weight:  # It is normally frozen; who thaws it gets its gradient all the same.
         dweight = reference.as_rows(grad_y).T @ reference.as_rows(x)
     if for_bias:
         dbias = reference.as_rows(grad_y).sum(dim=0)
     return dx if for_x else None, dweight, dbias, dA, dE, dB
-
-
-def delta_gradients(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, x, A, E and B of `svd_delta`; `ctx` as above, without a weight."""
-    if grad_y is None:
-        return (None,) * 5
-    x, A, E, B, mask, h, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx = dA = dE = dB = None
-    if any(needs[1:5]):
-        dx, dA, dE, dB = _gradients(ctx, needs[1], grad_y, x, None, A, E, B, mask, h, seed)
-    return grad_y, dx if needs[1] else None, dA, dE, dB
 
 
 def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -391,7 +376,8 @@ def _svd_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _svd_linear_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    return *linear_gradients(ctx, grad_y), *(None,) * 5
+    x, weight, bias, *adapter = ctx.needs_input_grad[:6]
+    return *gradients(ctx, grad_y, x, weight, bias, any(adapter)), *(None,) * 5
 
 
 def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -399,11 +385,13 @@ def _svd_delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.options = scaling, dropout_p, impl
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, A, E, B, mask, output[1], seed)
+    ctx.save_for_backward(x, None, A, E, B, mask, output[1], seed)
 
 
 def _svd_delta_autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    return *delta_gradients(ctx, grad_y), *(None,) * 5
+    needs = ctx.needs_input_grad
+    dx, _, _, *others = gradients(ctx, grad_y, needs[1], False, False, any(needs[2:5]))
+    return grad_y, dx, *others, *(None,) * 5
 
 
 torch.library.register_autograd(

@@ -57,7 +57,7 @@ class Architecture:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _llama(name: str, **sizes: int) -> Architecture:
+def llama(name: str, **sizes: int) -> Architecture:
     """Describe Llama-3.2-1B, but for the sizes."""
     config = transformers.LlamaConfig(
         **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
@@ -86,7 +86,7 @@ def _deberta(name: str, layers: int, vocabulary: int) -> Architecture:
 
 _SMALL = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048}
 _SMALL |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-LLAMA, SMALL_LLAMA = _llama("Llama-3.2-1B"), _llama("Llama, 4 layers of 512", **_SMALL)
+LLAMA, SMALL_LLAMA = llama("Llama-3.2-1B"), llama("Llama, 4 layers of 512", **_SMALL)
 DEBERTA = _deberta("DeBERTa-v3-base", 12, 128100)
 SMALL_DEBERTA = _deberta("DeBERTa-v3-base, 2 layers", 2, 2048)
 

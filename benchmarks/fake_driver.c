@@ -28,7 +28,7 @@ struct Launch {
 // launcher that it launches for the fake GPU.
 int adalora_fake_device = 0;
 // Counted always; launches are written down only while adalora_fake_record(1) holds.
-long adalora_fake_launches = 0, adalora_fake_maps = 0, adalora_fake_errors = 0;
+long adalora_fake_launches = 0, adalora_fake_errors = 0;
 
 static int recording = 0;
 static size_t recorded = 0, room = 0;
@@ -124,7 +124,6 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address,
   memcpy(all.box, box, rank * sizeof *box);
   memcpy(all.steps, steps, rank * sizeof *steps);
   memcpy(map, &all, sizeof all);
-  __atomic_fetch_add(&adalora_fake_maps, 1, __ATOMIC_RELAXED);
   return 0;
 }
 

@@ -50,26 +50,17 @@ class Launch(NamedTuple):
 
 
 class TensorMap(NamedTuple):
-    """The arguments of cuTensorMapEncodeTiled; `steps` are the element strides."""
+    """What a tensor map says of a tensor: sizes from the last dimension on, strides in bytes."""
 
     address: int
-    dtype: int
-    flags: int
-    interleave: int
-    swizzle: int
-    promotion: int
-    fill: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-    box: tuple[int, ...]
-    steps: tuple[int, ...]
 
 
 class Counts(NamedTuple):
-    """Launches, tensor maps, and calls that the driver refused."""
+    """Launches, and calls that the driver refused."""
 
     launches: int
-    maps: int
     errors: int
 
 
@@ -256,12 +247,6 @@ def _launch(record: Any) -> Launch:
 
 
 def tensor_map(parameter: bytes) -> TensorMap:
-    """The arguments from which a parameter of 128 bytes was encoded."""
-    address, dtype, rank, *others = struct.unpack("<Q7Bx9Q10I", parameter)
-    numbers = iter(others)
-    flags, interleave, swizzle, promotion, fill = (next(numbers) for _ in range(5))
-    sizes, strides, box, steps = ([next(numbers) for _ in range(n)] for n in (5, 4, 5, 5))
-    return TensorMap(
-        *(address, dtype, flags, interleave, swizzle, promotion, fill),
-        *(tuple(sizes[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank]), tuple(steps[:rank])),
-    )
+    """Read a parameter of 128 bytes, as fake_driver.c has written it."""
+    address, rank, *numbers = struct.unpack_from("<QxB6x9Q", parameter)
+    return TensorMap(address, tuple(numbers[:rank]), tuple(numbers[5 : 4 + rank]))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ import adalora_kernels.peft
 from adalora_kernels import launching
 from adalora_kernels.adapters import find_adapters
 from benchmarks import fake_gpu
+from benchmarks.bench_train_step import LLAMA, llama
 from benchmarks.harness import Call, check
 from benchmarks.whole_models import with_adapters
 
@@ -36,10 +36,9 @@ FAKE, CPU, GPU = "fake GPU", "CPU", "GPU"
 ALPHA = 16
 # What one of our layers launches in its forward and in its backward, at the sizes below.
 LAUNCHES = (2, 5)
-_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _BLOCKS = 4
 _PACKAGE = str(Path(adalora_kernels.__file__).parent)
-ADAPTED = _BLOCKS * len(_SEVEN)
+ADAPTED = _BLOCKS * len(LLAMA.target_modules)
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,13 @@ def _layer(host: Host, name: str, device: torch.device) -> Provider:
 
 
 def _llama(host: Host, name: str, device: torch.device) -> Provider:
-    config = transformers.LlamaConfig(
-        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": _BLOCKS},
-        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16},
-        use_cache=False,
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": _BLOCKS}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16}
+    tiny = llama("tiny", **sizes)
+    model = _adapted(
+        host, name, tiny.model(tiny.config).to(device, host.dtype), tiny.target_modules
     )
-    model = transformers.LlamaForCausalLM(config).to(device, host.dtype)
-    model = _adapted(host, name, model, _SEVEN).train()
+    model.train()
     embedded = torch.randn(1, 4, 16, device=device, dtype=host.dtype)
     return _provider(lambda x: model(inputs_embeds=x).logits, embedded, model)
 

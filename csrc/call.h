@@ -42,10 +42,8 @@ struct Call {
 // Makes a tensor contiguous that is not.
 inline bool make_contiguous(Call& call, Array array) {
   if (!call.has(array) || call[array].is_contiguous()) return true;
-  StableIValue stack[] = {argument(call[array].handle),
-                          stable::from(aoti_torch_memory_format_contiguous_format())};
-  return adalora::call("aten::contiguous", "", stack) &&
-         call.take(array, Owned(stable::to<AtenTensorHandle>(stack[0])));
+  Owned copy = contiguous(call[array].handle);
+  return copy && call.take(array, std::move(copy));
 }
 
 // The strides of a tensor as rows, made contiguous where they have none.

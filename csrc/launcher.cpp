@@ -17,29 +17,10 @@
 #include "recipe.h"
 #include "tensors.h"
 
-// Of libtorch_cuda. Weak, so that a torch without CUDA can load this library, too.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
-
 namespace adalora {
 namespace {
 
-// Reads the arguments of an op from the stack, all of which it owns then.
-class Stack {
- public:
-  explicit Stack(StableIValue* next) : next_(next) {}
-  Owned tensor() { return Owned(stable::to<AtenTensorHandle>(*next_++)); }
-  Owned optional() {
-    return Owned(stable::to<std::optional<AtenTensorHandle>>(*next_++).value_or(nullptr));
-  }
-  double number() { return stable::to<double>(*next_++); }
-  bool flag() { return stable::to<bool>(*next_++); }
-
- private:
-  StableIValue* next_;
-};
-
-// Leaves them on the stack; all are None where the call was not served.
+// Leaves the results on the stack; all are None where the call was not served.
 void put_results(StableIValue* stack, Call& call, std::initializer_list<Array> results,
                  bool served) {
   for (const Array array : results) {
@@ -283,10 +264,11 @@ STABLE_TORCH_LIBRARY_IMPL(adalora, CompositeExplicitAutograd, m) {
   m.impl("launch_backward", &adalora::launch_backward);
 }
 
-// Forgets every recipe, as _extension.py has it do; and, for tests, how often there was none.
+// Forgets every recipe, as the tables have changed that they were made from.
 extern "C" __attribute__((visibility("default"))) void adalora_forget_plans() {
   adalora::Plans::get().forget();
 }
+// How often there was none, for tests and benches.
 extern "C" __attribute__((visibility("default"))) int64_t adalora_plan_misses() {
   return adalora::Plans::get().misses;
 }

@@ -1,110 +1,60 @@
 // Implements adalora::importance_update_ for CPU and CUDA tensors, and adalora::prune_ for CPU
 // tensors, on torch's stable ABI: one library for torch 2.11 and later. Python
 // (adalora_kernels/ops.py) owns the schemas.
-#include <optional>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
 #include <vector>
 
 #include "ops.h"
-#include "handles.h"
-#ifdef ADALORA_WITH_CUDA
-
-// Of libtorch_cuda. Weak, so that a torch without CUDA can load this library, too.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
-#endif
+#include "tensors.h"
 
 namespace adalora {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using Tensors = std::vector<Owned>;
 
-Type type_of(const TensorHandle& t, const char* name) {
-  const std::optional<Type> type = type_of_dtype(t.dtype());
-  STD_TORCH_CHECK(type.has_value(), name, " must be float32, float64, bfloat16 or float16");
-  return *type;
+Type type_of(const Strided& t, const char* name) {
+  const Codes& code = codes();
+  if (t.dtype == code.float32) return Type::float32;
+  if (t.dtype == code.bfloat16) return Type::bfloat16;
+  if (t.dtype == code.float16) return Type::float16;
+  STD_TORCH_CHECK(t.dtype == code.float64, name, " must be float32, float64, bfloat16 or float16");
+  return Type::float64;
 }
 
-Type type_of_scores(const Tensor& scores, int64_t total_rank) {
-  const ScalarType type = scores.scalar_type();
+Type type_of_scores(const Strided& scores, int64_t total_rank) {
+  const bool is_double = scores.dtype == codes().float64;
   STD_TORCH_CHECK(scores.numel() == total_rank && scores.is_contiguous() &&
-                      (type == ScalarType::Float || type == ScalarType::Double),
+                      (is_double || scores.dtype == codes().float32),
                   "scores must be (", total_rank, ",) in float32 or float64");
-  return type == ScalarType::Double ? Type::float64 : Type::float32;
+  return is_double ? Type::float64 : Type::float32;
 }
 
-// Carries out the op on the device of a tensor.
-struct Cpu {
-  // With a CUDA tensor among its arguments, the op would have been dispatched elsewhere.
-  static constexpr bool mixes = false;
+int64_t* int64_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.dtype == codes().int64, name, " must be one int64");
+  return static_cast<int64_t*>(t.data);
+}
 
-  explicit Cpu(const Tensor&) {}
-  void operator()(const ImportanceUpdate& op) const { cpu::importance_update(op); }
-};
+void check_device(const Strided& t, const char* name, const Strided& like) {
+  STD_TORCH_CHECK(t.device_type == like.device_type && t.device_index == like.device_index, name,
+                  " must be on the device of all the other tensors");
+}
 
-#ifdef ADALORA_WITH_CUDA
-class Cuda {
- public:
-  static constexpr bool mixes = true;
-
-  explicit Cuda(const Tensor& t) : like_(t), guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "this torch has CUDA tensors but no libtorch_cuda");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+// One of a list. Tensors that are not strided, or on a GPU where others are on a CPU, have other
+// dispatch keys, so they never come here; those on another GPU do.
+Strided read_on_device(const Owned& t, const char* name, const Strided& like) {
+  Strided found;
+  bool is_read = read_strided(t.get(), found);
+  if (like.device_type != codes().cpu) {
+    is_read &= read_device(found);
+    check_device(found, name, like);
   }
-  void operator()(const ImportanceUpdate& op) const {
-    const Tensor workspace = bytes(cuda::importance_update_workspace(op));
-    check(cuda::importance_update(op, workspace.data_ptr(), stream_));
-  }
-
- private:
-  static void check(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
-  }
-  // Given back to torch's allocator at once, which hands it out again on this stream only.
-  Tensor bytes(int64_t count) const {
-    return torch::stable::new_empty(like_, {count}, ScalarType::Byte);
-  }
-
-  Tensor like_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-#endif
-
-// Checks that everything is on one device.
-template <class Device>
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& like)
-      : type_(ask(aoti_torch_get_device_type, like)), index_(like.get_device_index()) {}
-
-  void check(const TensorHandle& t, const char* name) const {
-    if constexpr (Device::mixes) check(t.device_type(), t.device_index(), name);
-  }
-  void check(const Tensor& t, const char* name) const {
-    if constexpr (Device::mixes)
-      check(ask(aoti_torch_get_device_type, t), t.get_device_index(), name);
-  }
-
- private:
-  static int32_t ask(AOTITorchError (*question)(AtenTensorHandle, int32_t*), const Tensor& t) {
-    int32_t answer = 0;
-    TORCH_ERROR_CODE_CHECK(question(t.get(), &answer));
-    return answer;
-  }
-  void check(int32_t type, int32_t index, const char* name) const {
-    STD_TORCH_CHECK(type == type_ && index == index_, name,
-                    " must be on the device of all the other tensors");
-  }
-
-  int32_t type_, index_;
-};
+  STD_TORCH_CHECK(is_read, name, " can't be read");
+  return found;
+}
 
 // An average of every parameter: one tensor for each, or flat ones (see reference.flat_views).
-template <class Device>
 class Averages {
  public:
   struct Part {
@@ -112,32 +62,30 @@ class Averages {
     Type type;
   };
 
-  Averages(const TensorList& list, size_t count, const char* name, const OnDeviceOf<Device>& device)
-      : list_(list), name_(name), device_(device), is_flat_(list.size() != count) {
+  Averages(const Tensors& list, size_t count, const char* name, const Strided& like)
+      : list_(list), name_(name), like_(like), is_flat_(list.size() != count) {
     if (!is_flat_) return;
-    STD_TORCH_CHECK(list_.size() == 1 || list_.size() == 2,
+    STD_TORCH_CHECK(list.size() == 1 || list.size() == 2,
                     "params, grads, exp_avg_ipt and exp_avg_unc must be of one length, or the "
-                    "averages flat; got ", count, " params and ", list_.size(), " ", name_);
-    for (size_t i = 0; i < list_.size(); ++i) {
-      const TensorHandle& t = list_[i];
-      device_.check(t, name_);
-      STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name_,
+                    "averages flat; got ", count, " params and ", list.size(), " ", name);
+    for (const Owned& flat : list) {
+      const Strided t = read_on_device(flat, name, like);
+      STD_TORCH_CHECK(t.dim == 1 && t.is_contiguous(), name,
                       " must be flat and contiguous, or of the shapes of params");
-      flat_.push_back({static_cast<char*>(t.data()), type_of(t, name_), t.numel(), 0});
+      flat_.push_back({static_cast<char*>(t.data), type_of(t, name), t.numel(), 0});
     }
     STD_TORCH_CHECK(flat_.size() == 1 || (flat_[0].type == Type::float64) !=
                                              (flat_[1].type == Type::float64),
-                    "one of two flat ", name_, " must be float64, that of float64 params");
+                    "one of two flat ", name, " must be float64, that of float64 params");
   }
 
   // That of the next parameter, params[i].
   Part next(size_t i, int64_t rows, int64_t columns, Type weight_type) {
     if (!is_flat_) {
-      const TensorHandle& t = list_[i];
-      STD_TORCH_CHECK(t.has_shape(rows, columns) && t.is_contiguous(), "the averages of params[", i,
+      const Strided t = read_on_device(list_[i], name_, like_);
+      STD_TORCH_CHECK(t.is(rows, columns) && t.is_contiguous(), "the averages of params[", i,
                       "] must have its shape and be contiguous");
-      device_.check(t, name_);
-      return {t.data(), type_of(t, name_)};
+      return {t.data, type_of(t, name_)};
     }
     const bool is_double = weight_type == Type::float64;
     Flat& flat = flat_[flat_.size() == 2 && (flat_[0].type == Type::float64) != is_double];
@@ -163,33 +111,36 @@ class Averages {
     int64_t numel, used;
   };
 
-  const TensorList& list_;
+  const Tensors& list_;
   const char* name_;
-  const OnDeviceOf<Device>& device_;
+  const Strided& like_;
   bool is_flat_;
   std::vector<Flat> flat_;
 };
 
 // Takes the parameters in turn.
-template <class Device>
 class Parameters {
  public:
-  Parameters(const TensorList& params, const TensorList& grads, Averages<Device> exp_avg_ipt,
-             Averages<Device> exp_avg_unc, const OnDeviceOf<Device>& device)
-      : params_(params), grads_(grads), ipt_(exp_avg_ipt), unc_(exp_avg_unc), device_(device) {}
+  Parameters(const Tensors& params, const Tensors& grads, const Tensors& exp_avg_ipt,
+             const Tensors& exp_avg_unc, const Strided& like)
+      : params_(params),
+        grads_(grads),
+        ipt_(exp_avg_ipt, params.size(), "exp_avg_ipt", like),
+        unc_(exp_avg_unc, params.size(), "exp_avg_unc", like),
+        like_(like) {}
 
   // The next adapter, whose first triplet has this place in the scores.
   ImportanceUpdate::Adapter next(int64_t first) {
-    const TensorHandle &A = params_[next_], &B = params_[next_ + 2];
-    STD_TORCH_CHECK(A.dim() == 2 && B.dim() == 2,
-                    "params must be matrices (lora_A, lora_E, lora_B)");
+    const Strided A = read_on_device(params_[next_], "params", like_);
+    const Strided B = read_on_device(params_[next_ + 2], "params", like_);
+    STD_TORCH_CHECK(A.dim == 2 && B.dim == 2, "params must be matrices (lora_A, lora_E, lora_B)");
     ImportanceUpdate::Adapter a{};
-    a.r = A.size(0);
-    a.in = A.size(1);
-    a.out = B.size(0);
+    a.r = A.sizes[0];
+    a.in = A.sizes[1];
+    a.out = B.sizes[0];
     a.first = first;
     a.A = parameter(A, a.r, a.in);
-    a.E = parameter(params_[next_], a.r, 1);
+    a.E = parameter(read_on_device(params_[next_], "params", like_), a.r, 1);
     a.B = parameter(B, a.out, a.r);
     return a;
   }
@@ -201,16 +152,15 @@ class Parameters {
   }
 
  private:
-  ImportanceUpdate::Parameter parameter(const TensorHandle& w, int64_t rows, int64_t columns) {
+  ImportanceUpdate::Parameter parameter(const Strided& w, int64_t rows, int64_t columns) {
     const size_t i = next_++;
     ImportanceUpdate::Parameter p{};
-    STD_TORCH_CHECK(w.has_shape(rows, columns), "params[", i, "] must be ", rows, " x ", columns);
-    device_.check(w, "params");
+    STD_TORCH_CHECK(w.is(rows, columns), "params[", i, "] must be ", rows, " x ", columns);
     p.weight_type = type_of(w, "params");
     p.weight = contiguous_data(w);
-    if (const TensorHandle& g = grads_[i]; g.is_there()) {
-      STD_TORCH_CHECK(g.has_shape(rows, columns), "grads[", i, "] must have the shape of params");
-      device_.check(g, "grads");
+    if (grads_[i]) {
+      const Strided g = read_on_device(grads_[i], "grads", like_);
+      STD_TORCH_CHECK(g.is(rows, columns), "grads[", i, "] must have the shape of params");
       p.grad_type = type_of(g, "grads");
       p.grad = contiguous_data(g);
     }
@@ -225,85 +175,104 @@ class Parameters {
   }
 
   // Either as it is, or of a copy that is kept as long as this.
-  const void* contiguous_data(const TensorHandle& t) {
-    if (t.is_contiguous()) return t.data();
-    copies_.push_back(torch::stable::contiguous(t.tensor()));
-    return copies_.back().data_ptr();
+  const void* contiguous_data(const Strided& t) {
+    if (t.is_contiguous()) return t.data;
+    copies_.push_back(contiguous(t.handle));
+    STD_TORCH_CHECK(copies_.back(), "a parameter or gradient can't be copied");
+    return read_on_device(copies_.back(), "a copy", like_).data;
   }
 
-  const TensorList &params_, &grads_;
-  Averages<Device> ipt_, unc_;
-  const OnDeviceOf<Device>& device_;
+  const Tensors &params_, &grads_;
+  Averages ipt_, unc_;
+  const Strided& like_;
   size_t next_ = 0;
-  std::vector<Tensor> copies_;
+  Tensors copies_;
 };
 
-template <class Device>
-void importance_update_(StableListHandle params_list, StableListHandle grads_list,
-                        StableListHandle ipt_list, StableListHandle unc_list, Tensor scores,
-                        Tensor skipped, double beta1, double beta2,
-                        std::optional<Tensor> grad_scale) {
-  using Of = TensorList::Of;
-  const TensorList params(params_list, Of::tensors), grads(grads_list, Of::maybe_tensors),
-      exp_avg_ipt(ipt_list, Of::tensors), exp_avg_unc(unc_list, Of::tensors);
+void update_on_cpu(const ImportanceUpdate& op, const Strided&) { cpu::importance_update(op); }
+
+#ifdef ADALORA_WITH_CUDA
+void update_on_cuda(const ImportanceUpdate& op, const Strided& like) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this torch has CUDA tensors but no libtorch_cuda");
+  const torch::stable::accelerator::DeviceGuard guard(like.device_index);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device_index, &stream));
+  // Given back to torch's allocator at once, which hands it out again on this stream only.
+  AtenTensorHandle memory = nullptr;
+  const int64_t bytes = cuda::importance_update_workspace(op), stride = 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, codes().uint8,
+                                                  like.device_type, like.device_index, &memory));
+  const Tensor workspace{Owned(memory)};
+  const cudaError_t error =
+      cuda::importance_update(op, workspace.data, static_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+}
+#endif
+
+template <void (*update)(const ImportanceUpdate&, const Strided& like)>
+void importance_update_(StableIValue* stack, uint64_t, uint64_t) {
+  Stack next(stack);
+  const Tensors params = next.tensors(), grads = next.optionals(), exp_avg_ipt = next.tensors(),
+                exp_avg_unc = next.tensors();
+  const Tensor scores(next.tensor()), skipped(next.tensor());
+  ImportanceUpdate op{};
+  op.beta1 = next.number();
+  op.beta2 = next.number();
+  const Tensor grad_scale(next.optional());
+
   const size_t count = params.size();
   STD_TORCH_CHECK(count % 3 == 0, "params must be (A, E, B) of each adapter, got ", count);
   STD_TORCH_CHECK(grads.size() == count,
                   "params, grads, exp_avg_ipt and exp_avg_unc must be of one length");
-  const OnDeviceOf<Device> device(scores);
-  Parameters<Device> parameters(params, grads, {exp_avg_ipt, count, "exp_avg_ipt", device},
-                                {exp_avg_unc, count, "exp_avg_unc", device}, device);
-  ImportanceUpdate op{};
+  check_device(skipped, "skipped", scores);
+  Parameters parameters(params, grads, exp_avg_ipt, exp_avg_unc, scores);
   op.adapters.reserve(count / 3);
   for (size_t i = 0; i < count; i += 3) {
     op.adapters.push_back(parameters.next(op.total_rank));
     op.total_rank += op.adapters.back().r;
   }
   parameters.finish();
-  op.scores = scores.data_ptr();
+  op.scores = scores.data;
   op.scores_type = type_of_scores(scores, op.total_rank);
-  STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,
-                  "skipped must be one int64");
-  device.check(skipped, "skipped");
-  op.skipped = static_cast<int64_t*>(skipped.data_ptr());
-  if (grad_scale.has_value()) {
-    STD_TORCH_CHECK(grad_scale->numel() == 1 && grad_scale->scalar_type() == ScalarType::Float,
+  op.skipped = int64_of(skipped, "skipped");
+  if (grad_scale.handle != nullptr) {
+    check_device(grad_scale, "grad_scale", scores);
+    STD_TORCH_CHECK(grad_scale.numel() == 1 && grad_scale.dtype == codes().float32,
                     "grad_scale must be one float32");
-    device.check(*grad_scale, "grad_scale");
-    op.grad_scale = static_cast<const float*>(grad_scale->data_ptr());
+    op.grad_scale = static_cast<const float*>(grad_scale.data);
   }
-  op.beta1 = beta1;
-  op.beta2 = beta2;
-  Device{scores}(op);
+  update(op, scores);
 }
 
-template <class T>
-T* flags(const Tensor& t, ScalarType type, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == type, name,
-                  " must be (", count, ",) in ", type == ScalarType::Bool ? "bool" : "int64");
-  return static_cast<T*>(t.data_ptr());
+bool* flags_of(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.dtype == codes().boolean, name,
+                  " must be (", count, ",) in bool");
+  return static_cast<bool*>(t.data);
 }
 
-void prune_(Tensor scores, Tensor budget, Tensor prunes, Tensor in_play,
-            std::optional<Tensor> kept_at_0, Tensor mask, StableListHandle list, bool again) {
-  const TensorList lora_E(list, TensorList::Of::tensors);
+void prune_(StableIValue* stack, uint64_t, uint64_t) {
+  Stack next(stack);
+  const Tensor scores(next.tensor()), budget(next.tensor()), prunes(next.tensor()),
+      in_play(next.tensor()), kept_at_0(next.optional()), mask(next.tensor());
+  const Tensors lora_E = next.tensors();
   Prune op{};
+  op.again = next.flag();
   op.factors.reserve(lora_E.size());
   for (size_t i = 0; i < lora_E.size(); ++i) {
-    const TensorHandle& E = lora_E[i];
-    STD_TORCH_CHECK(E.dim() == 2 && E.size(1) == 1, "lora_E[", i, "] must be r x 1");
-    op.factors.push_back({E.data(), type_of(E, "lora_E"), E.size(0), E.stride(0)});
-    op.total_rank += E.size(0);
+    const Strided E = read_on_device(lora_E[i], "lora_E", scores);
+    STD_TORCH_CHECK(E.dim == 2 && E.sizes[1] == 1, "lora_E[", i, "] must be r x 1");
+    op.factors.push_back({E.data, type_of(E, "lora_E"), E.sizes[0], E.strides[0]});
+    op.total_rank += E.sizes[0];
   }
-  op.scores = scores.data_ptr();
+  op.scores = scores.data;
   op.scores_type = type_of_scores(scores, op.total_rank);
-  op.budget = *flags<int64_t>(budget, ScalarType::Long, 1, "budget");
-  op.prunes = *flags<bool>(prunes, ScalarType::Bool, 1, "prunes");
-  op.again = again;
-  op.in_play = flags<bool>(in_play, ScalarType::Bool, op.total_rank, "in_play");
-  if (kept_at_0.has_value())
-    op.kept_at_0 = flags<bool>(*kept_at_0, ScalarType::Bool, op.total_rank, "kept_at_0");
-  op.mask = flags<bool>(mask, ScalarType::Bool, op.total_rank, "mask");
+  op.budget = *int64_of(budget, "budget");
+  op.prunes = *flags_of(prunes, 1, "prunes");
+  op.in_play = flags_of(in_play, op.total_rank, "in_play");
+  if (kept_at_0.handle != nullptr)
+    op.kept_at_0 = flags_of(kept_at_0, op.total_rank, "kept_at_0");
+  op.mask = flags_of(mask, op.total_rank, "mask");
   cpu::prune(op);
 }
 
@@ -311,12 +280,12 @@ void prune_(Tensor scores, Tensor budget, Tensor prunes, Tensor in_play,
 }  // namespace adalora
 
 STABLE_TORCH_LIBRARY_IMPL(adalora, CPU, m) {
-  m.impl("importance_update_", TORCH_BOX(&adalora::importance_update_<adalora::Cpu>));
-  m.impl("prune_", TORCH_BOX(&adalora::prune_));
+  m.impl("importance_update_", &adalora::importance_update_<adalora::update_on_cpu>);
+  m.impl("prune_", &adalora::prune_);
 }
 #ifdef ADALORA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(adalora, CUDA, m) {
-  m.impl("importance_update_", TORCH_BOX(&adalora::importance_update_<adalora::Cuda>));
+  m.impl("importance_update_", &adalora::importance_update_<adalora::update_on_cuda>);
 }
 #endif
 

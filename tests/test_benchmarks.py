@@ -212,7 +212,7 @@ STEP_FAULTS = {
     "another function": lambda one: one.model.get_base_model().lm_head.weight.data.mul_(1.01),
 }
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TINY = bench_train_step._llama("tiny", **SIZES, num_attention_heads=4, num_key_value_heads=2)
+TINY = bench_train_step.llama("tiny", **SIZES, num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize("fault", STEP_FAULTS)

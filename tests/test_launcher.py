@@ -23,7 +23,7 @@ SCENARIOS = [
 LONG = ["all_combinations", "random_1000"]
 
 NEEDED = {
-    f"no compiled library with the launcher {ops.library.why_not}": ops.library.has_launcher,
+    f"no compiled library: {ops.library.why_not}": ops.library.path,
     "needs a C compiler (cc or gcc)": shutil.which("cc") or shutil.which("gcc"),
     "needs triton": importlib.util.find_spec("triton"),
 }

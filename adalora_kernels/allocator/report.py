@@ -31,7 +31,7 @@ class Reports:
         """To be called when the adapters are others."""
         self._places = [place for adapter in self.adapters for place in adapter.places]
         self._gone = [adapter for adapter in self.adapters if adapter.is_deleted]
-        # They tell of their ends, so that a step need not ask each of them.
+        # A layer that goes puts itself down there, so that a step need not ask each of them.
         self._layers = [adapter.watch(self._gone.append) for adapter in self.adapters]
 
     def _parameters(self) -> list[nn.Parameter]:

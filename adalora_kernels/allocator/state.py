@@ -171,7 +171,7 @@ class AllocatorState:
         self.members.move(device)
 
     def _lie_elsewhere(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether there are averages of two dtypes, and parameters are of the other one now."""
+        """Whether averages have two dtypes, and a parameter has changed from one to the other."""
         return len(self.exp_avg_ipt) > 1 and any(
             p.dtype != before.dtype for p, before in zip(parameters, self._averaged, strict=True)
         )

@@ -35,7 +35,8 @@ _SCRATCH = 2
 # What the launcher takes for a call that it must leave alone, for good.
 _NOTHING = [0, 0]
 
-# The code of a function is unloaded with its kernel.
+# The code of a function is unloaded with its kernel. They stay when plans are forgotten, because
+# another thread may be launching one.
 _kernels: dict[int, Any] = {}
 
 
