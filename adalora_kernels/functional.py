@@ -137,7 +137,7 @@ def svd_delta(
     """
     if impl == "auto":
         y = short.layer(
-            *(x, None, None, base_output, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
+            x, None, None, base_output, lora_A, lora_E, lora_B, mask, scaling, dropout_p
         )
         if y is not None:
             return y

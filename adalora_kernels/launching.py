@@ -105,16 +105,6 @@ def why_not_library() -> str | None:
     return why
 
 
-@functools.cache
-def planner() -> Callable[..., Tensor]:
-    """Return what plans launches for the library, which forgets its plans when tables change."""
-    from .kernels.encode import plan_launches
-    from .kernels.svd_linear import plans
-
-    plans.when_forgotten(library.forget_plans)
-    return plan_launches
-
-
 def _has_calls(hook: Any) -> bool:
     """Whether a hook of Triton's does anything: a chain, or what was put in the place of one."""
     return bool(getattr(hook, "calls", hook))

@@ -80,7 +80,16 @@ def _plan_launches(x: Tensor, *others: Any) -> Tensor:
     if launching.why_no_triton(x.device) is not None:
         # No workspace and no steps: the library leaves such calls alone, for good.
         return torch.zeros(2, dtype=torch.int64, device="cpu")
-    return launching.planner()(x, *others)
+    return _planner()(x, *others)
+
+
+@functools.cache
+def _planner() -> Callable[..., Tensor]:
+    from .kernels.encode import plan_launches
+    from .kernels.svd_linear import plans
+
+    plans.when_forgotten(library.forget_plans)
+    return plan_launches
 
 
 torch.library.impl("adalora::plan_launches", "default", _plan_launches)
