@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import __version__, functional, ops, reference
+from . import __version__, functional, launching, ops, reference
 
 if TYPE_CHECKING:
     from .kernels.tune import Call, Layer
@@ -160,6 +160,9 @@ def report() -> int:
     print("  " + ", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
     path, built_for, why_not = ops.library
     print(f"  compiled library: {f'for {built_for}, {path}' if path else f'none ({why_not})'}")
+    why = launching.why_not_library()
+    by = f"Triton, because {why}" if why else "the compiled library, in one call per layer"
+    print(f"  kernels of a layer on a GPU are launched by {by}")
     passed = True
     for device in _devices():
         print(f"\n{device}: {_describe(device)}")

@@ -3,7 +3,7 @@
 import torch
 
 from adalora_kernels import __main__ as report
-from adalora_kernels import cpu, ops
+from adalora_kernels import cpu, launching, ops
 
 
 def test_report(capsys):
@@ -13,6 +13,16 @@ def test_report(capsys):
     assert "self-check passed" in out
     for implementation in ops.implementations("cpu"):
         assert f"{implementation.op} " in out
+
+
+def test_the_report_says_who_launches(capsys, monkeypatch):
+    for why, by in (
+        (None, "the compiled library, in one call per layer"),
+        ("of a test", "Triton, because of a test"),
+    ):
+        monkeypatch.setattr(launching, "why_not_library", lambda why=why: why)
+        assert report.main() == 0
+        assert f"kernels of a layer on a GPU are launched by {by}\n" in capsys.readouterr().out
 
 
 def test_a_wrong_op_fails_the_self_check(capsys, monkeypatch):
