@@ -110,10 +110,11 @@ def _has_calls(hook: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def allows_tf32(dtype: torch.dtype) -> bool:
-    """Whether torch allows products of this dtype to be computed in TF32."""
+def allows_tf32(x: Tensor, y: Tensor | None) -> bool:
+    """Whether torch allows products in the dtypes of x, and of a base or grad_y, to use TF32."""
+    is_float32 = x.dtype is torch.float32 or (y is not None and y.dtype is torch.float32)
     # allow_tf32, which is the same setting, raises where the newer name has been used.
-    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return is_float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def forward(
@@ -132,7 +133,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch `svd_linear`, or, given the output of a base layer, `svd_delta`; returns (y, h)."""
     if path == "auto" and why_not_library() is None:
-        tf32 = allows_tf32(x.dtype)
+        tf32 = allows_tf32(x, base)
         y, h, _ = launch_forward(
             x, weight, bias, base, A, E, B, mask, seed, scaling, dropout_p, tf32
         )
@@ -165,7 +166,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward of either; returns (dx, dA, dE, dB), dx being empty unless `need_dx`."""
     if path == "auto" and why_not_library() is None:
-        tf32 = allows_tf32(x.dtype)
+        tf32 = allows_tf32(x, grad_y)
         dx, dA, dE, dB = launch_backward(
             grad_y, x, weight, A, E, B, mask, seed, h, scaling, dropout_p, need_dx, tf32
         )

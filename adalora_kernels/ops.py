@@ -304,7 +304,7 @@ def _gradients(ctx: Any, need_dx: bool, *tensors: Any) -> tuple[Tensor | None, .
         if impl == "auto" and is_plain_tensor(grad_y) and is_eager():
             if launching.is_on_gpu(x):
                 if launching.why_not_library() is None:
-                    tf32 = launching.allows_tf32(x.dtype)
+                    tf32 = launching.allows_tf32(x, grad_y)
                     grads: tuple[Tensor, ...] = launching.launch_backward(
                         grad_y, x, weight, A, E, B, mask, seed, h, scaling, dropout_p, need_dx, tf32
                     )

@@ -62,7 +62,7 @@ def layer(
         if _is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             x, weight, bias = _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
-        tf32 = launching.allows_tf32(x.dtype)
+        tf32 = launching.allows_tf32(x, base)
     elif not _fits(x, weight, bias, base, A, E, B, mask):
         return None
     if _is_grad_enabled():

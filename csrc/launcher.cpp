@@ -62,7 +62,9 @@ const Driver* find_driver(Call& call) {
 
 Key key_of(const Call& call) {
   int64_t flags = call.is_backward | call.need_dx << 1 | call.has_dropout << 2;
-  if (call[of_x].dtype == codes().float32) flags |= call.tf32 << 3;
+  for (const Array array : {of_x, of_base, of_grad_y}) {
+    if (call[array].dtype == codes().float32) flags |= call.tf32 << 3;
+  }
   // Presence and alignment of each tensor that it gets.
   for (int64_t i = of_x; i <= of_grad_y; i++) {
     const bool is_there = call.tensors[i].handle != nullptr;

@@ -453,6 +453,25 @@ def the_ops_launch_by_the_library_too():
     assert fake_gpu.counts().errors == missed.errors
 
 
+def tf32_is_used_as_it_is_allowed_at_the_time():
+    """Also where what the base has made is all that is in float32."""
+    t, matmul = tensors(), torch.backends.cuda.matmul
+    base, before = F.linear(t["x"].detach(), t["weight"]).float(), matmul.fp32_precision
+    found = []
+    try:
+        for matmul.fp32_precision in ("ieee", "tf32", "ieee"):
+            with fake_gpu.recorded() as launches:
+                y = svd_delta(base, *(t[n] for n in NAMES if n != "weight"))
+                y.backward(torch.ones_like(y))
+            functions = [launch.function for launch in launches]
+            found.append((functions[:2], functions[2:]))
+    finally:
+        matmul.fp32_precision = before
+    assert is_short(y, "svd_delta")
+    assert found[0] == found[2]
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+
+
 def the_report_says_who_launches():
     """And why it is not the library, where it is not."""
     from triton import knobs
@@ -478,6 +497,7 @@ OVER_THE_FAKE_GPU = {
         *(no_python_below_the_function, a_watcher_of_tritons_launches_sees_them),
         *(what_the_library_does_not_serve_goes_the_long_way, the_ops_launch_by_the_library_too),
         *(the_report_says_who_launches, where_triton_cannot_run_nothing_is_launched),
+        tf32_is_used_as_it_is_allowed_at_the_time,
     )
 }
 
