@@ -46,10 +46,12 @@ void put_results(StableIValue* stack, Call& call, std::initializer_list<Array> r
   }
 }
 
+bool is_on_gpu(const Call& call) { return call[of_x].device_type == codes().cuda; }
+
 // The driver that serves tensors on the device of this call, which it gets to know; or null.
 const Driver* find_driver(Call& call) {
   const Strided& x = call[of_x];
-  if (x.device_type == codes().cuda) {
+  if (is_on_gpu(call)) {
     if (aoti_torch_get_current_cuda_stream == nullptr) return nullptr;
     call.device = x.device_index;
     return Driver::get();
@@ -117,8 +119,6 @@ bool make_workspace(Call& call, const Recipe& recipe) {
   }
   return true;
 }
-
-bool is_on_gpu(const Call& call) { return call[of_x].device_type == codes().cuda; }
 
 // Draws what torch.randint(2**63 - 1, (1,)) would, from the same generator.
 bool draw_seed(const Call& call) {
