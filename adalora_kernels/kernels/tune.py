@@ -71,7 +71,7 @@ def candidates(device: Device, problem: Problem) -> list[Plan]:
     """List every plan that is worth a measurement."""
     found = []
     for path in PATHS:
-        if is_allowed(path, problem):
+        if is_allowed(path, device, problem):
             blocks = gemm_candidates(device, problem, path)
             # cuBLAS chooses its own blocks.
             found += [Plan(path, b) for b in (blocks[:1] if path == "cublas" else blocks)]

@@ -61,7 +61,9 @@ def _down(call: Call) -> tuple[Step, Array]:
     k_blocks = ceil_div(call.K, blocks.k)
     # Enough programs to fill the GPU, each with at least four blocks to pipeline.
     programs = call.device.sms // ceil_div(call.M, blocks.m)
-    splits = max(1, min(programs, k_blocks // 4, plans.MOST_SPLITS))
+    few = call.M <= plans.MOST_FEW_ROWS
+    most = plans.MOST_SPLITS_OF_FEW if few else plans.MOST_SPLITS
+    splits = max(1, min(programs, k_blocks // 4, most))
     k_per_split = ceil_div(k_blocks, splits) * blocks.k
     splits = ceil_div(call.K, k_per_split)
     name, dtype = ("h", call.h.dtype) if splits == 1 else ("h_parts", torch.float32)
@@ -140,11 +142,11 @@ def _split(call: Call, blocks: plans.Blocks) -> tuple[Step, Made]:
 
 
 def _can_fuse(call: Call) -> bool:
-    """Tell whether the GEMM can make h."""
-    # Parts of A that float16 can hold would not add up to A; dropout masks what the tensor cores
-    # of sm_90 read from shared memory; on sm_100 nobody has measured it.
+    """Tell whether the GEMM can make h, if its tiles allow it."""
+    # Parts of A that float16 can hold would not add up to A; and what the tensor cores read is x
+    # as it is stored, without dropout.
     exact = not call.is_wide(call.x) or call.x.dtype == torch.bfloat16
-    return exact and call.seed is None and call.device.family == "sm_90"
+    return exact and call.seed is None
 
 
 def forward_recipe(call: Call) -> Recipe:

@@ -30,8 +30,6 @@ from .plans import Blocks
 
 # Row blocks whose tiles are computed at the same time.
 _GROUP_M = 8
-# Shared memory for what is under way while h is made.
-_H_BYTES = 200 * 2**10
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -137,7 +135,6 @@ def _make_h(
     R,
     R_PAD: tl.constexpr,
     A_ROWS: tl.constexpr,
-    H_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,7 +158,7 @@ def _make_h(
     ranks = tl.arange(0, R_PAD)
     for block in range(tl.program_id(0), blocks, makers):
         parts = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=H_STAGES):
+        for k in range(0, K, BLOCK_K):
             x_tile = x.load([block * BLOCK_M, k])
             a_tile = a.load([0, k])
             fresh = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
@@ -200,7 +197,6 @@ def _gemm_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     A_ROWS: tl.constexpr,
-    H_STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -217,7 +213,7 @@ def _gemm_kernel(
         wait_for_previous(PDL)
         _make_h(
             x, a, out_h_ptr, ready_ptr, M, N, K, low_rank.R,
-            R_PAD, A_ROWS, H_STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+            R_PAD, A_ROWS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -311,7 +307,6 @@ def gemm(
         "TMA": blocks.tma,
         "W_BY_ROWS": by_rows,
         "A_ROWS": a_rows,
-        "H_STAGES": _H_BYTES // ((blocks.m + a_rows) * blocks.k * x.dtype.itemsize),
         "R_PAD": call.r_pad,
         "SPLITS": low_rank.splits,
         "BLOCK_M": blocks.m,

@@ -19,8 +19,8 @@ from ..launch import ceil_div
 PATHS: tuple[str, ...] = ("two_pass", "fused", "cublas")
 # Up to which tiles are those of FEW_ROWS, and up to which h is made within the GEMM.
 MOST_FEW_ROWS, FUSED_RANKS = 64, 16
-# Each part of a sum over K is read again by every tile of the GEMM.
-MOST_SPLITS = 8
+# Each part of a sum over K is read again by every tile of the GEMM; of few rows it is small.
+MOST_SPLITS, MOST_SPLITS_OF_FEW = 8, 24
 _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
@@ -163,20 +163,28 @@ def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") ->
 
 
 def _blocks(device: Device, problem: Problem, path: str) -> Blocks:
-    """Return the largest tile of which there are enough to keep most multiprocessors busy."""
+    """Return the largest tile of which there are enough, else the smallest."""
     candidates = gemm_candidates(device, problem, path)
-    enough = (b for b in candidates if _tiles(problem, b) >= 0.7 * device.sms)
+    enough = (b for b in candidates if _busy(b, device, problem) >= 1)
     return next(enough, candidates[-1])
+
+
+def _busy(blocks: Blocks, device: Device, problem: Problem) -> float:
+    """Return tiles by multiprocessors; from 1 on, nearly, there are enough."""
+    return _tiles(problem, blocks) / (0.7 * device.sms)
 
 
 def _tiles(problem: Problem, blocks: Blocks) -> int:
     return ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n)
 
 
-def is_allowed(path: str, problem: Problem) -> bool:
+def is_allowed(path: str, device: Device, problem: Problem) -> bool:
     """Tell whether a path can compute a problem whose operands are aligned."""
     if path != "fused":
         return True
+    # On sm_100 nobody has measured it, before sm_90 there are no descriptors.
+    if device.family != "sm_90":
+        return False
     # A program keeps h in parts, in registers, before it computes tiles.
     many = problem.M > MOST_FEW_ROWS and problem.r_pad <= FUSED_RANKS
     return many and problem.product == "y" and problem.dtype != torch.float32
@@ -208,11 +216,11 @@ def choose(
         possible = (path,) if path in possible else ("two_pass",)
     if not aligned:
         return Plan("cublas" if "cublas" in possible else "two_pass", GEMM_GENERAL)
-    paths = tuple(path for path in possible if is_allowed(path, problem)) or ("two_pass",)
+    paths = tuple(path for path in possible if is_allowed(path, device, problem)) or ("two_pass",)
     measured = _table(device.name).get(problem._replace(M=bucket(problem.M)))
     if measured is not None and measured.path in paths:
         return measured
-    found = [Plan(path, _blocks(device, problem, path)) for path in paths]
+    found = (Plan(path, _blocks(device, problem, path)) for path in paths)
     return min(found, key=lambda plan: predicted_seconds(plan, device, problem))
 
 
@@ -229,8 +237,8 @@ CEILINGS = {
 # Between the end of a kernel and the start of the one that waits for it; the least that a pass over
 # x takes, or one that writes y.
 _LAUNCH_SECONDS, _PASS_SECONDS = 1e-6, 4e-6
-# What cuBLAS takes longer where it adds to its output; a row block of h, in tiles' time.
-_ACCUMULATE, _ROW_BLOCK = 1.023, 0.8
+# What making h for a row block takes, in tiles' time.
+_ROW_BLOCK = 0.8
 
 
 def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
@@ -245,7 +253,7 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     def gemm(columns: int) -> float:
         return max(2 * M * (K + columns) * N / flops, (x + w + y) / bandwidth)
 
-    ours = gemm(r_pad + end)
+    ours = gemm(r_pad + end) / min(1.0, _busy(plan.gemm, device, problem))
     if plan.path == "fused":
         tile = 2 * plan.gemm.m * plan.gemm.n * K / flops * device.sms
         return ours + _fused_tiles(plan.gemm, device, problem) * tile + _LAUNCH_SECONDS
@@ -253,8 +261,9 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
         return (down if M > MOST_FEW_ROWS else 0) + ours
-    write = max(y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
-    return down + write + gemm(0) * _ACCUMULATE
+    # It is written, and read by the product that adds to it.
+    write = max(2 * y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
+    return down + write + gemm(0)
 
 
 def _fused_tiles(blocks: Blocks, device: Device, problem: Problem) -> float:
