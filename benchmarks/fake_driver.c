@@ -19,7 +19,7 @@ struct Function {
 // One launch, as fake_gpu.py reads it; the bytes of its parameters lie one behind the other.
 struct Launch {
   struct Function* function;
-  unsigned grid[3], block[3], shared_memory, attributes;
+  unsigned grid[3], block[3], shared_memory, attributes, early;
   void* stream;
   unsigned char* bytes;
 };
@@ -80,25 +80,30 @@ static int launch(const struct Launch* what, void** parameters) {
   return 0;
 }
 
-// Triton launches by this one. A CUlaunchConfig begins like this.
+// A CUlaunchAttribute, and a CUlaunchConfig.
+struct Attribute {
+  int id;
+  union {
+    int number;
+    char bytes[64];
+    long aligned;
+  } value;
+};
 struct Config {
   unsigned grid[3], block[3], shared_memory;
-  void *stream, *attributes;
+  void* stream;
+  const struct Attribute* attributes;
   unsigned attribute_count;
 };
+_Static_assert(sizeof(struct Attribute) == 72 && sizeof(struct Config) == 56, "as in cuda.h");
 
+// Triton launches by this one, and the package's launcher, too.
 int cuLaunchKernelEx(const struct Config* c, struct Function* f, void** parameters, void** extra) {
-  struct Launch what = {f, {0}, {0}, c->shared_memory, c->attribute_count, c->stream, NULL};
+  struct Launch what = {f, {0}, {0}, c->shared_memory, c->attribute_count, 0, c->stream, NULL};
   memcpy(what.grid, c->grid, sizeof c->grid);
   memcpy(what.block, c->block, sizeof c->block);
-  return launch(&what, parameters);
-}
-
-// The package's launcher by this one.
-int cuLaunchKernel(struct Function* f, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned shared_memory, void* stream,
-                   void** parameters, void** extra) {
-  struct Launch what = {f, {x, y, z}, {block_x, block_y, block_z}, shared_memory, 0, stream, NULL};
+  for (unsigned i = 0; i < c->attribute_count; i++)  // 6: programmatic stream serialization
+    what.early |= c->attributes[i].id == 6 && c->attributes[i].value.number;
   return launch(&what, parameters);
 }
 

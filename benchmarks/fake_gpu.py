@@ -45,6 +45,7 @@ class Launch(NamedTuple):
     block: tuple[int, int, int]
     shared_memory: int
     attributes: int
+    early: bool  # may begin before the one in front of it has ended (launch_pdl)
     stream: int
     parameters: tuple[bytes, ...]
 
@@ -210,6 +211,7 @@ class _Record(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_memory", ctypes.c_uint),
         ("attributes", ctypes.c_uint),
+        ("early", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("bytes", ctypes.c_void_p),
     ]
@@ -241,6 +243,7 @@ def _launch(record: Any) -> Launch:
         (record.block[0], record.block[1], record.block[2]),
         record.shared_memory,
         record.attributes,
+        bool(record.early),
         record.stream or 0,
         tuple(parameters),
     )

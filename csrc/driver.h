@@ -32,11 +32,16 @@ class Driver {
     check(set_context_(context), "cuCtxSetCurrent");
   }
 
-  void launch(void* function, const uint32_t* grid, uint32_t threads, uint32_t shared, void* stream,
-              void** parameters) const {
-    check(launch_(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, parameters,
-                  nullptr),
-          "cuLaunchKernel");
+  // An `early` launch may begin before the one in front of it in the stream has ended, for which its
+  // kernel waits itself (programmatic dependent launch).
+  void launch(void* function, const uint32_t (&grid)[3], uint32_t threads, uint32_t shared,
+              bool early, void* stream, void** parameters) const {
+    Attribute attribute{};
+    attribute.id = Attribute::programmatic_stream_serialization;
+    attribute.value = 1;
+    const Config config{{grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared, stream,
+                        early ? &attribute : nullptr, early};
+    check(launch_(&config, function, parameters, nullptr), "cuLaunchKernelEx");
   }
 
   // The map of a matrix of rows, which `to` gets as 128 bytes, aligned to 64.
@@ -61,6 +66,21 @@ class Driver {
   }
 
  private:
+  // As cuda.h has them: CUlaunchAttribute, whose value is a union of 64 bytes, and CUlaunchConfig.
+  struct Attribute {
+    static constexpr int programmatic_stream_serialization = 6;
+    int id;
+    alignas(8) int value;
+    char rest[60];
+  };
+  struct Config {
+    uint32_t grid[3], block[3], shared;
+    void* stream;
+    Attribute* attributes;
+    uint32_t attribute_count;
+  };
+  static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56);
+
   Driver() {
     library_ = dlopen("libcuda.so.1", RTLD_NOW);
     if (library_ == nullptr) return;
@@ -69,7 +89,7 @@ class Driver {
     find(set_context_, "cuCtxSetCurrent");
     find(get_device_, "cuDeviceGet");
     find(retain_context_, "cuDevicePrimaryCtxRetain");
-    find(launch_, "cuLaunchKernel");
+    find(launch_, "cuLaunchKernelEx");
     find(encode_, "cuTensorMapEncodeTiled");
     find(fake_device, "adalora_fake_device");
     int (*get_version)(int*) = nullptr;
@@ -98,8 +118,7 @@ class Driver {
   int (*set_context_)(void*);
   int (*get_device_)(int*, int);
   int (*retain_context_)(void**, int);
-  int (*launch_)(void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void*,
-                 void**, void**);
+  int (*launch_)(const Config*, void*, void**, void**);
   int (*encode_)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                  const uint32_t*, int, int, int, int);
 };

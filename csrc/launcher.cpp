@@ -154,7 +154,7 @@ void launch(const Driver& driver, const Step& step, const Call& call, void* stre
   for (size_t i = 0; i < step.offsets.size(); i++) parameters[i] = bytes + step.offsets[i];
   uint32_t grid[3];
   for (int i = 0; i < 3; i++) grid[i] = static_cast<uint32_t>(step.grid[i].of(call.rows));
-  driver.launch(step.function, grid, step.threads, step.shared, stream, parameters);
+  driver.launch(step.function, grid, step.threads, step.shared, step.early, stream, parameters);
 }
 
 Owned view(const Call& call, const Matrix& matrix) {
@@ -165,15 +165,17 @@ Owned view(const Call& call, const Matrix& matrix) {
   return Owned(made);
 }
 
-// out = x w + bias by torch, which calls cuBLAS: torch.mm or torch.addmm.
+// out = x w + bias, or out += x w, by torch, which calls cuBLAS: torch.mm or torch.addmm.
 bool multiply(const Call& call, const Step& step) {
   const Owned out = view(call, step.product[0]), x = view(call, step.product[1]),
               w = view(call, step.product[2]);
-  if (step.product.size() == 3) {
+  if (step.product.size() == 3 && !step.accumulates) {
     const auto mm = is_on_gpu(call) ? aoti_torch_cuda_mm_out : aoti_torch_cpu_mm_out;
     return mm != nullptr && mm(out.get(), x.get(), w.get()) == 0;
   }
-  const AtenTensorHandle bias = call.tensors[step.product[3].array].handle;
+  // Added to itself it has to be the same tensor, or else torch copies it first.
+  const AtenTensorHandle bias =
+      step.accumulates ? out.get() : call.tensors[step.product[3].array].handle;
   const auto addmm = is_on_gpu(call) ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
   return addmm != nullptr && addmm(out.get(), bias, x.get(), w.get(), 1.0, 1.0) == 0;
 }

@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from launcher_runs import (
     library,
     tensors_of,
     torch,
+    triton_forward,
 )
 from launcher_threads import devices, fork, threads
 
@@ -87,6 +89,76 @@ class planned:
     def __exit__(self, *error: object) -> None:
         plans.choose = self.choose
         forget()
+
+
+class changed:
+    """A context in which a function changes the arguments of every step of every recipe."""
+
+    def __init__(self, change: Callable[[int, Any], dict[str, Any]]) -> None:
+        self.change = change
+
+    def __enter__(self) -> None:
+        self.recipes = calls.forward_recipe, calls.backward_recipe
+        forget()
+        calls.forward_recipe, calls.backward_recipe = map(self._changed, self.recipes)
+
+    def __exit__(self, *error: object) -> None:
+        calls.forward_recipe, calls.backward_recipe = self.recipes
+        forget()
+
+    def _changed(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def recipe(*args: Any) -> Any:
+            made = make(*args)
+            steps = [
+                step._replace(arguments={**step.arguments, **self.change(i, step)})
+                for i, step in enumerate(made.steps)
+            ]
+            return made._replace(steps=tuple(steps))
+
+        return recipe
+
+
+def overlapping() -> None:
+    """A kernel with launch_pdl, and no other, may begin before the one in front of it ends."""
+
+    def early_but_the_first(i: int, step: Any) -> dict[str, Any]:
+        return {"launch_pdl": True} if i > 0 and step.kernel is not None else {}
+
+    with changed(early_but_the_first):
+        compare(PLAIN)
+        t = tensors_of(PLAIN)
+        with fake_gpu.recorded() as launches:
+            forward(t, 0.0)
+        assert [launch.early for launch in launches] == [False, True]
+        assert [launch.attributes for launch in launches] == [0, 1]
+    compare(PLAIN)
+    with fake_gpu.recorded() as launches:
+        forward(t, 0.0)
+    assert not any(launch.early for launch in launches)
+
+
+def accumulated() -> None:
+    """A product with accumulate is added to what is in the output, in place, as Triton's is."""
+    t = tensors_of(PLAIN)
+    product = t["x"] @ t["weight"].T
+
+    def doubled(*args: Any) -> Any:
+        # Only products, for the fake GPU computes nothing: the first sets out, the second adds.
+        made = forward_recipe(*args)
+        (first,) = [step for step in made.steps if step.kernel is None]
+        second = first._replace(arguments={**first.arguments, "accumulate": True})
+        return made._replace(steps=(first, second))
+
+    with planned("cublas"):
+        forward_recipe = calls.forward_recipe
+        calls.forward_recipe = doubled
+        try:
+            y = forward(t, 0.0)["y"]
+            expected = torch.addmm(product, t["x"], t["weight"].T)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0)
+            torch.testing.assert_close(triton_forward(t, 0.0)["y"], expected, rtol=0, atol=0)
+        finally:
+            calls.forward_recipe = forward_recipe
 
 
 def few() -> None:
@@ -265,7 +337,7 @@ def errors() -> None:
     fake_gpu._library().adalora_fake_declare(function, 0, None)
     with fake_gpu.recorded():
         found = [error_of(lambda: forward(t, 0.0))]
-    assert "cuLaunchKernel failed: invalid resource handle (CUDA error 400)" in found[0]
+    assert "cuLaunchKernelEx failed: invalid resource handle (CUDA error 400)" in found[0]
     # A thread without a context asks for that of its device, and there are eight.
     fake_gpu.set_device(9)
     try:
@@ -309,7 +381,8 @@ def none_served() -> None:
 
 
 SCENARIOS = {
-    **{f.__name__: f for f in (paths, few, tf32, dropout_rates, buckets, threads, fork, devices)},
+    **{f.__name__: f for f in (paths, few, tf32, overlapping, accumulated, buckets, threads)},
+    **{f.__name__: f for f in (dropout_rates, fork, devices)},
     **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),

@@ -17,7 +17,8 @@ from adalora_kernels import _extension, ops
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = [
-    *("paths", "few", "tf32", "dropout_rates", "buckets", "random_60", "threads", "fork"),
+    *("paths", "few", "overlapping", "accumulated", "tf32", "dropout_rates", "buckets"),
+    *("random_60", "threads", "fork"),
     *("devices", "seeds", "refused", "forgotten", "none_served", "errors"),
 ]
 LONG = ["all_combinations", "random_1000"]

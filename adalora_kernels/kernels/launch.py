@@ -34,11 +34,15 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> 
         _recording.append(_record(name, grid, kernel, arguments))
 
 
-def launch_cublas(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Compute out (M, N) = x (M, K)·w (K, N) + bias by torch, which calls cuBLAS."""
+def launch_cublas(
+    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool = False
+) -> None:
+    """Compute out (M, N) = x (M, K)·w (K, N) + bias, or out += x·w, by torch, i.e. cuBLAS."""
     if _recording is not None:
-        arguments = {"x": x, "w": w, "bias": bias, "out": out}
+        arguments = {"x": x, "w": w, "bias": out if accumulate else bias, "out": out}
         _recording.append(_record("cublas", (), None, arguments))
+    elif accumulate:
+        torch.addmm(out, x, w, out=out)
     elif bias is None:
         torch.mm(x, w, out=out)
     else:
