@@ -8,6 +8,7 @@
 #include <string.h>
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, INVALID_HANDLE = 400 };
+enum { CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, RELAXED = 2 };
 enum { DEVICES = 8, MOST_PARAMETERS = 128, FREE_SHARED_MEMORY = 48 << 10 };
 
 // A function handle points to one of these. What it takes is declared when Triton loads it.
@@ -28,7 +29,10 @@ struct Launch {
 // launcher that it launches for the fake GPU.
 int adalora_fake_device = 0;
 // Counted always; launches are written down only while adalora_fake_record(1) holds.
-long adalora_fake_launches = 0, adalora_fake_errors = 0;
+long adalora_fake_launches = 0, adalora_fake_errors = 0, adalora_fake_loads = 0;
+// Set to 1 while a graph is being captured, in the mode that torch takes, which is global. A thread
+// that loads code then makes it -1, for the capture has failed.
+int adalora_fake_capture = 0;
 
 static int recording = 0;
 static size_t recorded = 0, room = 0;
@@ -36,6 +40,7 @@ static struct Launch* records = NULL;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char contexts[DEVICES];
 static _Thread_local void* current = NULL;
+static _Thread_local int capture_mode = 0;
 
 static int failed(int error) {
   __atomic_fetch_add(&adalora_fake_errors, 1, __ATOMIC_RELAXED);
@@ -61,6 +66,7 @@ size_t adalora_fake_recorded(struct Launch** launches) {
 
 static int launch(const struct Launch* what, void** parameters) {
   if (!current) return failed(INVALID_CONTEXT);
+  if (adalora_fake_capture < 0) return failed(CAPTURE_INVALIDATED);
   struct Function* f = what->function;
   if (what->shared_memory > FREE_SHARED_MEMORY && what->shared_memory > f->shared_memory)
     return failed(INVALID_VALUE);
@@ -142,8 +148,19 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   return *context = &contexts[device], 0;
 }
 
-// Modules and functions: every one has a handle of its own.
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  return capture_mode = *mode, *mode = before, 0;
+}
+
+// Modules and functions: every one has a handle of its own. Nothing here allocates memory of a
+// device: whoever wants to finds no such function.
 int cuModuleLoadData(void** module, const void* image) {
+  if (adalora_fake_capture && capture_mode != RELAXED) {
+    adalora_fake_capture = -1;
+    return failed(CAPTURE_UNSUPPORTED);
+  }
+  __atomic_fetch_add(&adalora_fake_loads, 1, __ATOMIC_RELAXED);
   return (*module = malloc(1)) ? 0 : failed(OUT_OF_MEMORY);
 }
 int cuModuleGetFunction(struct Function** function, void* module, const char* name) {
@@ -173,7 +190,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return failed(INVALID_VALUE);
 }
 int cuGetErrorString(int error, const char** text) {
-  return *text = error == INVALID_CONTEXT  ? "invalid device context"
+  return *text = error == CAPTURE_UNSUPPORTED   ? "operation not permitted when stream is capturing"
+                 : error == CAPTURE_INVALIDATED ? "operation failed due to a previous error"
+                 : error == INVALID_CONTEXT ? "invalid device context"
                  : error == INVALID_HANDLE ? "invalid resource handle"
                  : error == OUT_OF_MEMORY  ? "out of memory"
                  : error == INVALID_VALUE  ? "invalid argument"

@@ -59,10 +59,11 @@ class TensorMap(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Launches, and calls that the driver refused."""
+    """Launches, calls that the driver refused, and how often code was loaded."""
 
     launches: int
     errors: int
+    loads: int
 
 
 def why_not() -> str | None:
@@ -193,6 +194,23 @@ def counts() -> Counts:
     """Count what the driver was asked for in this process."""
     numbers = (ctypes.c_long.in_dll(_library(), f"adalora_fake_{n}") for n in Counts._fields)
     return Counts(*(number.value for number in numbers))
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Refuse in this context what is refused while a graph is being captured, and at its end.
+
+    Raises:
+        RuntimeError: something was refused, so that the capture has failed.
+    """
+    capture = ctypes.c_int.in_dll(_library(), "adalora_fake_capture")
+    capture.value = 1
+    try:
+        yield
+        if capture.value < 0:
+            raise RuntimeError("the capture of a graph has failed")
+    finally:
+        capture.value = 0
 
 
 class _Function(ctypes.Structure):

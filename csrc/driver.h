@@ -65,6 +65,20 @@ class Driver {
     }
   }
 
+  // While there is one, its thread may load code although a graph is being captured, of which
+  // loading is no part.
+  class MayLoad {
+   public:
+    explicit MayLoad(const Driver& driver) : driver_(driver) { driver_.exchange_mode_(&mode_); }
+    ~MayLoad() { driver_.exchange_mode_(&mode_); }
+    MayLoad(const MayLoad&) = delete;
+    MayLoad& operator=(const MayLoad&) = delete;
+
+   private:
+    const Driver& driver_;
+    int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+  };
+
  private:
   // As cuda.h has them: CUlaunchAttribute, whose value is a union of 64 bytes, and CUlaunchConfig.
   struct Attribute {
@@ -90,12 +104,13 @@ class Driver {
     find(get_device_, "cuDeviceGet");
     find(retain_context_, "cuDevicePrimaryCtxRetain");
     find(launch_, "cuLaunchKernelEx");
+    find(exchange_mode_, "cuThreadExchangeStreamCaptureMode");
     find(encode_, "cuTensorMapEncodeTiled");
     find(fake_device, "adalora_fake_device");
     int (*get_version)(int*) = nullptr;
     find(get_version, "cuDriverGetVersion");
     if (!get_error_ || !get_context_ || !set_context_ || !get_device_ || !retain_context_ ||
-        !launch_ || !get_version || get_version(&version_) != 0) {
+        !launch_ || !exchange_mode_ || !get_version || get_version(&version_) != 0) {
       library_ = nullptr;
     }
   }
@@ -119,6 +134,7 @@ class Driver {
   int (*get_device_)(int*, int);
   int (*retain_context_)(void**, int);
   int (*launch_)(const Config*, void*, void**, void**);
+  int (*exchange_mode_)(int*);
   int (*encode_)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                  const uint32_t*, int, int, int, int);
 };

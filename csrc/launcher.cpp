@@ -70,7 +70,7 @@ Key key_of(const Call& call) {
   // Presence and alignment of each tensor that it gets.
   for (int64_t i = of_x; i <= of_grad_y; i++) {
     const bool is_there = call.tensors[i].handle != nullptr;
-    const bool is_aligned = reinterpret_cast<uintptr_t>(call.data[i]) % 16 == 0;
+    const bool is_aligned = call[static_cast<Array>(i)].is_aligned();
     flags |= (is_there + 2LL * is_aligned) << (4 + 2 * i);
   }
   int64_t dtypes = 0;
@@ -85,8 +85,9 @@ Key key_of(const Call& call) {
 
 // Lets Python make a recipe; null where it can't now, and may another time. It catches what is an
 // error, so that only an interruption gets here.
-std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
+std::shared_ptr<const Recipe> make_recipe(const Driver& driver, const Call& call, const Key& key) {
   Plans::get().misses++;
+  const Driver::MayLoad may_load(driver);
   StableIValue stack[12];
   size_t next = 0;
   for (const Array array :
@@ -217,7 +218,7 @@ bool serve(Call& call) {
   if (!make_readable(call)) return false;
   const Key key = key_of(call);
   std::shared_ptr<const Recipe> recipe = Plans::get().find(key);
-  if (recipe == nullptr) recipe = make_recipe(call, key);
+  if (recipe == nullptr) recipe = make_recipe(*driver, call, key);
   if (recipe == nullptr || recipe->steps.empty()) return false;
   if (!(call.is_backward ? make_backward(call) : make_forward(call))) return false;
   if (!make_workspace(call, *recipe)) return false;

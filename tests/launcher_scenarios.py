@@ -12,10 +12,10 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher_captures import captured_first, captured_later
 from launcher_runs import (
     BF16,
     DROPOUT,
@@ -33,8 +33,8 @@ from launcher_runs import (
     library,
     tensors_of,
     torch,
-    triton_forward,
 )
+from launcher_steps import accumulated, overlapping, planned
 from launcher_threads import devices, fork, threads
 
 from adalora_kernels.kernels.svd_linear import calls, plans
@@ -71,94 +71,6 @@ def paths() -> None:
             passes = ["g_pass", "g_reduce", "x_pass", "x_reduce"]
             launched = ["down", "low_rank_add", "cublas", *passes, "low_rank_add", "cublas"]
             assert compare(problem) == launched
-
-
-class planned:
-    """A context in which every plan takes this path, where it can."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.choose = plans.choose
-        forget()
-        plans.choose = lambda device, problem, path, *rest: self.choose(
-            device, problem, self.path, *rest
-        )
-
-    def __exit__(self, *error: object) -> None:
-        plans.choose = self.choose
-        forget()
-
-
-class changed:
-    """A context in which a function changes the arguments of every step of every recipe."""
-
-    def __init__(self, change: Callable[[int, Any], dict[str, Any]]) -> None:
-        self.change = change
-
-    def __enter__(self) -> None:
-        self.recipes = calls.forward_recipe, calls.backward_recipe
-        forget()
-        calls.forward_recipe, calls.backward_recipe = map(self._changed, self.recipes)
-
-    def __exit__(self, *error: object) -> None:
-        calls.forward_recipe, calls.backward_recipe = self.recipes
-        forget()
-
-    def _changed(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        def recipe(*args: Any) -> Any:
-            made = make(*args)
-            steps = [
-                step._replace(arguments={**step.arguments, **self.change(i, step)})
-                for i, step in enumerate(made.steps)
-            ]
-            return made._replace(steps=tuple(steps))
-
-        return recipe
-
-
-def overlapping() -> None:
-    """A kernel with launch_pdl, and no other, may begin before the one in front of it ends."""
-
-    def early_but_the_first(i: int, step: Any) -> dict[str, Any]:
-        return {"launch_pdl": True} if i > 0 and step.kernel is not None else {}
-
-    with changed(early_but_the_first):
-        compare(PLAIN)
-        t = tensors_of(PLAIN)
-        with fake_gpu.recorded() as launches:
-            forward(t, 0.0)
-        assert [launch.early for launch in launches] == [False, True]
-        assert [launch.attributes for launch in launches] == [0, 1]
-    compare(PLAIN)
-    with fake_gpu.recorded() as launches:
-        forward(t, 0.0)
-    assert not any(launch.early for launch in launches)
-
-
-def accumulated() -> None:
-    """A product with accumulate is added to what is in the output, in place, as Triton's is."""
-    t = tensors_of(PLAIN)
-    product = t["x"] @ t["weight"].T
-
-    def doubled(*args: Any) -> Any:
-        # Only products, for the fake GPU computes nothing: the first sets out, the second adds.
-        made = forward_recipe(*args)
-        (first,) = [step for step in made.steps if step.kernel is None]
-        second = first._replace(arguments={**first.arguments, "accumulate": True})
-        return made._replace(steps=(first, second))
-
-    with planned("cublas"):
-        forward_recipe = calls.forward_recipe
-        calls.forward_recipe = doubled
-        try:
-            y = forward(t, 0.0)["y"]
-            expected = torch.addmm(product, t["x"], t["weight"].T)
-            torch.testing.assert_close(y, expected, rtol=0, atol=0)
-            torch.testing.assert_close(triton_forward(t, 0.0)["y"], expected, rtol=0, atol=0)
-        finally:
-            calls.forward_recipe = forward_recipe
 
 
 def few() -> None:
@@ -382,7 +294,7 @@ def none_served() -> None:
 
 SCENARIOS = {
     **{f.__name__: f for f in (paths, few, tf32, overlapping, accumulated, buckets, threads)},
-    **{f.__name__: f for f in (dropout_rates, fork, devices)},
+    **{f.__name__: f for f in (dropout_rates, fork, devices, captured_first, captured_later)},
     **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),
