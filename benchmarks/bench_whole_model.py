@@ -155,7 +155,7 @@ def _right_providers(case: Case, context: Context, outcome: Outcome) -> dict[str
 
 def missing_kernels(device: torch.device) -> str:
     """Say why the importance update is plain PyTorch on a GPU; empty where it is not."""
-    found = {op.op: op for op in ops.implementations(device.type)}["importance_update_"]
+    found = {op.op: op for op in ops.implementations(device)}["importance_update_"]
     why = found.why_not_faster if device.type == "cuda" else ""
     return why and f"importance_update_ is {found.name}: {why}"
 

@@ -155,7 +155,7 @@ def named(launches: list[fake_gpu.Launch], tensors: dict[str, Any]) -> list[Any]
             rest = rest[:2] + bytes([rest[2] & ~0x20]) + rest[3:]
         return name, rest
 
-    translate = [(launch[:7], list(map(translated, launch.parameters))) for launch in launches]
+    translate = [(launch[:8], list(map(translated, launch.parameters))) for launch in launches]
     return [*translate, sorted(value - min(met) for value in met)]
 
 
