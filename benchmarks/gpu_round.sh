@@ -82,16 +82,17 @@ sys.exit(any(o.why_not_faster for o in ops.implementations('$device') if 'import
 }
 
 build() {
-  local what=cuda capability
+  local command=("$python" setup.py build_ext) capability
   if ((rehearse)); then
-    what=none
-  elif serves; then
+    command+=(--build-lib build/rehearsed --build-temp build/rehearsed)
+    required build 90 env ADALORA_KERNELS_BUILD=cpu "${command[@]}"
     return
   fi
+  serves && return
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>>"$log" | head -n 1)
   [[ -n $capability ]] && export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-  required build 90 env ADALORA_KERNELS_BUILD=$what MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
-    "$python" setup.py build_ext --inplace
+  required build 90 env ADALORA_KERNELS_BUILD=cuda MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    "${command[@]}" --inplace
 }
 
 # parallel MOST OPTION...: pytest's options for at most so many processes; none without xdist.
