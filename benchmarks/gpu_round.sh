@@ -32,8 +32,8 @@ failed=0
 # The stages in their order, and the seconds that are kept for each of those that are to come.
 stages="environment build numerics allocation host train_step svd_linear tune tuned report tests
   sanitizers"
-declare -A least=([environment]=30 [numerics]=50 [allocation]=40 [host]=25 [train_step]=45
-  [svd_linear]=110 [tune]=60 [tuned]=70 [report]=15 [tests]=60)
+declare -A least=([environment]=30 [numerics]=45 [allocation]=40 [host]=25 [train_step]=60
+  [svd_linear]=100 [tune]=60 [tuned]=70 [report]=15 [tests]=60)
 reserved=0
 
 if ((rehearse)); then

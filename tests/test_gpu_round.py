@@ -66,7 +66,7 @@ def test_round_does_first_what_is_wanted_most(round_, tmp_path, no_xdist):
     assert optional == names[13:] and all("svd_linear_kernels" in name for name in optional)
     # No stage takes what those after it need.
     assert sum(map(int, limits.values())) - int(limits["build"]) >= 505
-    assert int(limits["train_step"]) <= 580 - 110 - 60 - 70 - 15 - 60
+    assert int(limits["train_step"]) <= 580 - 100 - 60 - 70 - 15 - 60
     # The command, and what the interpreter says of it.
     processes = [] if no_xdist else ["6", "6", "14", "14"]
     assert re.findall(r" -n (\d+)", log.replace("tail -n", "")) == processes
