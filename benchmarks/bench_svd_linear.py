@@ -1,7 +1,4 @@
-"""One AdaLoRA layer against the frozen linear layer, which is the floor, and the other providers.
-
-python -m benchmarks.bench_svd_linear   # one call of each path at 8192x4096x4096, for a profiler
-"""
+"""One AdaLoRA layer against the frozen linear layer, its floor, and the other providers."""
 
 from __future__ import annotations
 
@@ -171,19 +168,3 @@ def guarded() -> list[Case]:
 
 
 bench_svd_linear = time_alone
-
-
-def profile() -> None:
-    """Call F.linear and each path, first to compile, then between the profiler's marks."""
-    layer, device = Layer(4096, 4096, GOAL_M, GOAL_R), torch.device("cuda")
-    inputs, found = layers.make_inputs(layer, device), layers.providers_of(layer, device)
-    for begin in (lambda: None, torch.cuda.profiler.start):
-        begin()
-        for name in (BASELINE, *layer.paths):
-            found[name].call(BACKWARD, inputs)
-        torch.cuda.synchronize(device)
-    torch.cuda.profiler.stop()
-
-
-if __name__ == "__main__":
-    profile()
