@@ -252,7 +252,7 @@ class Step:
         settings |= {"with torch.compile": True} if self.compiled else {}
         goals = {(name, measure): goal for name in OURS for measure, goal in GOALS.items()}
         # A guess for a GPU: to make the models, and to compile one.
-        seconds = 120.0 if self.compiled else 20.0
+        seconds = 120.0 if self.compiled else 20.0 if self.model is LLAMA else 12.0
         names = (LORA, FROZEN, PEFT, APPLIED, *([COMPILED] if self.compiled else []))
         return Case("training step", settings, names, goals, self, expected_seconds=seconds)
 

@@ -19,7 +19,7 @@ rehearse=0
 [[ ${1:-} == --rehearse ]] && rehearse=1 && shift
 python=${PYTHON:-python3}
 out=$(realpath -m "${OUT:-build/gpu_round}")
-seconds_in_all=${ROUND_SECONDS:-580}
+seconds_in_all=${ROUND_SECONDS:-575}
 mkdir -p "$out" || exit
 rm -f "$out/launch_table.json"
 # What is tuned here is used by what follows, and nothing that was tuned before.
@@ -32,8 +32,8 @@ failed=0
 # The stages in their order, and the seconds that are kept for each of those that are to come.
 stages="environment build numerics allocation host train_step svd_linear tune tuned report tests
   sanitizers"
-declare -A least=([environment]=30 [numerics]=45 [allocation]=40 [host]=25 [train_step]=60
-  [svd_linear]=100 [tune]=60 [tuned]=70 [report]=15 [tests]=60)
+declare -A least=([environment]=30 [numerics]=45 [allocation]=45 [host]=36 [train_step]=60
+  [svd_linear]=115 [tune]=55 [tuned]=70 [report]=12 [tests]=55)
 reserved=0
 
 if ((rehearse)); then
@@ -111,8 +111,8 @@ numerics() {
     --benchmark-disable -k "not curve" $(parallel 6 --dist loadgroup)
 }
 
-# bench NAME MOST FILE OPTION...: a bench. The start of the process is not counted in its seconds,
-# nor what a case takes longer than expected, hence the difference.
+# bench NAME MOST FILE OPTION...: a bench. What is not counted in its seconds is the start of the
+# process, up to 14 s, and what a case takes longer than expected, hence the difference.
 bench() {
   local name=$1 most=$2 file=$3 seconds=$(left)
   shift 3
@@ -121,7 +121,7 @@ bench() {
   # pytest-benchmark would time each provider once more, alone.
   required "$name" "$most" "$python" -m pytest "benchmarks/bench_$file.py" "${on[@]}" \
     --benchmark-timer=time.perf_counter --benchmark-max-time=0 --out "$out/results/$name.json" \
-    --seconds $((seconds > 30 ? seconds - 15 : seconds / 2)) "$@"
+    --seconds $((seconds > 44 ? seconds - 22 : seconds / 2)) "$@"
 }
 
 allocation() { bench allocation 60 whole_model; }
@@ -144,7 +144,7 @@ sys.exit(command.main(sys.argv[1:]))" --tune --rows 16 --shapes 32x48 --ranks 8 
 }
 
 # The goals again, with the plans that were found.
-tuned() { bench svd_linear_tuned 150 svd_linear -k "not curve"; }
+tuned() { bench svd_linear_tuned 150 svd_linear -k "not curve and not 0.1"; }
 
 report() {
   required report 20 "$python" -m benchmarks.report --results "$out/results" \
