@@ -132,7 +132,7 @@ svd_linear() { bench svd_linear 300 svd_linear; }
 
 # Measures the plans of the goal shapes; what it writes is for kernels/svd_linear/launch_table.json.
 tune() {
-  local command=(-m adalora_kernels --tune --rows 8192 64 16)
+  local command=(-m adalora_kernels --tune --rows 8192 64)
   if ((rehearse)); then
     command=(-c "import sys, torch; from adalora_kernels import __main__ as command
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0

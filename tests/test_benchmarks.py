@@ -261,6 +261,9 @@ def test_cases_and_goals_are_those_of_the_design():
             curves.add((case.work, case.curve))
             goals = limits.setdefault((context.for_gpu, case.work), set())
             goals |= {goal for (_, measure), goal in case.goals.items() if "time" in measure}
+    for bench in BENCHES:  # Where the time is short, curves are what is left out.
+        on_curves = [case.curve is not None for case in bench.cases(GPU)]
+        assert sorted(on_curves) == on_curves
     both = "one layer, forward + backward"
     assert curves >= {("masking step", "matrices"), ("orthogonality", "r"), (both, "M")}
     assert limits[True, "one layer, forward"] == {"<= 1.03", "<= 1.05", "<= 1.06", "<= 1.1"}
