@@ -80,6 +80,17 @@ def _only_a_default_device() -> bool:
     return all(type(mode) is DeviceContext for mode in stack)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that autocast wants on such devices; None where it is off or unknown."""
+    # Of a device without autocast the second question may not be asked. The first is nothing that
+    # torch.compile of torch 2.11 knows, so it is not asked where the answer is known.
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether `t` is a tensor or a parameter of PyTorch's own classes, and not of a subclass."""
     return type(t) in _PLAIN
