@@ -162,9 +162,13 @@ def _gemm_kernel(
         tile_m, tile_n = _tile_order(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         h = tl.zeros((BLOCK_M, R_PAD), tl.float32)
-        # Dropout is that of the low-rank term alone, which comes first then. Otherwise it comes
-        # last, so that the latency of its loads hides.
-        if dropout.seed_ptr is not None:
+        # Without dropout the low-rank term comes last, so that the latency of its loads hides.
+        # Dropout is that of the term alone. In half precision it comes first then, and one
+        # accumulator is enough. In float32 each product would be rounded to the last place of the
+        # term, which may be far larger, and so the term has an accumulator of its own.
+        HALF: tl.constexpr = DTYPE.primitive_bitwidth == 16
+        FIRST: tl.constexpr = dropout.seed_ptr is not None and HALF
+        if FIRST:
             acc = _low_rank_product(
                 acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
@@ -194,6 +198,12 @@ def _gemm_kernel(
             acc = _low_rank_product(
                 acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
+        elif not FIRST:
+            term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            term = _low_rank_product(
+                term, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+            )
+            acc += _drop(term, dropout, tile_m, tile_n, N, ALIGNED)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE, TMA)
