@@ -1,7 +1,7 @@
 """Every kernel in every shipped configuration, compiled for GPUs that are not here.
 
 Nothing is run: what is read is the resource usage, and which instructions were made. Prints a
-table of it with `pytest -s`. Also run under the oldest supported triton (`make compile-oldest`).
+table of it with `pytest -s`. `make compile-others` runs it under other versions of triton.
 """
 
 import functools
