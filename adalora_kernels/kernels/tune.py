@@ -18,7 +18,6 @@ from .svd_linear.plans import (
     device_of,
     gemm_candidates,
     is_allowed,
-    one_pass_blocks,
     padded_rank,
 )
 
@@ -72,11 +71,7 @@ def candidates(device: Device, problem: Problem) -> list[Plan]:
     """List every plan that is worth a measurement."""
     gemms = gemm_candidates(device, problem)
     # cuBLAS chooses its own blocks.
-    blocks = {
-        "two_pass": gemms,
-        "one_pass": [one_pass_blocks(device, problem.M)],
-        "cublas": gemms[:1],
-    }
+    blocks = {"two_pass": gemms, "fused": [b for b in gemms if b.is_large], "cublas": gemms[:1]}
     return [Plan(path, b) for path in PATHS if is_allowed(path, problem) for b in blocks[path]]
 
 
