@@ -57,9 +57,8 @@ def few_rows_cases(family):
 
 def fused_cases(family):
     if family == "sm_90":
-        blocks = [blocks for blocks in plans.GEMM[family] if blocks.is_large]
-        kinds = ((BF16, BF16, 16), (BF16, FP32, 16), (BF16, FP32, 32), (FP16, FP16, 32))
-        for (i, tile), (dtype, adapter, r) in itertools.product(enumerate(blocks), kinds):
+        kinds = ((BF16, BF16, 16), (BF16, FP32, 16), (FP16, FP16, 16))
+        for (i, tile), (dtype, adapter, r) in itertools.product(enumerate(plans.FUSED), kinds):
             options = {"dtype": dtype, "adapter": adapter, "r": r, "blocks": tile}
             yield Case(family, f"fused{i}", path="fused", parts=("forward",), **options)
 
@@ -174,7 +173,10 @@ def test_resources(compiled, family, quick):
 def test_every_shipped_configuration_is_compiled():
     for family in SHARED_MEMORY:
         shipped = {*plans.GEMM[family], plans.GEMM_GENERAL}
-        shipped |= set(itertools.chain(*plans.FEW_ROWS[family]))
+        shipped |= {
+            *itertools.chain(*plans.FEW_ROWS[family]),
+            *plans.FUSED[: family == "sm_90" and 2],
+        }
         device = plans.Device("", family, 132)
         shipped |= {
             plans.pass_blocks(kernel, device, r, BF16, True, True)._replace(tma=False)

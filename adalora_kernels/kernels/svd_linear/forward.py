@@ -134,7 +134,9 @@ def _split(call: Call, blocks: plans.Blocks) -> tuple[Step, Made]:
         "num_warps": 4,
         "num_stages": 1,
     }
-    return Step(_split_kernel, (ceil_div(call.K, 128),), arguments), Made(a_parts, ready, call.h)
+    return Step(_split_kernel, (ceil_div(call.K, 128),), arguments), Made(
+        parts, a_parts, ready, call.h
+    )
 
 
 def _can_fuse(call: Call) -> bool:
@@ -157,8 +159,8 @@ def forward_recipe(call: Call) -> Recipe:
             split, made = _split(call, plan.gemm)
             h = call.h._replace(shape=(1, *call.h.shape))
             term = (LowRank(h, call.B, None, call.R, 1, call.R), call.e, NO_DROPOUT)
-            workspace = (Part(made.a_parts, -1), Part(made.ready, 0))
-            return Recipe(workspace, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
+            made_from = (Part(made.a_parts, -1), Part(made.ready, 0))
+            return Recipe(made_from, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
     down, parts = _down(call)
     # The kernel of the low-rank term stores h, unless the one part is h itself.
     out_h = None if parts.name == "h" else call.h

@@ -29,7 +29,9 @@ from .common import (
 from .plans import Blocks
 
 # Row blocks whose tiles are computed at the same time.
-_GROUP_M = 4
+_GROUP_M = 8
+# Shared memory for what is under way while h is made.
+_H_BYTES = 200 * 2**10
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,6 +41,7 @@ class Made(NamedTuple):
     a_parts (parts · R_PAD, K) are summands of A in the type of x, ready (row blocks,) zeros.
     """
 
+    parts: int
     a_parts: Array
     ready: Array
     out_h: Array
@@ -134,6 +137,7 @@ def _make_h(
     R,
     R_PAD: tl.constexpr,
     A_ROWS: tl.constexpr,
+    H_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,8 +150,8 @@ def _make_h(
     tiles_m = tl.cdiv(M, BLOCK_M)
     programs = tl.num_programs(0)
     makers = programs - tiles_m * tl.cdiv(N, BLOCK_N) % programs
-    # A row block takes about a quarter of the time of a tile.
-    if tl.cdiv(tiles_m, makers) > 3:
+    # A row block takes nearly as long as a tile.
+    if tl.cdiv(tiles_m, makers) > 2:
         makers = programs
     if _INTERPRETED:
         makers = 1  # One program after the other.
@@ -157,7 +161,7 @@ def _make_h(
     ranks = tl.arange(0, R_PAD)
     for block in range(tl.program_id(0), blocks, makers):
         parts = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
-        for k in range(0, K, BLOCK_K):
+        for k in tl.range(0, K, BLOCK_K, num_stages=H_STAGES):
             x_tile = x.load([block * BLOCK_M, k])
             a_tile = a.load([0, k])
             fresh = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
@@ -196,6 +200,7 @@ def _gemm_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     A_ROWS: tl.constexpr,
+    H_STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -212,7 +217,7 @@ def _gemm_kernel(
         wait_for_previous(PDL)
         _make_h(
             x, a, out_h_ptr, ready_ptr, M, N, K, low_rank.R,
-            R_PAD, A_ROWS, BLOCK_M, BLOCK_N, BLOCK_K,
+            R_PAD, A_ROWS, H_STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -289,7 +294,7 @@ def gemm(
     """
     k, n = w.of(call.M)
     by_rows = w.strides is not None and w.strides[1] != 1
-    a_rows = plans.padded_rank(made.a_parts.shape[0]) if made else 0
+    a_rows = plans.padded_rank(made.parts * call.r_pad) if made else 0
 
     def tiles(matrix: Array, rows: int, columns: int) -> Array | Tile:
         return Tile(matrix, (rows, columns)) if blocks.tma else matrix
@@ -317,6 +322,7 @@ def gemm(
         "TMA": blocks.tma,
         "W_BY_ROWS": by_rows,
         "A_ROWS": a_rows,
+        "H_STAGES": _H_BYTES // ((blocks.m + a_rows) * blocks.k * x.dtype.itemsize),
         "R_PAD": call.r_pad,
         "SPLITS": low_rank.splits,
         "BLOCK_M": blocks.m,

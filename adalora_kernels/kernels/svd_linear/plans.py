@@ -18,7 +18,7 @@ from ..launch import ceil_div
 
 PATHS: tuple[str, ...] = ("two_pass", "fused", "cublas")
 # Up to which tiles are those of FEW_ROWS, and up to which h is made within the GEMM.
-MOST_FEW_ROWS, FUSED_RANKS = 64, 32
+MOST_FEW_ROWS, FUSED_RANKS = 64, 16
 # Each part of a sum over K is read again by every tile of the GEMM.
 MOST_SPLITS = 8
 _SHIPPED = Path(__file__).with_name("launch_table.json")
@@ -81,6 +81,7 @@ GEMM = {
     "sm_90": (
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
+        Blocks(64, 128, 64, 4, 4, tma=True),
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
     "sm_100": (
@@ -90,6 +91,8 @@ GEMM = {
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
 }
+# Those of the path "fused", whose programs make h in blocks of as many rows.
+FUSED = (Blocks(256, 128, 64, 8, 4, tma=True), Blocks(128, 128, 64, 8, 4, tma=True))
 # Those of at most 16 rows, and of at most MOST_FEW_ROWS, where reading w is what counts: largest
 # tile first, with as much of w under way as its multiprocessor needs.
 FEW_ROWS = {
@@ -143,10 +146,12 @@ def pass_blocks(
     return blocks._replace(m=min(blocks.m, most), n=n, k=k, stages=stages)
 
 
-def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
-    """List the GEMM's configurations with registers and memory enough, largest tile first."""
+def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") -> list[Blocks]:
+    """List a path's configurations with registers and memory enough, largest tile first."""
     if problem.dtype == torch.float32:
         return [GEMM_GENERAL]
+    if path == "fused":
+        return list(FUSED)
     if problem.M <= MOST_FEW_ROWS:
         return list(FEW_ROWS[device.family][0 if problem.M <= 16 else 1])
     candidates = GEMM[device.family]
@@ -155,6 +160,17 @@ def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
         widest = 64 if device.family == "sm_100" and problem.r_pad > 16 else 128
         return [b for b in candidates if b.n <= widest]
     return list(candidates)
+
+
+def _blocks(device: Device, problem: Problem, path: str) -> Blocks:
+    """Return the largest tile of which there are enough to keep most multiprocessors busy."""
+    candidates = gemm_candidates(device, problem, path)
+    enough = (b for b in candidates if _tiles(problem, b) >= 0.7 * device.sms)
+    return next(enough, candidates[-1])
+
+
+def _tiles(problem: Problem, blocks: Blocks) -> int:
+    return ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n)
 
 
 def is_allowed(path: str, problem: Problem) -> bool:
@@ -196,35 +212,30 @@ def choose(
     measured = _table(device.name).get(problem._replace(M=bucket(problem.M)))
     if measured is not None and measured.path in paths:
         return measured
-    path = min(paths, key=lambda path: predicted_seconds(path, device.family, problem))
-    candidates = gemm_candidates(device, problem)
-    for blocks in candidates:
-        # The largest tile of which there are enough to keep most multiprocessors busy.
-        if ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n) >= 0.75 * device.sms:
-            return Plan(path, blocks)
-    return Plan(path, candidates[-1])
+    found = [Plan(path, _blocks(device, problem, path)) for path in paths]
+    return min(found, key=lambda plan: predicted_seconds(plan, device, problem))
 
 
-# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the end of a tile in our
-# GEMM, in columns of K that take as long. Only their ratios matter. Those of sm_90 were measured,
-# on an H200. Of the others the first two are from the data sheets of an A100 80 GB, an RTX 4090 and
-# a B200, and the third is a guess, which leaves most compute-bound problems to cuBLAS.
+# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the end of a tile in
+# our GEMM, in columns of K that take as long. Only their ratios matter. Those of sm_90 were
+# measured, on an H200. Of the others the first two are from the data sheets of an A100 80 GB, an
+# RTX 4090 and a B200, and the third is a guess, which leaves most compute-bound problems to cuBLAS.
 CEILINGS = {
     "sm_80": (312e12, 2.0e12, 450),
     "sm_86": (165e12, 1.0e12, 450),
-    "sm_90": (790e12, 4.3e12, 200),
+    "sm_90": (790e12, 4.3e12, 250),
     "sm_100": (2250e12, 8.0e12, 450),
 }
 # Between the end of a kernel and the start of the one that waits for it; the least that a pass over
 # x takes, or one that writes y.
 _LAUNCH_SECONDS, _PASS_SECONDS = 1e-6, 4e-6
-# What cuBLAS takes longer where it adds to its output.
-_ACCUMULATE = 1.023
+# What cuBLAS takes longer where it adds to its output; a row block of h, in tiles' time.
+_ACCUMULATE, _ROW_BLOCK = 1.023, 0.8
 
 
-def predicted_seconds(path: str, family: str, problem: Problem) -> float:
-    """Compute the least time of a path by its FLOPs, bytes and launches (design, section 5)."""
-    flops, bandwidth, end = CEILINGS[family]
+def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
+    """Compute the least time of a plan by its FLOPs, bytes and launches (design, section 5)."""
+    flops, bandwidth, end = CEILINGS[device.family]
     dtype, M, K, N, r_pad, _ = problem
     if dtype.itemsize == 4:
         # A guess: without TF32 such a product does not run on tensor cores, ours at half the speed.
@@ -235,14 +246,22 @@ def predicted_seconds(path: str, family: str, problem: Problem) -> float:
         return max(2 * M * (K + columns) * N / flops, (x + w + y) / bandwidth)
 
     ours = gemm(r_pad + end)
-    if path == "fused":
-        return ours + _LAUNCH_SECONDS
+    if plan.path == "fused":
+        tile = 2 * plan.gemm.m * plan.gemm.n * K / flops * device.sms
+        return ours + _fused_tiles(plan.gemm, device, problem) * tile + _LAUNCH_SECONDS
     down = max(x / bandwidth, _PASS_SECONDS) + _LAUNCH_SECONDS
-    if path == "two_pass":
+    if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
         return (down if M > MOST_FEW_ROWS else 0) + ours
-    write = max(y / bandwidth, _PASS_SECONDS) + _LAUNCH_SECONDS
+    write = max(y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
     return down + write + gemm(0) * _ACCUMULATE
+
+
+def _fused_tiles(blocks: Blocks, device: Device, problem: Problem) -> float:
+    """Tell by how many tiles' time h makes the path "fused" longer (see gemm.py)."""
+    row_blocks = ceil_div(problem.M, blocks.m)
+    idle = device.sms - _tiles(problem, blocks) % device.sms
+    return max(0.0, min(ceil_div(row_blocks, idle) * _ROW_BLOCK - 1, _ROW_BLOCK))
 
 
 @functools.cache
