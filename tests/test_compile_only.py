@@ -30,7 +30,7 @@ def adapters(family):
 
 def gemm_cases(family):
     for i, blocks in enumerate(plans.GEMM[family]):
-        # The GEMM loops over 32 ranks at a time, so that more than 64 are no other code.
+        # The GEMM loops over 16 ranks at a time, so that more than 64 are no other code.
         # Adapters in bfloat16 are no more than a cast less.
         kinds = [kind for kind in adapters(family) if kind[1] <= 64 and (i == 0 or kind[0] == FP32)]
         for (adapter, r), dropout in itertools.product(kinds, (0.0, 0.1)):

@@ -32,6 +32,9 @@ from .plans import Blocks
 _GROUP_M = 8
 # Shared memory for what is under way while h is made.
 _H_BYTES = 200 * 2**10
+# Ranks that are added at a time: the fewest that `tl.dot` takes, for they lie in registers beside a
+# whole tile.
+_RANKS = tl.constexpr(16)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -70,9 +73,8 @@ def _low_rank_product(
 ):
     """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
-    STEP: tl.constexpr = min(R_PAD, 32)
-    for first in tl.range(0, R_PAD, STEP, num_stages=1):
-        ranks = first + tl.arange(0, STEP)
+    for first in tl.range(0, R_PAD, _RANKS, num_stages=1):
+        ranks = first + tl.arange(0, _RANKS)
         inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
         offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
         left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
