@@ -1,11 +1,11 @@
-"""Which dropout modules become part of an op, and what autocast asks of it."""
+"""Which dropout modules become part of an op, and how a call is recorded."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from adalora_kernels.fusing import autocast_dtype, fused_dropout_p, is_unhooked
+from adalora_kernels.fusing import autocast_dtype, fused_dropout_p, is_exporting, is_unhooked
 
 
 class OwnDropout(nn.Dropout):
@@ -91,3 +91,18 @@ def test_the_dtype_of_autocast(monkeypatch):
         assert autocast_dtype("cpu") == torch.float16
         with torch.autocast("cpu", enabled=False):
             assert autocast_dtype("cpu") is None
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x + 1 if is_exporting() else x - 1
+
+
+def test_what_is_compiled_is_not_exported(monkeypatch):
+    # So it is under torch.compile of torch 2.11.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(Asks(), fullgraph=True, backend="eager")(x), x - 1)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(Asks()(x), x - 1)
