@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, importance, launching, reference
-from .fusing import is_eager, is_plain_tensor, why_plain
+from .fusing import autocast_dtype, is_eager, is_plain_tensor, why_plain
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -55,8 +55,7 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
         first: Any = args[0]
         tensor = first if isinstance(first, Tensor) else first[0]
         device_type = tensor.device.type
-        available = torch.amp.is_autocast_available(device_type)
-        if not (available and torch.is_autocast_enabled(device_type)):
+        if autocast_dtype(device_type) is None:
             return implementation(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args, **kwargs)

@@ -28,8 +28,8 @@ launch_forward = torch.ops.adalora.launch_forward
 launch_backward = torch.ops.adalora.launch_backward
 # In maps of small matrices Triton before 3.7 leaves the bit that csrc/driver.h clears.
 _LEAVES_WRONG_BIT = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-# Nothing but a pointer is as large as this.
-_LEAST_POINTER = 1 << 40
+# Nothing but a pointer is as large as this. Some Pythons have their heap at low addresses.
+_LEAST_POINTER = 1 << 24
 
 
 class Problem(NamedTuple):

@@ -56,6 +56,7 @@ FEW = (
     PLAIN._replace(delta=True, p=0.1, grad_y="wide"),
     DROPOUT._replace(bias=True, small="second"),
     DROPOUT._replace(small="shifted"),
+    DROPOUT._replace(delta=True, small="second"),
 )
 # K of several parts: the workspace of a forward.
 LONG = PLAIN._replace(leading=(16, 20), K=2048, N=128)

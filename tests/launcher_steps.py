@@ -81,7 +81,7 @@ def accumulated() -> None:
     t = tensors_of(PLAIN)
 
     def doubled(*args: Any) -> Any:
-        # The fake GPU computes products alone, and new memory is zero here (tests/test_launcher.py).
+        # The fake GPU computes products alone; new memory is zero (tests/test_launcher.py).
         made = calls_forward(*args)
         (product,) = [step for step in made.steps if step.kernel is None]
         return made._replace(steps=(product, product))
