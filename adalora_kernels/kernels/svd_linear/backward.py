@@ -11,16 +11,30 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Size, Step
 from . import plans
-from .common import NO_E, ROWS, Call, LowRank, dot, effective_e, gradient, keep_mask
+from .common import (
+    NO_E,
+    ROWS,
+    Call,
+    LowRank,
+    best_split,
+    dot,
+    effective_e,
+    gradient,
+    keep_mask,
+    let_next_start,
+    wait_for_previous,
+)
 from .gemm import gemm, low_rank_add
 
 _SUM_BLOCK, _SUM_PARTS = 1024, 16
+# Parts of a sum that are under way at a time.
+_UNROLL = tl.constexpr(8)
 
 
 def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
-    """Split M so that parts x column blocks fill the GPU about once."""
+    """Split M so that parts x column blocks are done soonest."""
     row_blocks = ceil_div(call.M, blocks.m)
-    parts = max(1, min(call.device.sms // column_blocks, row_blocks))
+    parts = best_split(call.device.sms * blocks.programs, column_blocks, row_blocks, row_blocks)
     return ceil_div(row_blocks, parts) * blocks.m
 
 
@@ -43,11 +57,13 @@ def _g_pass_kernel(
     m_per_split,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Program (i, s) makes u[i] (M, R) and dB[s] (N, R) of columns block i and rows part s of g."""
+    let_next_start(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -58,6 +74,8 @@ def _g_pass_kernel(
     e_row = effective_e(e, ranks, R)[None, :]
     g_columns = g_ptr + columns.to(tl.int64)[None, :] * g_strides[1]
     u_block = out_u_ptr + tl.program_id(0).to(tl.int64) * M * R
+    # More ranks fill the tensor cores, so that reading g once would not be faster.
+    STACKED: tl.constexpr = R_PAD == 16
     db = tl.zeros((BLOCK_N, R_PAD), tl.float32)
     for m in range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -69,9 +87,10 @@ def _g_pass_kernel(
         h_inside = (rows[:, None] < M) & ranks_inside
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
         h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0).to(tl.float32) * e_row
-        u = dot(g, b, tl.zeros((BLOCK_M, R_PAD), tl.float32), WIDE, PRECISION)
+        u = tl.zeros((BLOCK_M, R_PAD), tl.float32)
+        u = dot(g, b, u, WIDE, PRECISION, STACKED)
         tl.store(u_block + h_offsets, u, mask=h_inside)
-        db = dot(tl.trans(g), h, db, WIDE, PRECISION)
+        db = dot(tl.trans(g), h, db, WIDE, PRECISION, STACKED)
     tl.store(out_db_ptr + split.to(tl.int64) * N * R + b_offsets, db, mask=b_inside)
 
 
@@ -96,6 +115,7 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_strides": g.strides,
         "m_per_split": m_per_split,
         **call.types(g),
+        "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         **blocks.options,
@@ -117,10 +137,13 @@ def _g_reduce_kernel(
     R,
     n_parts,
     m_parts,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     ranks = tl.arange(0, R_PAD)
     program = tl.program_id(0)
     row_blocks = tl.cdiv(M, BLOCK_M)
@@ -133,9 +156,10 @@ def _g_reduce_kernel(
     inside = (rows[:, None] < length) & (ranks[None, :] < R)
     offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
     total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
-    for part in range(parts):
-        at = parts_ptr + tl.cast(part, tl.int64) * length * R + offsets
-        total += tl.load(at, mask=inside, other=0.0)
+    for first_part in range(0, parts, _UNROLL):
+        for part in tl.static_range(_UNROLL):
+            at = parts_ptr + tl.cast(first_part + part, tl.int64) * length * R + offsets
+            total += tl.load(at, mask=inside & (first_part + part < parts), other=0.0)
     if of_rows:
         grad_h = total * effective_e(e, ranks, R)[None, :]
         tl.store(out_grad_h_ptr + offsets, grad_h, mask=inside)
@@ -164,9 +188,10 @@ def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array,
         "R": call.R,
         "n_parts": u_parts.shape[0],
         "m_parts": db_parts.shape[0],
+        "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
-        **blocks.options,
+        **call.after_another(blocks),
     }
     grid = (Count(blocks.m, plus=ceil_div(call.N, blocks.m)),)
     return Step(_g_reduce_kernel, grid, arguments), grad_h, de_parts
@@ -186,11 +211,14 @@ def _x_pass_kernel(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (i, s) makes columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x) of rows part s."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -211,7 +239,7 @@ def _x_pass_kernel(
             mask=(rows[:, None] < M) & (ranks[None, :] < R),
             other=0.0,
         )
-        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION)
+        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, R_PAD == 16)
     # Written as (R, K), like dA.
     out = out_da_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
     inside = (columns[:, None] < K) & (ranks[None, :] < R)
@@ -238,9 +266,10 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
         "m_per_split": m_per_split,
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(x),
+        "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
-        **blocks.options,
+        **call.after_another(blocks),
     }
     return Step(_x_pass_kernel, (k_blocks, m_parts), arguments), da_parts
 
@@ -257,18 +286,23 @@ def _x_reduce_kernel(
     scaling,
     m_parts,
     de_parts,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """The last program writes dE = scaling · mask ⊙ Σ parts; the others dA, `numel` entries."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
         offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
-        for part in range(m_parts):
-            at = da_parts_ptr + tl.cast(part, tl.int64) * numel + offsets
-            total += tl.load(at, mask=offsets < numel, other=0.0)
+        for first in range(0, m_parts, _UNROLL):
+            for part in tl.static_range(_UNROLL):
+                at = da_parts_ptr + tl.cast(first + part, tl.int64) * numel + offsets
+                inside = (offsets < numel) & (first + part < m_parts)
+                total += tl.load(at, mask=inside, other=0.0)
         tl.store(out_da_ptr + offsets, total, mask=offsets < numel)
     else:
         ranks = tl.arange(0, R_PAD)
@@ -299,11 +333,11 @@ def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
         "scaling": call.e.scaling,
         "m_parts": da_parts.shape[0],
         "de_parts": de_parts.shape[0],
+        "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK": _SUM_BLOCK,
         "BLOCK_PARTS": _SUM_PARTS,
-        "num_warps": 4,
-        "num_stages": 1,
+        **call.after_another(plans.Blocks(0, 0, 0, 4, 1)),
     }
     # One program more, for dE.
     return Step(_x_reduce_kernel, (ceil_div(numel, _SUM_BLOCK) + 1,), arguments)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import INTERPRETED
+from ..launch import INTERPRETED, ceil_div
 from ..recipe import Array, Count, Scalar, Size
 from . import plans
 
@@ -66,6 +66,21 @@ def gradient(t: Array) -> Array:
     return Array(f"d{t.name}", t.dtype, t.shape, (*t.of(1)[1:], 1))
 
 
+# What the start and the end of a program take, in blocks of its loop.
+_ENDS = 2
+
+
+def best_split(slots: int, columns: int, blocks: int, most: int) -> int:
+    """Split `blocks` into at most `most` parts, for each of so many columns of programs.
+
+    Return the fewest parts for which all are done soonest, if `slots` programs run at a time.
+    """
+    return min(
+        range(1, max(1, min(blocks, most)) + 1),
+        key=lambda parts: ceil_div(columns * parts, slots) * (ceil_div(blocks, parts) + _ENDS),
+    )
+
+
 NO_E = EffectiveE(None, None, 1.0)
 NO_DROPOUT = Dropout(None, 0, 1.0)
 
@@ -104,31 +119,48 @@ def _clear_low_bits(w):
 
 
 @triton.jit
-def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x·w, for w (an adapter, h or grad_h) of any floating type.
+def _split(w, DTYPE: tl.constexpr):
+    """Return three parts whose sum is w, each exact in the type that tensor cores take it in.
 
-    Not WIDE: w is rounded to the type of x. WIDE: x is half precision and w counts in float32. It
-    is split into three parts of the tensor cores' own type, whose sum is w, so that three products
-    give what a float32 product would. bfloat16 has the range for that; float16 has not, and takes
-    TF32, in which its values are exact.
+    bfloat16 has the range for that; float16 has not, and takes TF32, in which its values are exact.
     """
-    if not WIDE:
-        return dot_as_stored(x, w.to(x.dtype), acc, PRECISION)
     w = w.to(tl.float32)
-    if x.dtype == tl.bfloat16:
+    if DTYPE == tl.bfloat16:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        part = dot_as_stored(x, low, tl.zeros(acc.shape, tl.float32), "ieee")
-        part = dot_as_stored(x, middle, part, "ieee")
-        return acc + dot_as_stored(x, high, part, "ieee")
-    x = x.to(tl.float32)
-    high = _clear_low_bits(w)
-    middle = _clear_low_bits(w - high)
-    part = dot_as_stored(x, (w - high) - middle, tl.zeros(acc.shape, tl.float32), "tf32")
-    part = dot_as_stored(x, middle, part, "tf32")
-    return acc + dot_as_stored(x, high, part, "tf32")
+        return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
+    else:
+        high = _clear_low_bits(w)
+        middle = _clear_low_bits(w - high)
+        return (w - high) - middle, middle, high
+
+
+@triton.jit
+def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, STACKED: tl.constexpr = False):
+    """Return acc + x·w, for w (an adapter, h or grad_h) of any floating type.
+
+    Not WIDE: w is rounded to the type of x. WIDE: x is half precision and w counts in float32. It
+    is split into three parts, whose products with x give what a float32 product would. Tensor cores
+    cut off what they add, and what they cut off grows with the sum: these products are added in a
+    fresh accumulator, and that to acc in float32. STACKED: the parts are side by side in one
+    operand, for which x is read once instead of three times.
+    """
+    if not WIDE:
+        return dot_as_stored(x, w.to(x.dtype), acc, PRECISION)
+    low, middle, high = _split(w, x.dtype)
+    EXACT: tl.constexpr = "ieee" if x.dtype == tl.bfloat16 else "tf32"
+    x = x if x.dtype == tl.bfloat16 else x.to(tl.float32)
+    if STACKED:
+        four = tl.join(tl.join(low, high), tl.join(middle, tl.zeros_like(low)))  # [K, R, 2, 2]
+        parts = tl.reshape(tl.permute(four, (0, 2, 3, 1)), (w.shape[0], 4 * w.shape[1]))
+        product = tl.zeros((x.shape[0], 4 * w.shape[1]), tl.float32)
+        product = dot_as_stored(x, parts, product, EXACT)
+        return acc + tl.sum(tl.reshape(product, (x.shape[0], 4, w.shape[1])), axis=1)
+    else:
+        part = dot_as_stored(x, low, tl.zeros(acc.shape, tl.float32), EXACT)
+        part = dot_as_stored(x, middle, part, EXACT)
+        return acc + dot_as_stored(x, high, part, EXACT)
 
 
 @triton.jit

@@ -25,7 +25,10 @@ _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
 class Blocks(NamedTuple):
-    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0."""
+    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0.
+
+    `programs` of a pass run on a multiprocessor at a time.
+    """
 
     m: int
     n: int
@@ -33,6 +36,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    programs: int = 1
 
     @property
     def is_large(self) -> bool:
