@@ -26,9 +26,7 @@ from .common import (
 )
 from .gemm import gemm, low_rank_add
 
-_SUM_BLOCK, _SUM_PARTS = 1024, 16
-# Parts of a sum that are under way at a time.
-_UNROLL = tl.constexpr(8)
+_SUM_BLOCK = 512
 
 
 def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
@@ -156,10 +154,12 @@ def _g_reduce_kernel(
     inside = (rows[:, None] < length) & (ranks[None, :] < R)
     offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
     total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
-    for first_part in range(0, parts, _UNROLL):
-        for part in tl.static_range(_UNROLL):
-            at = parts_ptr + tl.cast(first_part + part, tl.int64) * length * R + offsets
-            total += tl.load(at, mask=inside & (first_part + part < parts), other=0.0)
+    # Several parts are under way at a time.
+    PARTS: tl.constexpr = max(1, 4096 // (BLOCK_M * R_PAD))
+    for first_part in range(0, parts, PARTS):
+        part = (first_part + tl.arange(0, PARTS))[:, None, None]
+        at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :, :]
+        total += tl.sum(tl.load(at, mask=inside[None, :, :] & (part < parts), other=0.0), axis=0)
     if of_rows:
         grad_h = total * effective_e(e, ranks, R)[None, :]
         tl.store(out_grad_h_ptr + offsets, grad_h, mask=inside)
@@ -298,11 +298,11 @@ def _x_reduce_kernel(
     if program < tl.num_programs(0) - 1:
         offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, m_parts, _UNROLL):
-            for part in tl.static_range(_UNROLL):
-                at = da_parts_ptr + tl.cast(first + part, tl.int64) * numel + offsets
-                inside = (offsets < numel) & (first + part < m_parts)
-                total += tl.load(at, mask=inside, other=0.0)
+        for first in range(0, m_parts, 8):
+            parts = (first + tl.arange(0, 8))[:, None]
+            at = da_parts_ptr + parts.to(tl.int64) * numel + offsets[None, :]
+            inside = (parts < m_parts) & (offsets[None, :] < numel)
+            total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
         tl.store(out_da_ptr + offsets, total, mask=offsets < numel)
     else:
         ranks = tl.arange(0, R_PAD)
@@ -336,7 +336,7 @@ def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
         "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK": _SUM_BLOCK,
-        "BLOCK_PARTS": _SUM_PARTS,
+        "BLOCK_PARTS": 2048 // call.r_pad,
         **call.after_another(plans.Blocks(0, 0, 0, 4, 1)),
     }
     # One program more, for dE.

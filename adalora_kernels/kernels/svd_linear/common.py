@@ -164,6 +164,29 @@ def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, STACKED: tl.cons
 
 
 @triton.jit
+def _philox(seed, counters):
+    """Return four random words, uint32, for each int64 counter: Philox-4x32.
+
+    Triton's own takes two products where one of 64 bits has both halves.
+    """
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(_ROUNDS):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ key0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1, p0.to(tl.uint32)
+        key0, key1 = _add(key0, 0x9E3779B9), _add(key1, 0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _add(key, constant: tl.constexpr):
+    """Return key + constant modulo 2³². The interpreter warns of an overflow."""
+    return (key.to(tl.uint64) + constant).to(tl.uint32)
+
+
+@triton.jit
 def keep_mask(dropout, rows, first_column, K, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     """Tell which entries of (rows, COLUMNS from first_column) of a (·, K) matrix dropout keeps.
 
@@ -173,19 +196,19 @@ def keep_mask(dropout, rows, first_column, K, COLUMNS: tl.constexpr, ALIGNED: tl
     """
     seed = tl.load(dropout.seed_ptr)
     rows = rows.to(tl.int64)[:, None]
+    # Halves are compared as the upper ones of words, whose lower half then makes no difference.
     if ALIGNED:
         counters = first_column // 8 + tl.arange(0, COLUMNS // 8)
-        w0, w1, w2, w3 = tl.randint4x(seed, rows * (K // 8) + counters[None, :], _ROUNDS)
+        w0, w1, w2, w3 = _philox(seed, rows * (K // 8) + counters[None, :])
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [·, COLUMNS / 8, 2, 2]
-        halves = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
-        halves = tl.reshape(halves, (rows.shape[0], COLUMNS))
+        halves = tl.reshape(tl.join(words << 16, words), (rows.shape[0], COLUMNS))
     else:
         i = rows * K + (first_column + tl.arange(0, COLUMNS))[None, :]
-        w0, w1, w2, w3 = tl.randint4x(seed, i // 8, _ROUNDS)
+        w0, w1, w2, w3 = _philox(seed, i // 8)
         lane = i // 2 % 4
-        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-        halves = (tl.where(i % 2 == 0, word, word >> 16)) & 0xFFFF
-    return halves.to(tl.int32) >= dropout.drop_below
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+        halves = tl.where(i % 2 == 0, words << 16, words)
+    return halves >= dropout.drop_below.to(tl.uint32) << 16
 
 
 @triton.jit
