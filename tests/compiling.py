@@ -66,6 +66,7 @@ class Compiled:
     wgmma: int
     tcgen05: int
     mma: int
+    waits: int  # for the kernel before it
     wgmma_cycles: float  # for 32 KB of the large operand of a pass
 
 
@@ -197,6 +198,7 @@ def compile_case(case, folder):
                 sass.count("HGMMA"),
                 len(re.findall(r"UTC\w*MMA", sass)),
                 len(re.findall(r"\bHMMA", sass)),
+                sass.count("ACQBULK"),
                 _wgmma_cycles(sass, options["num_warps"]) * 2**15 / tile,
             )
         )

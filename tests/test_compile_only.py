@@ -144,6 +144,8 @@ def problems(case, kernel):
         few_ranks = case.r <= 16 and case.dtype != FP32
         if few_ranks and kernel.kernel != "gemm" and kernel.wgmma_cycles > MEMORY_CYCLES:
             found.append(f"{kernel.wgmma_cycles:.0f} cycles of wgmma for 32 KB")
+    if "launch_pdl" in kernel.options and not kernel.waits:
+        found.append("starts before the kernel before it has ended, and does not wait for it")
     tensor_cores = {"sm_90": kernel.wgmma, "sm_100": kernel.tcgen05}.get(case.family, kernel.mma)
     half = case.dtype != FP32
     large = case.name.startswith("gemm")

@@ -69,7 +69,8 @@ def gradients(x, g, A, E, B):
     """Return h, dA, dE and dB in plain PyTorch, in the type of A."""
     x, g, e = x.to(A.dtype), g.to(A.dtype), E.T * SCALING
     h, u = x @ A.T, g @ B
-    return {"h": h, "dA": (u * e).T @ x, "dE": SCALING * (u * h).sum(0)[:, None], "dB": g.T @ (h * e)}
+    dE = SCALING * (u * h).sum(0)[:, None]
+    return {"h": h, "dA": (u * e).T @ x, "dE": dE, "dB": g.T @ (h * e)}
 
 
 CASES = {
@@ -86,7 +87,7 @@ CASES = {
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype"), CASES.values(), ids=CASES)
 def test_split_products_are_as_exact_as_float32(tensor_cores, M, K, N, r, dtype):
     x, g = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-    factors = A, E, B = torch.randn(r, K), torch.randn(r, 1), torch.randn(N, r)
+    factors = torch.randn(r, K), torch.randn(r, 1), torch.randn(N, r)
     # One multiprocessor: sums are as long as they can be.
     device = plans.Device("test", "sm_90", 1)
     options = (None, SCALING, 0.0, None)

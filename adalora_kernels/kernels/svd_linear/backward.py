@@ -36,6 +36,15 @@ def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
     return ceil_div(row_blocks, parts) * blocks.m
 
 
+def _stacked(call: Call) -> bool:
+    """Tell whether the parts of a split operand are multiplied side by side.
+
+    More ranks fill the tensor cores, so that reading the large operand once would not be faster.
+    Before sm_90 it is in registers, where all products find it.
+    """
+    return call.r_pad == 16 and call.device.family in ("sm_90", "sm_100")
+
+
 def _parts(name: str, *shape: Size) -> Array:
     return Array(name, torch.float32, shape)
 
@@ -55,6 +64,7 @@ def _g_pass_kernel(
     m_per_split,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,8 +82,6 @@ def _g_pass_kernel(
     e_row = effective_e(e, ranks, R)[None, :]
     g_columns = g_ptr + columns.to(tl.int64)[None, :] * g_strides[1]
     u_block = out_u_ptr + tl.program_id(0).to(tl.int64) * M * R
-    # More ranks fill the tensor cores, so that reading g once would not be faster.
-    STACKED: tl.constexpr = R_PAD == 16
     db = tl.zeros((BLOCK_N, R_PAD), tl.float32)
     for m in range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -113,6 +121,7 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_strides": g.strides,
         "m_per_split": m_per_split,
         **call.types(g),
+        "STACKED": _stacked(call),
         "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
@@ -155,7 +164,7 @@ def _g_reduce_kernel(
     offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
     total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
     # Several parts are under way at a time.
-    PARTS: tl.constexpr = max(1, 4096 // (BLOCK_M * R_PAD))
+    PARTS: tl.constexpr = max(1, 8192 // (BLOCK_M * R_PAD))
     for first_part in range(0, parts, PARTS):
         part = (first_part + tl.arange(0, PARTS))[:, None, None]
         at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :, :]
@@ -211,6 +220,7 @@ def _x_pass_kernel(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STACKED: tl.constexpr,
     PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -239,7 +249,7 @@ def _x_pass_kernel(
             mask=(rows[:, None] < M) & (ranks[None, :] < R),
             other=0.0,
         )
-        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, R_PAD == 16)
+        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, STACKED)
     # Written as (R, K), like dA.
     out = out_da_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
     inside = (columns[:, None] < K) & (ranks[None, :] < R)
@@ -266,6 +276,7 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
         "m_per_split": m_per_split,
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(x),
+        "STACKED": _stacked(call),
         "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,

@@ -66,8 +66,8 @@ def gradient(t: Array) -> Array:
     return Array(f"d{t.name}", t.dtype, t.shape, (*t.of(1)[1:], 1))
 
 
-# What the start and the end of a program take, in blocks of its loop.
-_ENDS = 2
+# What the start of a program, and writing and adding its part, take in blocks of its loop.
+_ENDS = 4
 
 
 def best_split(slots: int, columns: int, blocks: int, most: int) -> int:
@@ -125,7 +125,7 @@ def _split(w, DTYPE: tl.constexpr):
     bfloat16 has the range for that; float16 has not, and takes TF32, in which its values are exact.
     """
     w = w.to(tl.float32)
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)

@@ -115,7 +115,7 @@ _RANK_CLASSES = (16, 64, 256)
 PASSES = {
     "down": (Blocks(64, 0, 128, 4, 4), Blocks(64, 0, 64, 4, 4), Blocks(32, 0, 32, 8, 3)),
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
-    "g_pass": (Blocks(64, 256, 0, 8, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
+    "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (Blocks(64, 0, 256, 8, 3), Blocks(64, 0, 128, 8, 3), Blocks(32, 0, 64, 8, 2)),
     "g_reduce": (Blocks(64, 0, 0, 8, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
