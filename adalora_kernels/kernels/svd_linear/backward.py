@@ -36,13 +36,14 @@ def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
     return ceil_div(row_blocks, parts) * blocks.m
 
 
-def _stacked(call: Call) -> bool:
-    """Tell whether the parts of a split operand are multiplied side by side.
+def _stacked(call: Call, t: Array) -> bool:
+    """Tell whether the parts of a split operand are multiplied with `t` side by side.
 
-    More ranks fill the tensor cores, so that reading the large operand once would not be faster.
-    Before sm_90 it is in registers, where all products find it.
+    More ranks fill the tensor cores, so that reading `t` once would not be faster. Where it is in
+    registers, after dropout or before sm_90, all products find it there.
     """
-    return call.r_pad == 16 and call.device.family in ("sm_90", "sm_100")
+    in_registers = t.name == "x" and call.seed is not None
+    return call.r_pad == 16 and call.device.family == "sm_90" and not in_registers
 
 
 def _parts(name: str, *shape: Size) -> Array:
@@ -71,7 +72,6 @@ def _g_pass_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program (i, s) makes u[i] (M, R) and dB[s] (N, R) of columns block i and rows part s of g."""
-    let_next_start(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -97,6 +97,7 @@ def _g_pass_kernel(
         u = dot(g, b, u, WIDE, PRECISION, STACKED)
         tl.store(u_block + h_offsets, u, mask=h_inside)
         db = dot(tl.trans(g), h, db, WIDE, PRECISION, STACKED)
+    let_next_start(PDL)
     tl.store(out_db_ptr + split.to(tl.int64) * N * R + b_offsets, db, mask=b_inside)
 
 
@@ -121,7 +122,7 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_strides": g.strides,
         "m_per_split": m_per_split,
         **call.types(g),
-        "STACKED": _stacked(call),
+        "STACKED": _stacked(call, g),
         "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
@@ -149,9 +150,7 @@ def _g_reduce_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB."""
-    let_next_start(PDL)
     wait_for_previous(PDL)
-    ranks = tl.arange(0, R_PAD)
     program = tl.program_id(0)
     row_blocks = tl.cdiv(M, BLOCK_M)
     of_rows = program < row_blocks
@@ -159,22 +158,24 @@ def _g_reduce_kernel(
     length = M if of_rows else N
     parts = n_parts if of_rows else m_parts
     first = program if of_rows else program - row_blocks
-    rows = first * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (rows[:, None] < length) & (ranks[None, :] < R)
-    offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
+    entries = tl.arange(0, BLOCK_M * R_PAD)
+    rows, ranks = first * BLOCK_M + entries // R_PAD, entries % R_PAD
+    inside = (rows < length) & (ranks < R)
+    offsets = rows.to(tl.int64) * R + ranks
+    total = tl.zeros((BLOCK_M * R_PAD,), tl.float32)
     # Several parts are under way at a time.
     PARTS: tl.constexpr = max(1, 8192 // (BLOCK_M * R_PAD))
     for first_part in range(0, parts, PARTS):
-        part = (first_part + tl.arange(0, PARTS))[:, None, None]
-        at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :, :]
-        total += tl.sum(tl.load(at, mask=inside[None, :, :] & (part < parts), other=0.0), axis=0)
+        part = (first_part + tl.arange(0, PARTS))[:, None]
+        at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :]
+        total += tl.sum(tl.load(at, mask=inside[None, :] & (part < parts), other=0.0), axis=0)
+    let_next_start(PDL)
     if of_rows:
-        grad_h = total * effective_e(e, ranks, R)[None, :]
-        tl.store(out_grad_h_ptr + offsets, grad_h, mask=inside)
+        tl.store(out_grad_h_ptr + offsets, total * effective_e(e, ranks, R), mask=inside)
         h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        de = tl.sum(total * h, axis=0)
-        tl.store(out_de_ptr + program * R + ranks, de, mask=ranks < R)
+        de = tl.sum(tl.reshape(total * h, (BLOCK_M, R_PAD)), axis=0)
+        columns = tl.arange(0, R_PAD)
+        tl.store(out_de_ptr + program * R + columns, de, mask=columns < R)
     else:
         tl.store(out_db_ptr + offsets, total, mask=inside)
 
@@ -227,7 +228,6 @@ def _x_pass_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Program (i, s) makes columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x) of rows part s."""
-    let_next_start(PDL)
     wait_for_previous(PDL)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
@@ -250,6 +250,7 @@ def _x_pass_kernel(
             other=0.0,
         )
         da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, STACKED)
+    let_next_start(PDL)
     # Written as (R, K), like dA.
     out = out_da_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
     inside = (columns[:, None] < K) & (ranks[None, :] < R)
@@ -276,7 +277,7 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
         "m_per_split": m_per_split,
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(x),
-        "STACKED": _stacked(call),
+        "STACKED": _stacked(call, x),
         "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
