@@ -3,6 +3,7 @@
 `compile_case` runs in processes of its own, which begin with `compile_for_real`.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -65,6 +66,8 @@ class Compiled:
     wgmma: int
     tcgen05: int
     mma: int
+    waits: int  # for the kernel before it
+    wgmma_cycles: float  # for 32 KB of the large operand of a pass
 
 
 def launches(case):
@@ -133,6 +136,18 @@ def _source(recorded):
     return ASTSource(recorded.function, signature, constants, attributes)
 
 
+def _wgmma_cycles(sass, warps):
+    """Count the cycles that wgmma takes for one block of a loop.
+
+    An instruction of a warpgroup reads 64 rows of 32 bytes, unless they are in registers, and as
+    many columns of 32 bytes as its name has, at 128 bytes a cycle; the products of a column take
+    half a cycle. Loops are not unrolled: what is there once runs once in a block.
+    """
+    found = re.findall(r"HGMMA\.64x(\d+)x\d+\S* R\d+, (gdesc|R)", sass)
+    reads = [(int(n), 64 if left == "gdesc" else 0) for n, left in found]
+    return warps // 4 * sum(max((n + rows) / 4, n / 2) for n, rows in reads)
+
+
 def _disassemble(cubin):
     import triton.backends.nvidia
 
@@ -158,6 +173,7 @@ def compile_case(case, folder):
         names = ("num_warps", "num_stages", "launch_pdl")
         options = {k: recorded.arguments[k] for k in names if k in recorded.arguments}
         blocks = {k: v for k, v in recorded.arguments.items() if k.startswith("BLOCK")}
+        tile = math.prod(blocks.values()) * case.dtype.itemsize
         target = GPUTarget("cuda", int(case.family.removeprefix("sm_")), 32)
         try:
             kernel = triton.compile(_source(recorded), target=target, options=options)
@@ -182,6 +198,8 @@ def compile_case(case, folder):
                 sass.count("HGMMA"),
                 len(re.findall(r"UTC\w*MMA", sass)),
                 len(re.findall(r"\bHMMA", sass)),
+                sass.count("ACQBULK"),
+                _wgmma_cycles(sass, options["num_warps"]) * 2**15 / tile,
             )
         )
     return results

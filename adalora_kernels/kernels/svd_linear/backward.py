@@ -11,17 +11,39 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Size, Step
 from . import plans
-from .common import NO_E, ROWS, Call, LowRank, dot, effective_e, gradient, keep_mask
+from .common import (
+    NO_E,
+    ROWS,
+    Call,
+    LowRank,
+    best_split,
+    dot,
+    effective_e,
+    gradient,
+    keep_mask,
+    let_next_start,
+    wait_for_previous,
+)
 from .gemm import gemm, low_rank_add
 
-_SUM_BLOCK, _SUM_PARTS = 1024, 16
+_SUM_BLOCK = 512
 
 
 def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
-    """Split M so that parts x column blocks fill the GPU about once."""
+    """Split M so that parts x column blocks are done soonest."""
     row_blocks = ceil_div(call.M, blocks.m)
-    parts = max(1, min(call.device.sms // column_blocks, row_blocks))
+    parts = best_split(call.device.sms * blocks.programs, column_blocks, row_blocks, row_blocks)
     return ceil_div(row_blocks, parts) * blocks.m
+
+
+def _stacked(call: Call, t: Array) -> bool:
+    """Tell whether the parts of a split operand are multiplied with `t` side by side.
+
+    More ranks fill the tensor cores, so that reading `t` once would not be faster. Where it is in
+    registers, after dropout or before sm_90, all products find it there.
+    """
+    in_registers = t.name == "x" and call.seed is not None
+    return call.r_pad == 16 and call.device.family == "sm_90" and not in_registers
 
 
 def _parts(name: str, *shape: Size) -> Array:
@@ -43,6 +65,8 @@ def _g_pass_kernel(
     m_per_split,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STACKED: tl.constexpr,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,9 +93,11 @@ def _g_pass_kernel(
         h_inside = (rows[:, None] < M) & ranks_inside
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
         h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0).to(tl.float32) * e_row
-        u = dot(g, b, tl.zeros((BLOCK_M, R_PAD), tl.float32), WIDE, PRECISION)
+        u = tl.zeros((BLOCK_M, R_PAD), tl.float32)
+        u = dot(g, b, u, WIDE, PRECISION, STACKED)
         tl.store(u_block + h_offsets, u, mask=h_inside)
-        db = dot(tl.trans(g), h, db, WIDE, PRECISION)
+        db = dot(tl.trans(g), h, db, WIDE, PRECISION, STACKED)
+    let_next_start(PDL)
     tl.store(out_db_ptr + split.to(tl.int64) * N * R + b_offsets, db, mask=b_inside)
 
 
@@ -96,6 +122,8 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_strides": g.strides,
         "m_per_split": m_per_split,
         **call.types(g),
+        "STACKED": _stacked(call, g),
+        "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         **blocks.options,
@@ -117,11 +145,12 @@ def _g_reduce_kernel(
     R,
     n_parts,
     m_parts,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB."""
-    ranks = tl.arange(0, R_PAD)
+    wait_for_previous(PDL)
     program = tl.program_id(0)
     row_blocks = tl.cdiv(M, BLOCK_M)
     of_rows = program < row_blocks
@@ -129,19 +158,24 @@ def _g_reduce_kernel(
     length = M if of_rows else N
     parts = n_parts if of_rows else m_parts
     first = program if of_rows else program - row_blocks
-    rows = first * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (rows[:, None] < length) & (ranks[None, :] < R)
-    offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    total = tl.zeros((BLOCK_M, R_PAD), tl.float32)
-    for part in range(parts):
-        at = parts_ptr + tl.cast(part, tl.int64) * length * R + offsets
-        total += tl.load(at, mask=inside, other=0.0)
+    entries = tl.arange(0, BLOCK_M * R_PAD)
+    rows, ranks = first * BLOCK_M + entries // R_PAD, entries % R_PAD
+    inside = (rows < length) & (ranks < R)
+    offsets = rows.to(tl.int64) * R + ranks
+    total = tl.zeros((BLOCK_M * R_PAD,), tl.float32)
+    # Several parts are under way at a time.
+    PARTS: tl.constexpr = max(1, 8192 // (BLOCK_M * R_PAD))
+    for first_part in range(0, parts, PARTS):
+        part = (first_part + tl.arange(0, PARTS))[:, None]
+        at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :]
+        total += tl.sum(tl.load(at, mask=inside[None, :] & (part < parts), other=0.0), axis=0)
+    let_next_start(PDL)
     if of_rows:
-        grad_h = total * effective_e(e, ranks, R)[None, :]
-        tl.store(out_grad_h_ptr + offsets, grad_h, mask=inside)
+        tl.store(out_grad_h_ptr + offsets, total * effective_e(e, ranks, R), mask=inside)
         h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        de = tl.sum(total * h, axis=0)
-        tl.store(out_de_ptr + program * R + ranks, de, mask=ranks < R)
+        de = tl.sum(tl.reshape(total * h, (BLOCK_M, R_PAD)), axis=0)
+        columns = tl.arange(0, R_PAD)
+        tl.store(out_de_ptr + program * R + columns, de, mask=columns < R)
     else:
         tl.store(out_db_ptr + offsets, total, mask=inside)
 
@@ -164,9 +198,10 @@ def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array,
         "R": call.R,
         "n_parts": u_parts.shape[0],
         "m_parts": db_parts.shape[0],
+        "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
-        **blocks.options,
+        **call.after_another(blocks),
     }
     grid = (Count(blocks.m, plus=ceil_div(call.N, blocks.m)),)
     return Step(_g_reduce_kernel, grid, arguments), grad_h, de_parts
@@ -186,11 +221,14 @@ def _x_pass_kernel(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STACKED: tl.constexpr,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (i, s) makes columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x) of rows part s."""
+    wait_for_previous(PDL)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -211,7 +249,8 @@ def _x_pass_kernel(
             mask=(rows[:, None] < M) & (ranks[None, :] < R),
             other=0.0,
         )
-        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION)
+        da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, STACKED)
+    let_next_start(PDL)
     # Written as (R, K), like dA.
     out = out_da_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
     inside = (columns[:, None] < K) & (ranks[None, :] < R)
@@ -238,9 +277,11 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
         "m_per_split": m_per_split,
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(x),
+        "STACKED": _stacked(call, x),
+        "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
-        **blocks.options,
+        **call.after_another(blocks),
     }
     return Step(_x_pass_kernel, (k_blocks, m_parts), arguments), da_parts
 
@@ -257,18 +298,23 @@ def _x_reduce_kernel(
     scaling,
     m_parts,
     de_parts,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """The last program writes dE = scaling · mask ⊙ Σ parts; the others dA, `numel` entries."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
         offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
-        for part in range(m_parts):
-            at = da_parts_ptr + tl.cast(part, tl.int64) * numel + offsets
-            total += tl.load(at, mask=offsets < numel, other=0.0)
+        for first in range(0, m_parts, 8):
+            parts = (first + tl.arange(0, 8))[:, None]
+            at = da_parts_ptr + parts.to(tl.int64) * numel + offsets[None, :]
+            inside = (parts < m_parts) & (offsets[None, :] < numel)
+            total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
         tl.store(out_da_ptr + offsets, total, mask=offsets < numel)
     else:
         ranks = tl.arange(0, R_PAD)
@@ -299,11 +345,11 @@ def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
         "scaling": call.e.scaling,
         "m_parts": da_parts.shape[0],
         "de_parts": de_parts.shape[0],
+        "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK": _SUM_BLOCK,
-        "BLOCK_PARTS": _SUM_PARTS,
-        "num_warps": 4,
-        "num_stages": 1,
+        "BLOCK_PARTS": 2048 // call.r_pad,
+        **call.after_another(plans.Blocks(0, 0, 0, 4, 1)),
     }
     # One program more, for dE.
     return Step(_x_reduce_kernel, (ceil_div(numel, _SUM_BLOCK) + 1,), arguments)

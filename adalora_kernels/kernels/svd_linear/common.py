@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import INTERPRETED
+from ..launch import INTERPRETED, ceil_div
 from ..recipe import Array, Count, Scalar, Size
 from . import plans
 
@@ -66,6 +66,21 @@ def gradient(t: Array) -> Array:
     return Array(f"d{t.name}", t.dtype, t.shape, (*t.of(1)[1:], 1))
 
 
+# What the start of a program, and writing and adding its part, take in blocks of its loop.
+_ENDS = 4
+
+
+def best_split(slots: int, columns: int, blocks: int, most: int) -> int:
+    """Split `blocks` into at most `most` parts, for each of so many columns of programs.
+
+    Return the fewest parts for which all are done soonest, if `slots` programs run at a time.
+    """
+    return min(
+        range(1, max(1, min(blocks, most)) + 1),
+        key=lambda parts: ceil_div(columns * parts, slots) * (ceil_div(blocks, parts) + _ENDS),
+    )
+
+
 NO_E = EffectiveE(None, None, 1.0)
 NO_DROPOUT = Dropout(None, 0, 1.0)
 
@@ -104,31 +119,71 @@ def _clear_low_bits(w):
 
 
 @triton.jit
-def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x·w, for w (an adapter, h or grad_h) of any floating type.
+def _split(w, DTYPE: tl.constexpr):
+    """Return three parts whose sum is w, each exact in the type that tensor cores take it in.
 
-    Not WIDE: w is rounded to the type of x. WIDE: x is half precision and w counts in float32. It
-    is split into three parts of the tensor cores' own type, whose sum is w, so that three products
-    give what a float32 product would. bfloat16 has the range for that; float16 has not, and takes
-    TF32, in which its values are exact.
+    bfloat16 has the range for that; float16 has not, and takes TF32, in which its values are exact.
     """
-    if not WIDE:
-        return dot_as_stored(x, w.to(x.dtype), acc, PRECISION)
     w = w.to(tl.float32)
-    if x.dtype == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        part = dot_as_stored(x, low, tl.zeros(acc.shape, tl.float32), "ieee")
-        part = dot_as_stored(x, middle, part, "ieee")
-        return acc + dot_as_stored(x, high, part, "ieee")
-    x = x.to(tl.float32)
-    high = _clear_low_bits(w)
-    middle = _clear_low_bits(w - high)
-    part = dot_as_stored(x, (w - high) - middle, tl.zeros(acc.shape, tl.float32), "tf32")
-    part = dot_as_stored(x, middle, part, "tf32")
-    return acc + dot_as_stored(x, high, part, "tf32")
+        return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
+    else:
+        high = _clear_low_bits(w)
+        middle = _clear_low_bits(w - high)
+        return (w - high) - middle, middle, high
+
+
+@triton.jit
+def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, STACKED: tl.constexpr = False):
+    """Return acc + x·w, for w (an adapter, h or grad_h) of any floating type.
+
+    Not WIDE: w is rounded to the type of x. WIDE: x is half precision and w counts in float32. It
+    is split into three parts, whose products with x give what a float32 product would. Tensor cores
+    cut off what they add, and what they cut off grows with the sum: these products are added in a
+    fresh accumulator, and that to acc in float32. STACKED: the parts are side by side in one
+    operand, for which x is read once instead of three times.
+    """
+    if not WIDE:
+        return dot_as_stored(x, w.to(x.dtype), acc, PRECISION)
+    low, middle, high = _split(w, x.dtype)
+    EXACT: tl.constexpr = "ieee" if x.dtype == tl.bfloat16 else "tf32"
+    x = x if x.dtype == tl.bfloat16 else x.to(tl.float32)
+    if STACKED:
+        four = tl.join(tl.join(low, high), tl.join(middle, tl.zeros_like(low)))  # [K, R, 2, 2]
+        parts = tl.reshape(tl.permute(four, (0, 2, 3, 1)), (w.shape[0], 4 * w.shape[1]))
+        product = tl.zeros((x.shape[0], 4 * w.shape[1]), tl.float32)
+        product = dot_as_stored(x, parts, product, EXACT)
+        return acc + tl.sum(tl.reshape(product, (x.shape[0], 4, w.shape[1])), axis=1)
+    else:
+        part = dot_as_stored(x, low, tl.zeros(acc.shape, tl.float32), EXACT)
+        part = dot_as_stored(x, middle, part, EXACT)
+        return acc + dot_as_stored(x, high, part, EXACT)
+
+
+@triton.jit
+def _philox(seed, counters):
+    """Return four random words, uint32, for each int64 counter: Philox-4x32.
+
+    Triton's own takes two products where one of 64 bits has both halves.
+    """
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = counters.to(tl.uint32), (counters >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(_ROUNDS):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ key0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1, p0.to(tl.uint32)
+        key0, key1 = _add(key0, 0x9E3779B9), _add(key1, 0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _add(key, constant: tl.constexpr):
+    """Return key + constant modulo 2³². The interpreter warns of an overflow."""
+    return (key.to(tl.uint64) + constant).to(tl.uint32)
 
 
 @triton.jit
@@ -141,19 +196,19 @@ def keep_mask(dropout, rows, first_column, K, COLUMNS: tl.constexpr, ALIGNED: tl
     """
     seed = tl.load(dropout.seed_ptr)
     rows = rows.to(tl.int64)[:, None]
+    # Halves are compared as the upper ones of words, whose lower half then makes no difference.
     if ALIGNED:
         counters = first_column // 8 + tl.arange(0, COLUMNS // 8)
-        w0, w1, w2, w3 = tl.randint4x(seed, rows * (K // 8) + counters[None, :], _ROUNDS)
+        w0, w1, w2, w3 = _philox(seed, rows * (K // 8) + counters[None, :])
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [·, COLUMNS / 8, 2, 2]
-        halves = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
-        halves = tl.reshape(halves, (rows.shape[0], COLUMNS))
+        halves = tl.reshape(tl.join(words << 16, words), (rows.shape[0], COLUMNS))
     else:
         i = rows * K + (first_column + tl.arange(0, COLUMNS))[None, :]
-        w0, w1, w2, w3 = tl.randint4x(seed, i // 8, _ROUNDS)
+        w0, w1, w2, w3 = _philox(seed, i // 8)
         lane = i // 2 % 4
-        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-        halves = (tl.where(i % 2 == 0, word, word >> 16)) & 0xFFFF
-    return halves.to(tl.int32) >= dropout.drop_below
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+        halves = tl.where(i % 2 == 0, words << 16, words)
+    return halves >= dropout.drop_below.to(tl.uint32) << 16
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Step
 from . import plans
-from .common import NO_DROPOUT, ROWS, Call, LowRank, dot, keep_mask, let_next_start
+from .common import NO_DROPOUT, ROWS, Call, LowRank, best_split, dot, keep_mask, let_next_start
 from .gemm import Made, gemm, low_rank_add
 
 
@@ -59,11 +59,11 @@ def _down(call: Call) -> tuple[Step, Array]:
     """Make h, and return what it is written to: h as one part (1, M, R), or more (splits, M, R)."""
     blocks = call.blocks("down", call.x)
     k_blocks = ceil_div(call.K, blocks.k)
-    # Enough programs to fill the GPU, each with at least four blocks to pipeline.
-    programs = call.device.sms // ceil_div(call.M, blocks.m)
     few = call.M <= plans.MOST_FEW_ROWS
     most = plans.MOST_SPLITS_OF_FEW if few else plans.MOST_SPLITS
-    splits = max(1, min(programs, k_blocks // 4, most))
+    # Each program has at least four blocks to pipeline.
+    slots = call.device.sms * blocks.programs
+    splits = best_split(slots, ceil_div(call.M, blocks.m), k_blocks, min(k_blocks // 4, most))
     k_per_split = ceil_div(k_blocks, splits) * blocks.k
     splits = ceil_div(call.K, k_per_split)
     name, dtype = ("h", call.h.dtype) if splits == 1 else ("h_parts", torch.float32)

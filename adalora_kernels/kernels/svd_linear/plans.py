@@ -25,7 +25,10 @@ _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
 class Blocks(NamedTuple):
-    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0."""
+    """`Blocks` are block sizes and launch options of one kernel; sizes that it hasn't are 0.
+
+    `programs` of a pass run on a multiprocessor at a time.
+    """
 
     m: int
     n: int
@@ -33,6 +36,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    programs: int = 1
 
     @property
     def is_large(self) -> bool:
@@ -114,7 +118,7 @@ _RANK_CLASSES = (16, 64, 256)
 PASSES = {
     "down": (Blocks(64, 0, 128, 4, 4), Blocks(64, 0, 64, 4, 4), Blocks(32, 0, 32, 8, 3)),
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
-    "g_pass": (Blocks(64, 256, 0, 8, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
+    "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (Blocks(64, 0, 256, 8, 3), Blocks(64, 0, 128, 8, 3), Blocks(32, 0, 64, 8, 2)),
     "g_reduce": (Blocks(64, 0, 0, 8, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
