@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launcher_captures import captured_first, captured_later
+from launcher_captures import captured_first, captured_frozen, captured_later
 from launcher_runs import (
     BF16,
     DROPOUT,
@@ -294,7 +294,10 @@ def none_served() -> None:
 
 SCENARIOS = {
     **{f.__name__: f for f in (paths, few, tf32, overlapping, accumulated, buckets, threads)},
-    **{f.__name__: f for f in (dropout_rates, fork, devices, captured_first, captured_later)},
+    **{
+        f.__name__: f
+        for f in (dropout_rates, fork, devices, captured_first, captured_frozen, captured_later)
+    },
     **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),

@@ -18,7 +18,7 @@ from adalora_kernels import _extension, ops
 ROOT = Path(__file__).parent.parent
 SCENARIOS = [
     *("paths", "few", "overlapping", "accumulated", "tf32", "dropout_rates", "buckets"),
-    *("random_60", "threads", "fork", "captured_first", "captured_later"),
+    *("random_60", "threads", "fork", "captured_first", "captured_later", "captured_frozen"),
     *("devices", "seeds", "refused", "forgotten", "none_served", "errors"),
 ]
 LONG = ["all_combinations", "random_1000"]
