@@ -37,8 +37,6 @@ CPU_GOALS = {0.0: "<= 1.12", 0.1: "<= 1.35"}
 _CURVES: dict[str, tuple[Any, ...]] = {"M": (1, 8, 64, 512, 4096, 32768), "r": (1, 4, 16, 64, 256)}
 _GPU_CURVES = {**_CURVES, "dtype": (torch.bfloat16, torch.float16, torch.float32)}
 _CPU_CURVES = {**_CURVES, "dtype": (torch.float32, torch.bfloat16, torch.float64)}
-# No measured table is for that name: the plans are those of the arithmetic, whatever was tuned.
-_H200 = plans.Device("H200, by arithmetic", "sm_90", 132)
 
 
 def cases(context: Context) -> Sequence[Case]:
@@ -111,7 +109,7 @@ def measure(case: Case, context: Context) -> Outcome:
     outcome, device, layer = Outcome(case), context.device, case.of
     if layer.on_gpu and not context.for_gpu:
         for path in (AUTO, *layer.paths):
-            there = planned(layer, path, _H200)
+            there = planned(layer, path, layers.GOAL_GPU)
             outcome.add(path, "planned launches", len(there))
             outcome.add(path, "planned bytes", sum(launch.moved for launch in there))
         return outcome

@@ -24,13 +24,10 @@ AOTITorchError aoti_torch_cuda_randint_low_out(AtenTensorHandle out, int64_t low
     __attribute__((weak));
 AOTITorchError aoti_torch_cpu_randint_low_out(AtenTensorHandle out, int64_t low, int64_t high,
                                               const int64_t* sizes, int64_t dim);
-AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w)
-    __attribute__((weak));
-AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
-AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
                                          AtenTensorHandle x, AtenTensorHandle w, double beta,
                                          double alpha) __attribute__((weak));
-AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
                                         AtenTensorHandle x, AtenTensorHandle w, double beta,
                                         double alpha);
 }
@@ -166,19 +163,13 @@ Owned view(const Call& call, const Matrix& matrix) {
   return Owned(made);
 }
 
-// out = x w + bias, or out += x w, by torch, which calls cuBLAS: torch.mm or torch.addmm.
+// out += x w by torch, which has cuBLAS do it in place.
 bool multiply(const Call& call, const Step& step) {
   const Owned out = view(call, step.product[0]), x = view(call, step.product[1]),
               w = view(call, step.product[2]);
-  if (step.product.size() == 3 && !step.accumulates) {
-    const auto mm = is_on_gpu(call) ? aoti_torch_cuda_mm_out : aoti_torch_cpu_mm_out;
-    return mm != nullptr && mm(out.get(), x.get(), w.get()) == 0;
-  }
-  // Added to itself it has to be the same tensor, or else torch copies it first.
-  const AtenTensorHandle bias =
-      step.accumulates ? out.get() : call.tensors[step.product[3].array].handle;
   const auto addmm = is_on_gpu(call) ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
-  return addmm != nullptr && addmm(out.get(), bias, x.get(), w.get(), 1.0, 1.0) == 0;
+  // That what it adds to is the same tensor keeps torch from copying it.
+  return addmm != nullptr && addmm(out.get(), out.get(), x.get(), w.get(), 1.0, 1.0) == 0;
 }
 
 // Carries out the recipe; false where torch raises.

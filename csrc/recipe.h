@@ -85,8 +85,7 @@ struct Matrix {
 };
 
 // A launch of a kernel: the bytes of all its parameters, with those of the first call in the
-// patches and maps missing; or a product out = x w + bias of torch's, which has no function. It may
-// also be out += x w.
+// patches and maps missing; or a product out += x w of torch's, which has no function.
 struct Step {
   void* function = nullptr;
   uint32_t shared = 0, threads = 0;
@@ -96,8 +95,7 @@ struct Step {
   std::vector<uint32_t> offsets;  // of each parameter in the bytes
   std::vector<Patch> patches;
   std::vector<Map> maps;
-  std::vector<Matrix> product;  // out, x, w, and bias if there is one
-  bool accumulates = false;
+  std::vector<Matrix> product;  // out, x and w
 };
 
 struct Recipe {
@@ -160,9 +158,7 @@ class Reader {
   }
   Step product() {
     Step step;
-    step.accumulates = number(0, 1);
-    const int64_t operands = number(3, step.accumulates ? 3 : 4);
-    for (int64_t i = 0; i < operands; i++) step.product.push_back(matrix());
+    for (int i = 0; i < 3; i++) step.product.push_back(matrix());
     return step;
   }
   Step launch() {

@@ -18,6 +18,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.bool: "i1",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 
@@ -154,7 +155,8 @@ def compile_case(case, folder):
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     results = []
     for recorded in launches(case):
-        options = {k: v for k, v in recorded.arguments.items() if k.startswith("num_")}
+        names = ("num_warps", "num_stages", "launch_pdl")
+        options = {k: recorded.arguments[k] for k in names if k in recorded.arguments}
         blocks = {k: v for k, v in recorded.arguments.items() if k.startswith("BLOCK")}
         target = GPUTarget("cuda", int(case.family.removeprefix("sm_")), 32)
         try:

@@ -9,7 +9,7 @@ from helpers import adapter, assert_as_good_as_eager
 from adalora_kernels import cpu, ops, reference, svd_delta, svd_linear
 
 # The kernels' paths, which only the ops take as an impl.
-PATHS = ("two_pass", "one_pass", "cublas")
+PATHS = ("two_pass", "fused", "cublas")
 
 
 def random_case(*, lead=(7,), in_features=13, out_features=9, r=3, dtype=torch.float32, **options):

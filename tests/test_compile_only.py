@@ -47,11 +47,20 @@ def gemm_cases(family):
         yield Case(family, f"gemm{i}-splits", **options)
 
 
-def one_pass_cases(family):
-    for rows, (adapter, r) in itertools.product((16, 64), adapters(family)):
-        if r <= plans.ONE_PASS_RANKS:
-            options = {"M": rows, "path": "one_pass", "parts": ("forward",)}
-            yield Case(family, f"one_pass-{rows}", r=r, adapter=adapter, **options)
+def few_rows_cases(family):
+    """Yield the tiles for few rows; the GEMM of both ways is the same, and that of few splits."""
+    for rows, tiles in zip((16, 64), plans.FEW_ROWS[family], strict=True):
+        for i, blocks in enumerate(tiles):
+            options = {"M": rows, "blocks": blocks, "parts": ("forward",)}
+            yield Case(family, f"rows{rows}-{i}", **options)
+
+
+def fused_cases(family):
+    if family == "sm_90":
+        kinds = ((BF16, BF16, 16), (BF16, FP32, 16), (FP16, FP16, 16))
+        for (i, tile), (dtype, adapter, r) in itertools.product(enumerate(plans.FUSED), kinds):
+            options = {"dtype": dtype, "adapter": adapter, "r": r, "blocks": tile}
+            yield Case(family, f"fused{i}", path="fused", parts=("forward",), **options)
 
 
 def pass_cases(family):
@@ -70,9 +79,6 @@ def other_cases(family):
         name = "tf32" if tf32 else "types"
         yield Case(family, f"{name}-two_pass", kernels=("gemm",), **options)
         yield Case(family, f"{name}-delta", delta=True, dropout=0.1, **options)
-        if dtype == FP16:
-            small = {"M": 16, "path": "one_pass", "parts": ("forward",)}
-            yield Case(family, f"{name}-one_pass", **small, **options)
     odd = {"M": 1001, "K": 1003, "N": 1005, "r": 3}
     yield Case(family, "unaligned", **odd)
     kernels = ("down", "x_pass", "gemm")
@@ -85,13 +91,13 @@ def other_cases(family):
 CASES = [
     case
     for family in SHARED_MEMORY
-    for cases in (gemm_cases, one_pass_cases, pass_cases, other_cases)
+    for cases in (gemm_cases, few_rows_cases, fused_cases, pass_cases, other_cases)
     for case in cases(family)
 ]
 
 
 # One configuration of every kernel, with PEFT's default adapters, in float32.
-QUICK = ("gemm0", "one_pass-16", "passes-dropout")
+QUICK = ("gemm0", "fused0", "passes-dropout")
 
 
 def is_quick(case):
@@ -121,7 +127,7 @@ def problems(case, kernel):
     if kernel.shared > SHARED_MEMORY[case.family]:
         found.append(f"{kernel.shared} bytes of shared memory")
     # Seen: triton 3.6.0 made nothing of a kernel whose dropout feeds tcgen05 with 256 columns.
-    if kernel.instructions < 100:
+    if kernel.instructions < 100 and kernel.kernel != "split":
         found.append(f"only {kernel.instructions} instructions")
     # Before sm_90 a tile that is multiplied transposed goes through registers, 16 bytes at a time.
     streams = kernel.kernel in ("down", "gemm", "g_pass", "x_pass")
@@ -136,7 +142,7 @@ def problems(case, kernel):
     if large and half and not tensor_cores:
         found.append("no tensor core instruction of this generation")
     any_mma = kernel.wgmma + kernel.tcgen05 + kernel.mma
-    if half and not any_mma and kernel.kernel not in ("g_reduce", "x_reduce"):
+    if half and not any_mma and kernel.kernel not in ("split", "g_reduce", "x_reduce"):
         found.append("no tensor core instruction")
     return [f"{case.id} {kernel.kernel} ({kernel.options}): {what}" for what in found]
 
@@ -154,6 +160,7 @@ def test_resources(compiled, family, quick):
         print(case.id, kernel)
     if quick:
         kernels = {"down", "gemm", "low_rank_add", "g_pass", "g_reduce", "x_pass", "x_reduce"}
+        kernels |= {"split"} if family == "sm_90" else set()
         assert {kernel.kernel for _, kernel in results} == kernels
     else:
         assert len(results) > 40
@@ -162,7 +169,11 @@ def test_resources(compiled, family, quick):
 
 def test_every_shipped_configuration_is_compiled():
     for family in SHARED_MEMORY:
-        shipped = {*plans.GEMM[family], *plans.ONE_PASS[family], plans.GEMM_GENERAL}
+        shipped = {*plans.GEMM[family], plans.GEMM_GENERAL}
+        shipped |= {
+            *itertools.chain(*plans.FEW_ROWS[family]),
+            *plans.FUSED[: family == "sm_90" and 2],
+        }
         device = plans.Device("", family, 132)
         shipped |= {
             plans.pass_blocks(kernel, device, r, BF16, True, True)._replace(tma=False)
@@ -182,7 +193,7 @@ def blocks_of(recorded):
     given = recorded.arguments
     sizes = (given.get(f"BLOCK_{axis}", 0) for axis in "MNK")
     options = (given["num_warps"], given["num_stages"])
-    return (*sizes, *options, given.get("TMA", False), given.get("FLATTEN", False))
+    return (*sizes, *options, given.get("TMA", False))
 
 
 WRONG = {

@@ -23,15 +23,19 @@ def no_user_table(tmp_path, monkeypatch):
 
 # Device, problem, and the path by the arithmetic of design.md, section 5.
 EXPECTED = {
-    "one_row": (H200, Problem(BF16, 1, 4096, 4096, 16, "y"), "one_pass"),
-    "64_rows": (H200, Problem(BF16, 64, 4096, 4096, 16, "y"), "one_pass"),
+    "one_row": (H200, Problem(BF16, 1, 4096, 4096, 16, "y"), "two_pass"),
+    "64_rows": (H200, Problem(BF16, 64, 4096, 4096, 16, "y"), "two_pass"),
     "64_rows_dx": (H200, Problem(BF16, 64, 4096, 4096, 16, "dx"), "two_pass"),
     "65_rows": (H200, Problem(BF16, 65, 4096, 4096, 16, "y"), "two_pass"),
-    "many_rows": (H200, Problem(BF16, 8192, 4096, 4096, 16, "y"), "two_pass"),
-    "wide": (H200, Problem(BF16, 8192, 4096, 14336, 16, "y"), "two_pass"),
+    "1024_rows": (H200, Problem(BF16, 1024, 4096, 4096, 16, "y"), "fused"),
+    "too_few_that_can_make_h": (H200, Problem(BF16, 4096, 2048, 2048, 16, "y"), "two_pass"),
+    "many_rows": (H200, Problem(BF16, 8192, 4096, 4096, 16, "y"), "fused"),
+    "many_rows_dx": (H200, Problem(BF16, 8192, 4096, 4096, 16, "dx"), "two_pass"),
+    "many_ranks": (H200, Problem(BF16, 8192, 4096, 4096, 64, "y"), "two_pass"),
+    "wide": (H200, Problem(BF16, 8192, 4096, 14336, 16, "y"), "fused"),
     "float32": (H200, Problem(torch.float32, 8192, 4096, 4096, 16, "y"), "cublas"),
     "a100": (A100, Problem(BF16, 8192, 4096, 4096, 16, "y"), "cublas"),
-    "a100_one_row": (A100, Problem(BF16, 1, 4096, 4096, 16, "y"), "one_pass"),
+    "a100_one_row": (A100, Problem(BF16, 1, 4096, 4096, 16, "y"), "two_pass"),
 }
 
 
@@ -44,14 +48,24 @@ def test_a_named_path_is_taken_where_it_can_be():
     problem = Problem(BF16, 8192, 4096, 4096, 16, "y")
     assert plans.choose(H200, problem, "cublas").path == "cublas"
     assert plans.choose(H200, problem, "cublas", ("two_pass",)).path == "two_pass"
-    assert plans.choose(H200, problem, "one_pass").path == "two_pass"
+    assert plans.choose(H200, problem, "fused", ("two_pass", "cublas")).path == "two_pass"
+    assert plans.choose(H200, problem._replace(M=64), "fused").path == "two_pass"
     assert plans.choose(H200, problem, MEASURED) == MEASURED
     with pytest.raises(ValueError, match=r"path must be 'auto' or one of .*, got 'three_pass'"):
         plans.choose(H200, problem, "three_pass")
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "tile"), [(8192, 4096, (128, 256)), (2048, 1024, (128, 128)), (100, 1024, (64, 64))]
+    ("M", "N", "tile"),
+    [
+        (8192, 4096, (128, 256)),
+        (2048, 1024, (128, 128)),
+        (100, 1024, (64, 64)),
+        (64, 14336, (64, 128)),
+        (64, 4096, (64, 64)),
+        (1, 14336, (16, 64)),
+        (1, 4096, (16, 32)),
+    ],
 )
 def test_tiles_keep_the_gpu_busy(M, N, tile):
     plan = plans.choose(H200, Problem(BF16, M, 4096, N, 16, "y"), "two_pass")
@@ -67,7 +81,7 @@ def test_operands_that_are_not_aligned_are_for_cublas(M):
 
 
 def test_every_family_has_its_tables():
-    assert plans.CEILINGS.keys() == plans.GEMM.keys() == plans.ONE_PASS.keys()
+    assert plans.CEILINGS.keys() == plans.GEMM.keys() == plans.FEW_ROWS.keys()
 
 
 PROBLEM = Problem(BF16, 8192, 4096, 4096, 16, "y")

@@ -17,8 +17,8 @@ def test_the_fastest_candidate_is_kept():
     def seconds(calls):
         for call in calls[:2]:
             assert all(t.isfinite().all() for t in call())
-        # The third of the five that there are for y is the fastest.
-        times.append(abs(len(times) - 2.0) + 1.0)
+        # The second of the three that there are for y is the fastest.
+        times.append(abs(len(times) - 1.0) + 1.0)
         return times[-1]
 
     found = {
@@ -26,17 +26,18 @@ def test_the_fastest_candidate_is_kept():
     }
     problem, plan, s = found["y"]
     assert problem == plans.Problem(torch.float16, 16, 32, 48, 16, "y") and s == 1.0
-    assert plan == candidates(plans.device_of(DEVICE), problem)[2]
+    assert plan == candidates(plans.device_of(DEVICE), problem)[1]
     assert found["dx"][0] == plans.Problem(torch.float16, 16, 48, 32, 16, "dx")
 
 
 def test_candidates_cover_the_paths_that_can_run():
     gpu = plans.Device("NVIDIA H200", "sm_90", 132)
     few = candidates(gpu, plans.Problem(torch.bfloat16, 16, 4096, 4096, 16, "y"))
-    assert {plan.path for plan in few} == set(plans.PATHS)
+    assert {plan.path for plan in few} == {"two_pass", "cublas"}
+    all_of_them = candidates(gpu, plans.Problem(torch.bfloat16, 8192, 4096, 4096, 16, "y"))
+    assert {plan.path for plan in all_of_them} == set(plans.PATHS)
     many = candidates(gpu, plans.Problem(torch.bfloat16, 8192, 4096, 4096, 64, "dx"))
     assert {plan.path for plan in many} == {"two_pass", "cublas"}
-    assert not any(plan.gemm.flatten for plan in many), "not usable at this rank"
 
 
 def test_what_is_measured_is_written_and_used(monkeypatch, tmp_path, capsys):

@@ -122,13 +122,9 @@ class _Writer:
 
     def product(self, step: Step) -> list[int]:
         """Write a product of torch's."""
-        operands = [step.arguments[name] for name in ("out", "x", "w")]
-        bias = step.arguments["bias"]
-        accumulate = step.arguments.get("accumulate", False)
-        if bias is not None:
-            operands.append(bias._replace(shape=(1, *bias.shape)))
-        numbers = [_PRODUCT, int(accumulate), len(operands)]
-        for array in operands:
+        numbers = [_PRODUCT]
+        for name in ("out", "x", "w"):
+            array = step.arguments[name]
             shape, strides = _matrix(array)
             numbers += [self.numbers[array.name], *_sizes(shape), *strides]
         return numbers

@@ -34,19 +34,14 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> 
         _recording.append(_record(name, grid, kernel, arguments))
 
 
-def launch_cublas(
-    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool = False
-) -> None:
-    """Compute out (M, N) = x (M, K)·w (K, N) + bias, or out += x·w, by torch, i.e. cuBLAS."""
+def launch_cublas(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """Add x (M, K)·w (K, N) to out (M, N) by torch, which has cuBLAS do it in place."""
     if _recording is not None:
-        arguments = {"x": x, "w": w, "bias": out if accumulate else bias, "out": out}
+        # It reads what it adds to.
+        arguments = {"x": x, "w": w, "sum": out, "out": out}
         _recording.append(_record("cublas", (), None, arguments))
-    elif accumulate:
-        torch.addmm(out, x, w, out=out)
-    elif bias is None:
-        torch.mm(x, w, out=out)
     else:
-        torch.addmm(bias, x, w, out=out)
+        torch.addmm(out, x, w, out=out)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A `Step` is a launch of a jitted kernel, or of cuBLAS if there is none: out = x·w + bias.
+    """A `Step` is a launch of a jitted kernel, or of cuBLAS if there is none: out += x·w.
 
     Arguments go by the names of parameters, with num_warps and num_stages. They are Array, Tile,
     Count, Scalar, plain constants, tuples of integers, and named tuples of all these.

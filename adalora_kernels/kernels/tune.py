@@ -18,7 +18,6 @@ from .svd_linear.plans import (
     device_of,
     gemm_candidates,
     is_allowed,
-    one_pass_blocks,
     padded_rank,
 )
 
@@ -70,14 +69,13 @@ def tune(
 
 def candidates(device: Device, problem: Problem) -> list[Plan]:
     """List every plan that is worth a measurement."""
-    gemms = gemm_candidates(device, problem)
-    # cuBLAS chooses its own blocks.
-    blocks = {
-        "two_pass": gemms,
-        "one_pass": [one_pass_blocks(device, problem.M)],
-        "cublas": gemms[:1],
-    }
-    return [Plan(path, b) for path in PATHS if is_allowed(path, problem) for b in blocks[path]]
+    found = []
+    for path in PATHS:
+        if is_allowed(path, device, problem):
+            blocks = gemm_candidates(device, problem, path)
+            # cuBLAS chooses its own blocks.
+            found += [Plan(path, b) for b in (blocks[:1] if path == "cublas" else blocks)]
+    return found
 
 
 def _calls(

@@ -315,15 +315,15 @@ def _dx(call: Call, g: Array, grad_h: Array) -> tuple[Step, ...]:
     # The last three operands of a kernel with a low-rank term.
     term = (LowRank(grad_h, call.A, None, call.R, call.K, 1), NO_E, call.dropout)
     if w is None:
-        return (low_rank_add(call, None, dx, *term),)
+        return (low_rank_add(call, None, dx, None, *term),)
     # cuBLAS would make a contiguous copy of an expanded gradient, as large as y.
     dense = g.strides is not None and 1 in g.strides and 0 not in g.strides
     possible = ("two_pass", "cublas") if dense else ("two_pass",)
     plan = call.plan("dx" if call.seed is None else "dropped dx", possible, g, w, dx)
     if plan.path == "two_pass":
         return (gemm(call, plan.gemm, g, w, dx, None, *term),)
-    cublas = Step(None, (), {"x": g, "w": w, "bias": None, "out": dx})
-    return cublas, low_rank_add(call, dx, dx, *term)
+    cublas = Step(None, (), {"x": g, "w": w, "out": dx})
+    return low_rank_add(call, None, dx, None, *term), cublas
 
 
 def backward_recipe(call: Call, g: Array) -> Recipe:

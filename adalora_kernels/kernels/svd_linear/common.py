@@ -71,6 +71,25 @@ NO_DROPOUT = Dropout(None, 0, 1.0)
 
 
 @triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start where this one leaves room: programmatic dependent launch.
+
+    Such a kernel may read what the call was given. What a kernel before it in the same recipe has
+    written it may read, and anything at all it may write, after `wait_for_previous`, which every
+    program of it has to call, so that its own end means the end of all before it.
+    """
+    if PDL and not _INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before this one has ended and what it wrote can be read."""
+    if PDL and not _INTERPRETED:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def dot_as_stored(x, w, acc, PRECISION: tl.constexpr):
     """Return acc + x·w. The interpreter multiplies the raw bits of bfloat16 (triton #11584)."""
     if _INTERPRETED:
@@ -101,15 +120,15 @@ def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = dot_as_stored(x, low, acc, "ieee")
-        acc = dot_as_stored(x, middle, acc, "ieee")
-        return dot_as_stored(x, high, acc, "ieee")
+        part = dot_as_stored(x, low, tl.zeros(acc.shape, tl.float32), "ieee")
+        part = dot_as_stored(x, middle, part, "ieee")
+        return acc + dot_as_stored(x, high, part, "ieee")
     x = x.to(tl.float32)
     high = _clear_low_bits(w)
     middle = _clear_low_bits(w - high)
-    acc = dot_as_stored(x, (w - high) - middle, acc, "tf32")
-    acc = dot_as_stored(x, middle, acc, "tf32")
-    return dot_as_stored(x, high, acc, "tf32")
+    part = dot_as_stored(x, (w - high) - middle, tl.zeros(acc.shape, tl.float32), "tf32")
+    part = dot_as_stored(x, middle, part, "tf32")
+    return acc + dot_as_stored(x, high, part, "tf32")
 
 
 @triton.jit
@@ -190,6 +209,11 @@ class Call(NamedTuple):
         return Dropout(self.seed, Scalar("drop_below"), Scalar("keep_scale"))
 
     @property
+    def pdl(self) -> bool:
+        """Tell whether the GPU has programmatic dependent launch."""
+        return self.device.family in ("sm_90", "sm_100")
+
+    @property
     def r_pad(self) -> int:
         """Return the R_PAD of the kernels."""
         return plans.padded_rank(self.R)
@@ -210,6 +234,10 @@ class Call(NamedTuple):
         """Look up the configuration of a pass over the matrix `t`."""
         aligned = t.name in self.aligned
         return plans.pass_blocks(kernel, self.device, self.r_pad, t.dtype, self.is_wide(t), aligned)
+
+    def after_another(self, blocks: plans.Blocks) -> dict[str, int]:
+        """Return the launch options of a step that is not the first one of its recipe."""
+        return {**blocks.options, "launch_pdl": True} if self.pdl else blocks.options
 
     def plan(
         self, product: str, possible: tuple[str, ...], x: Array, w: Array, out: Array

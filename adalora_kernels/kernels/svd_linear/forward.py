@@ -1,4 +1,4 @@
-"""The forward makes h by the down projection, and y by one of three paths (see the package)."""
+"""The forward makes h by a down projection, and y by one of three paths (see the package)."""
 
 import torch
 import triton
@@ -7,8 +7,8 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Step
 from . import plans
-from .common import NO_DROPOUT, ROWS, Call, LowRank, dot, keep_mask
-from .gemm import gemm, low_rank_add
+from .common import NO_DROPOUT, ROWS, Call, LowRank, dot, keep_mask, let_next_start
+from .gemm import Made, gemm, low_rank_add
 
 
 @triton.jit(do_not_specialize=["M", "dropout"])
@@ -25,11 +25,13 @@ def _down_kernel(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (i, s) writes rows block i of h[s] (M, R) = dropout(x)·Aᵀ over part s of K."""
+    let_next_start(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     ranks = tl.arange(0, R_PAD)
@@ -59,7 +61,9 @@ def _down(call: Call) -> tuple[Step, Array]:
     k_blocks = ceil_div(call.K, blocks.k)
     # Enough programs to fill the GPU, each with at least four blocks to pipeline.
     programs = call.device.sms // ceil_div(call.M, blocks.m)
-    splits = max(1, min(programs, k_blocks // 4, plans.MOST_SPLITS))
+    few = call.M <= plans.MOST_FEW_ROWS
+    most = plans.MOST_SPLITS_OF_FEW if few else plans.MOST_SPLITS
+    splits = max(1, min(programs, k_blocks // 4, most))
     k_per_split = ceil_div(k_blocks, splits) * blocks.k
     splits = ceil_div(call.K, k_per_split)
     name, dtype = ("h", call.h.dtype) if splits == 1 else ("h_parts", torch.float32)
@@ -76,6 +80,7 @@ def _down(call: Call) -> tuple[Step, Array]:
         "k_per_split": k_per_split,
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(call.x),
+        "PDL": call.pdl,
         "BLOCK_M": blocks.m,
         "BLOCK_K": blocks.k,
         **blocks.options,
@@ -83,24 +88,90 @@ def _down(call: Call) -> tuple[Step, Array]:
     return Step(_down_kernel, (Count(blocks.m), splits), arguments), parts
 
 
+@triton.jit(do_not_specialize=["row_blocks"])
+def _split_kernel(
+    a_ptr,
+    out_parts_ptr,
+    out_ready_ptr,
+    K,
+    R,
+    row_blocks,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write A as a sum of PARTS matrices (R_PAD, K) of the type of x, and zeros to `ready`."""
+    let_next_start(PDL)
+    ranks = tl.arange(0, R_PAD)[:, None]
+    columns = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    a = tl.load(a_ptr + ranks.to(tl.int64) * K + columns, mask=(ranks < R) & (columns < K), other=0)
+    rest = a.to(tl.float32)
+    for part in tl.static_range(PARTS):
+        at = out_parts_ptr + (part * R_PAD + ranks).to(tl.int64) * K + columns
+        rounded = rest.to(out_parts_ptr.dtype.element_ty)
+        tl.store(at, rounded, mask=columns < K)
+        rest -= rounded.to(tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_K, row_blocks, tl.num_programs(0) * BLOCK_K):
+        blocks = first + tl.arange(0, BLOCK_K)
+        tl.store(out_ready_ptr + blocks, tl.zeros_like(blocks), mask=blocks < row_blocks)
+
+
+def _split(call: Call, blocks: plans.Blocks) -> tuple[Step, Made]:
+    """Make from A what the GEMM makes h from."""
+    parts = 3 if call.is_wide(call.x) else 1
+    a_parts = Array("a_parts", call.x.dtype, (parts * call.r_pad, call.K), (call.K, 1))
+    ready = Array("ready", torch.int32, (Count(blocks.m),))
+    arguments = {
+        "a_ptr": call.A,
+        "out_parts_ptr": a_parts,
+        "out_ready_ptr": ready,
+        "K": call.K,
+        "R": call.R,
+        "row_blocks": Count(blocks.m),
+        "PARTS": parts,
+        "PDL": call.pdl,
+        "R_PAD": call.r_pad,
+        "BLOCK_K": 128,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    return Step(_split_kernel, (ceil_div(call.K, 128),), arguments), Made(
+        parts, a_parts, ready, call.h
+    )
+
+
+def _can_fuse(call: Call) -> bool:
+    """Tell whether the GEMM can make h, if its tiles allow it."""
+    # Parts of A that float16 can hold would not add up to A; and what the tensor cores read is x
+    # as it is stored, without dropout.
+    exact = not call.is_wide(call.x) or call.x.dtype == torch.bfloat16
+    return exact and call.seed is None
+
+
 def forward_recipe(call: Call) -> Recipe:
     """Make y and h, by svd_linear where there is a weight, by svd_delta where there is a base."""
+    x, y, bias = call.x, call.y, call.bias
+    plan = None
+    if call.weight is not None:
+        w = call.weight.T
+        possible = plans.PATHS if _can_fuse(call) else ("two_pass", "cublas")
+        plan = call.plan("y", possible, x, w, y)
+        if plan.path == "fused":
+            split, made = _split(call, plan.gemm)
+            h = call.h._replace(shape=(1, *call.h.shape))
+            term = (LowRank(h, call.B, None, call.R, 1, call.R), call.e, NO_DROPOUT)
+            made_from = (Part(made.a_parts, -1), Part(made.ready, 0))
+            return Recipe(made_from, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
     down, parts = _down(call)
     # The kernel of the low-rank term stores h, unless the one part is h itself.
     out_h = None if parts.name == "h" else call.h
     workspace = () if out_h is None else (Part(parts, -1),)
     # The last three operands of a kernel with a low-rank term.
     term = (LowRank(parts, call.B, out_h, call.R, 1, call.R), call.e, NO_DROPOUT)
-    if call.weight is None:
-        return Recipe(workspace, (down, low_rank_add(call, call.base, call.y, *term)))
-    x, w, y, bias = call.x, call.weight.T, call.y, call.bias
-    # One_pass would make the mask of dropout once for every tile.
-    possible = plans.PATHS if call.seed is None else ("two_pass", "cublas")
-    plan = call.plan("y", possible, x, w, y)
-    if plan.path == "one_pass":
-        term = (LowRank(None, call.B, call.h, call.R, 1, call.R), call.e, NO_DROPOUT)
-        return Recipe((), (gemm(call, plan.gemm, x, w, y, bias, *term),))
+    if plan is None:
+        return Recipe(workspace, (down, low_rank_add(call, call.base, y, None, *term)))
     if plan.path == "two_pass":
         return Recipe(workspace, (down, gemm(call, plan.gemm, x, w, y, bias, *term)))
-    cublas = Step(None, (), {"x": x, "w": w, "bias": bias, "out": y})
-    return Recipe(workspace, (cublas, down, low_rank_add(call, y, y, *term)))
+    cublas = Step(None, (), {"x": x, "w": w, "out": y})
+    return Recipe(workspace, (down, low_rank_add(call, None, y, bias, *term), cublas))

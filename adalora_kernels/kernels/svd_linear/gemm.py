@@ -5,26 +5,44 @@ the mask and scale of dropout itself. Either `gemm` does all of it, or `low_rank
 low-rank term to what cuBLAS, or an opaque base layer, has computed.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import ceil_div
 from ..recipe import Array, Count, Step, Tile
+from . import plans
 from .common import (
+    _INTERPRETED,
     ROWS,
     Call,
     Dropout,
     EffectiveE,
     LowRank,
-    dot,
     dot_as_stored,
     effective_e,
     keep_mask,
+    wait_for_previous,
 )
 from .plans import Blocks
 
+# Row blocks whose tiles are computed at the same time.
+_GROUP_M = 8
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Made(NamedTuple):
+    """The operands of a GEMM that makes its own left = h = x·Aᵀ.
+
+    a_parts (parts · R_PAD, K) are summands of A in the type of x, ready (row blocks,) zeros.
+    """
+
+    parts: int
+    a_parts: Array
+    ready: Array
+    out_h: Array
 
 
 @triton.jit
@@ -37,7 +55,6 @@ def _rows_and_columns(acc, tile_m, tile_n):
 @triton.jit
 def _low_rank_product(
     acc,
-    h,
     low_rank,
     e,
     tile_m,
@@ -49,20 +66,14 @@ def _low_rank_product(
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
 ):
-    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ.
-
-    With SPLITS = 0 the tile has Σ already: it is h (BLOCK_M, R_PAD), and R_PAD is at most 32.
-    """
+    """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
     STEP: tl.constexpr = min(R_PAD, 32)
     for first in tl.range(0, R_PAD, STEP, num_stages=1):
         ranks = first + tl.arange(0, STEP)
         inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
         offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
-        if SPLITS == 0:
-            left = h
-        else:
-            left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         for split in tl.static_range(1, SPLITS):
             part = low_rank.left_ptr + tl.cast(split, tl.int64) * M * low_rank.R
             left += tl.load(part + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -96,16 +107,6 @@ def _tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _add_to_h(h, x_tile, a_ptr, k, K, R, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return h + x·Aᵀ over the columns of x from k that x_tile holds."""
-    ranks = tl.arange(0, h.shape[1])
-    columns = k + tl.arange(0, x_tile.shape[1])[None, :]
-    inside = (ranks[:, None] < R) & (columns < K)
-    a = tl.load(a_ptr + ranks.to(tl.int64)[:, None] * K + columns, mask=inside, other=0.0)
-    return dot(x_tile, tl.trans(a), h, WIDE, PRECISION)
-
-
-@triton.jit
 def _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """Write one tile of out (M, N), which is a descriptor of half as many columns if TMA."""
     BLOCK_M: tl.constexpr = acc.shape[0]
@@ -122,13 +123,65 @@ def _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.con
         tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=inside)
 
 
+@triton.jit
+def _make_h(
+    x,
+    a,
+    out_h_ptr,
+    ready_ptr,
+    M,
+    N,
+    K,
+    R,
+    R_PAD: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The first programs make h = x·Aᵀ for all, and tell for each row block that it is there.
+
+    They are those with one tile less than the others, unless these are too few. That they are the
+    first matters where not all programs run at once: none waits for one that has yet to start.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    programs = tl.num_programs(0)
+    makers = programs - tiles_m * tl.cdiv(N, BLOCK_N) % programs
+    # A row block takes nearly as long as a tile.
+    if tl.cdiv(tiles_m, makers) > 2:
+        makers = programs
+    if _INTERPRETED:
+        makers = 1  # One program after the other.
+    blocks = tiles_m
+    if tl.program_id(0) >= makers:
+        blocks = 0
+    ranks = tl.arange(0, R_PAD)
+    for block in range(tl.program_id(0), blocks, makers):
+        parts = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x_tile = x.load([block * BLOCK_M, k])
+            a_tile = a.load([0, k])
+            fresh = tl.zeros((BLOCK_M, A_ROWS), tl.float32)
+            fresh = dot_as_stored(x_tile, a_tile.T, fresh, "ieee")
+            # As a sum it would be taken into the product.
+            parts = tl.fma(fresh, 1.0, parts)
+        h = tl.sum(tl.reshape(parts, (BLOCK_M, A_ROWS // R_PAD, R_PAD)), axis=1)
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (rows[:, None] < M) & (ranks[None, :] < R)
+        tl.store(out_h_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], h, mask=inside)
+        tl.debug_barrier()
+        tl.atomic_xchg(ready_ptr + block, 1, sem="release")
+
+
 @triton.jit(do_not_specialize=["M", "dropout"])
 def _gemm_kernel(
     x,
     w,
     out,
     bias_ptr,
-    a_ptr,
+    a,
+    out_h_ptr,
+    ready_ptr,
     low_rank,
     e,
     dropout,
@@ -139,34 +192,41 @@ def _gemm_kernel(
     w_strides,
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
+    A_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     """Compute out = x·w + bias + dropout'((Σ_s left[s] ⊙ e)·right), tile by tile; persistent.
 
     x, w and out are descriptors if TMA, else pointers; W_BY_ROWS: the descriptor of w is that of
-    its transpose (N, K). With SPLITS = 0 the sum is made here, as h = x·aᵀ, while x goes by.
+    its transpose (N, K). With `a`, a descriptor of A_ROWS rows, left is made here, too.
     """
+    if a is not None:
+        wait_for_previous(PDL)
+        _make_h(
+            x, a, out_h_ptr, ready_ptr, M, N, K, low_rank.R,
+            R_PAD, A_ROWS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    last = tl.num_programs(0) - 1
+    for tile in range(last - tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _tile_order(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = tl.zeros((BLOCK_M, R_PAD), tl.float32)
         # Dropout is that of the low-rank term alone, which comes first then. Otherwise it comes
         # last, so that the latency of its loads hides.
         if dropout.seed_ptr is not None:
+            wait_for_previous(PDL)
             acc = _low_rank_product(
-                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+                acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
             acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
         rows, columns = _rows_and_columns(acc, tile_m, tile_n)
@@ -188,11 +248,13 @@ def _gemm_kernel(
                 x_tiles += BLOCK_K * tl.cast(x_strides[1], tl.int64)
                 w_tiles += BLOCK_K * tl.cast(w_strides[0], tl.int64)
             acc = dot_as_stored(x_tile, w_tile, acc, PRECISION)
-            if SPLITS == 0:
-                h = _add_to_h(h, x_tile, a_ptr, k, K, low_rank.R, WIDE, PRECISION)
         if dropout.seed_ptr is None:
+            wait_for_previous(PDL)
+            if a is not None:
+                while tl.atomic_add(ready_ptr + tile_m, 0, sem="acquire") == 0:
+                    pass
             acc = _low_rank_product(
-                acc, h, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+                acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -209,13 +271,15 @@ def gemm(
     low_rank: LowRank,
     e: EffectiveE,
     dropout: Dropout,
+    made: Made | None = None,
 ) -> Step:
     """Compute out (M, n) = x (M, k)·w (k, n) + bias + dropout'((Σ_s left[s] ⊙ e)·right).
 
-    Where `low_rank` has no left, it is made from x and A; there must be no dropout then.
+    It comes after a step that makes left, or, with `made`, what left is made from.
     """
     k, n = w.of(call.M)
     by_rows = w.strides is not None and w.strides[1] != 1
+    a_rows = plans.padded_rank(made.parts * call.r_pad) if made else 0
 
     def tiles(matrix: Array, rows: int, columns: int) -> Array | Tile:
         return Tile(matrix, (rows, columns)) if blocks.tma else matrix
@@ -225,7 +289,9 @@ def gemm(
         "w": tiles(w.T, blocks.n, blocks.k) if by_rows else tiles(w, blocks.k, blocks.n),
         "out": tiles(out, blocks.m, blocks.n // 2),
         "bias_ptr": bias,
-        "a_ptr": call.A if low_rank.left_ptr is None else None,
+        "a": made and Tile(made.a_parts, (a_rows, blocks.k)),
+        "out_h_ptr": made and made.out_h,
+        "ready_ptr": made and made.ready,
         "low_rank": low_rank,
         "e": e,
         "dropout": dropout,
@@ -236,26 +302,32 @@ def gemm(
         "w_strides": w.strides,
         "ALIGNED": dropout.is_aligned(n),
         "DTYPE": _TYPES[x.dtype],
-        **call.types(x),
+        "PRECISION": call.precision(x),
+        "PDL": call.pdl,
         "TMA": blocks.tma,
         "W_BY_ROWS": by_rows,
+        "A_ROWS": a_rows,
+        "R_PAD": call.r_pad,
         "SPLITS": low_rank.splits,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
         "BLOCK_K": blocks.k,
-        "GROUP_M": 8,
-        "FLATTEN": blocks.flatten,
-        **blocks.options,
+        "GROUP_M": _GROUP_M,
+        **call.after_another(blocks),
     }
     programs = Count(blocks.m, ceil_div(n, blocks.n))
-    grid = (programs._replace(most=call.device.sms) if blocks.tma else programs,)
-    return Step(_gemm_kernel, grid, arguments)
+    if made:
+        programs = Count(times=0, plus=call.device.sms)
+    elif blocks.is_large:
+        programs = programs._replace(most=call.device.sms)
+    return Step(_gemm_kernel, (programs,), arguments)
 
 
 @triton.jit(do_not_specialize=["M", "dropout"])
 def _low_rank_add_kernel(
     base_ptr,
     out_ptr,
+    bias_ptr,
     low_rank,
     e,
     dropout,
@@ -265,23 +337,25 @@ def _low_rank_add_kernel(
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     SPLITS: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program i computes tile i of out = base + dropout'((Σ_s left[s] ⊙ e)·right)."""
+    """Program i computes tile i of out = base + bias + dropout'((Σ_s left[s] ⊙ e)·right)."""
+    wait_for_previous(PDL)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _low_rank_product(
-        acc, None, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
-    )
+    acc = _low_rank_product(acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD)
     if dropout.seed_ptr is not None:
         acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
+    rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if base_ptr is not None:
-        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
         base = base_ptr + rows.to(tl.int64)[:, None] * base_strides[0]
         base += columns.to(tl.int64)[None, :] * base_strides[1]
         inside = (rows[:, None] < M) & (columns[None, :] < N)
@@ -293,16 +367,21 @@ def low_rank_add(
     call: Call,
     base: Array | None,
     out: Array,
+    bias: Array | None,
     low_rank: LowRank,
     e: EffectiveE,
     dropout: Dropout,
 ) -> Step:
-    """Compute out (M, n) = base + dropout'((Σ_s left[s] ⊙ e)·right); base may be out, or None."""
+    """Compute out (M, n) = base + bias + dropout'((Σ_s left[s] ⊙ e)·right).
+
+    It comes after a step that makes left.
+    """
     blocks = call.blocks("low_rank_add", base or out)
     _, n = out.of(call.M)
     arguments = {
         "base_ptr": base,
         "out_ptr": out,
+        "bias_ptr": bias,
         "low_rank": low_rank,
         "e": e,
         "dropout": dropout,
@@ -312,11 +391,12 @@ def low_rank_add(
         "ALIGNED": dropout.is_aligned(n),
         "DTYPE": _TYPES[out.dtype],
         "PRECISION": call.precision(out),
+        "PDL": call.pdl,
         "SPLITS": low_rank.splits,
         "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n,
-        **blocks.options,
+        **call.after_another(blocks),
     }
     grid = (Count(blocks.m, ceil_div(n, blocks.n)),)
     return Step(_low_rank_add_kernel, grid, arguments)
