@@ -31,7 +31,7 @@ int adalora_fake_device = 0;
 // Counted always; launches are written down only while adalora_fake_record(1) holds.
 long adalora_fake_launches = 0, adalora_fake_errors = 0, adalora_fake_loads = 0;
 // Set to 1 while a graph is being captured, in the mode that torch takes, which is global. A thread
-// that loads code then makes it -1, for the capture has failed.
+// that loads code then makes it -1, for the capture has failed. Not every driver is as strict.
 int adalora_fake_capture = 0;
 
 static int recording = 0;

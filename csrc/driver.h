@@ -66,7 +66,7 @@ class Driver {
   }
 
   // While there is one, its thread may load code although a graph is being captured, of which
-  // loading is no part.
+  // loading is no part. CUDA reserves the right to refuse that; a driver of 13.0 does not.
   class MayLoad {
    public:
     explicit MayLoad(const Driver& driver) : driver_(driver) { driver_.exchange_mode_(&mode_); }

@@ -24,10 +24,10 @@ AOTITorchError aoti_torch_cuda_randint_low_out(AtenTensorHandle out, int64_t low
     __attribute__((weak));
 AOTITorchError aoti_torch_cpu_randint_low_out(AtenTensorHandle out, int64_t low, int64_t high,
                                               const int64_t* sizes, int64_t dim);
-AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
                                          AtenTensorHandle x, AtenTensorHandle w, double beta,
                                          double alpha) __attribute__((weak));
-AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle to,
                                         AtenTensorHandle x, AtenTensorHandle w, double beta,
                                         double alpha);
 }
@@ -163,12 +163,12 @@ Owned view(const Call& call, const Matrix& matrix) {
   return Owned(made);
 }
 
-// out += x w, by torch, which calls cuBLAS.
+// out += x w by torch, which has cuBLAS do it in place.
 bool multiply(const Call& call, const Step& step) {
   const Owned out = view(call, step.product[0]), x = view(call, step.product[1]),
               w = view(call, step.product[2]);
   const auto addmm = is_on_gpu(call) ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
-  // Added to itself it has to be the same tensor, or else torch copies it first.
+  // That what it adds to is the same tensor keeps torch from copying it.
   return addmm != nullptr && addmm(out.get(), out.get(), x.get(), w.get(), 1.0, 1.0) == 0;
 }
 

@@ -95,7 +95,7 @@ struct Step {
   std::vector<uint32_t> offsets;  // of each parameter in the bytes
   std::vector<Patch> patches;
   std::vector<Map> maps;
-  std::vector<Matrix> product;  // out, x, w
+  std::vector<Matrix> product;  // out, x and w
 };
 
 struct Recipe {

@@ -15,6 +15,8 @@ from launcher_runs import (
     triton_forward,
 )
 
+from adalora_kernels import RankAllocator, SVDLinear
+
 R = 12
 MASKED = PLAIN._replace(R=R, mask=True, p=0.1)
 
@@ -73,3 +75,23 @@ def captured_later() -> None:
         t["E"].zero_()
         both(t | {"mask": torch.zeros(R, dtype=torch.bool)})
     assert asked() == before
+
+
+def captured_frozen() -> None:
+    """A training asks for nothing new after its first step, whether it prunes or has frozen."""
+    linears = [torch.nn.Linear(64, n, dtype=torch.bfloat16) for n in (64, 80, 64)]
+    model = torch.nn.ModuleList(SVDLinear.from_linear(linear, R) for linear in linears)
+    allocator = RankAllocator(model, target_r=4, total_step=20, tinit=3, tfinal=10)
+    x = torch.randn(6, 64, dtype=torch.bfloat16)
+
+    def step(number: int) -> None:
+        for layer in model:
+            layer(x.requires_grad_()).sum().backward()
+        allocator.step(number)
+
+    step(1)
+    before = asked()
+    with fake_gpu.capturing():
+        for number in range(2, 15):
+            step(number)
+    assert allocator.frozen and asked() == before

@@ -4,7 +4,9 @@ What the two launch has to be the same to the byte. Pointers differ, as results 
 are new at every call, so they are compared by the names of what they point to.
 """
 
+import ctypes
 import struct
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import fake_gpu
@@ -22,6 +24,11 @@ from adalora_kernels.kernels.svd_linear import (  # noqa: E402
     svd_linear_bwd,
     svd_linear_fwd,
 )
+
+# Products are added to what a kernel would have written. So that they can be compared, torch's CPU
+# allocator is to hand out zeros.
+_C10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+ctypes.c_bool.in_dll(_C10, "FLAGS_caffe2_cpu_allocator_do_zero_fill").value = True
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 launch_forward = torch.ops.adalora.launch_forward
@@ -203,8 +210,6 @@ def compare_launches(problem: Problem, ours: list[Any], expected: list[Any]) -> 
 
 def library() -> Any:
     """Return the compiled library, by which plans are forgotten and counted."""
-    import ctypes
-
     lib = ctypes.CDLL(str(ops.library.path))
     lib.adalora_plan_misses.restype = ctypes.c_int64
     return lib

@@ -123,7 +123,8 @@ class _Writer:
     def product(self, step: Step) -> list[int]:
         """Write a product of torch's."""
         numbers = [_PRODUCT]
-        for array in (step.arguments[name] for name in ("out", "x", "w")):
+        for name in ("out", "x", "w"):
+            array = step.arguments[name]
             shape, strides = _matrix(array)
             numbers += [self.numbers[array.name], *_sizes(shape), *strides]
         return numbers
