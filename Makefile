@@ -7,11 +7,11 @@ DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
-# The oldest triton that is supported, for the kernels that are only compiled.
-OLDEST ?= build/oldest
-OLDEST_TRITON := 3.6.0
+# Other versions of triton, for the kernels that are only compiled, in a folder each.
+TRITONS ?= build/tritons
+OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-oldest demo bench lint format clean
+.PHONY: install test test-rest test-all compile-others demo bench lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -34,20 +34,23 @@ $(DATA) $(PEFT_TESTS): | $(VENV)/.installed
 test: install
 	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
 
-# What `test` leaves out: all configurations, PEFT's own tests, sanitizers, the oldest triton.
-test-rest: install compile-oldest
+# What `test` leaves out: all configurations, PEFT's own tests, sanitizers, other versions of triton.
+test-rest: install compile-others
 	$(BIN)/pytest -n 2 --dist loadfile -m full
 
 test-all: test test-rest
 
-compile-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_compile_only.py
+# All of them, also where one fails.
+compile-others: $(OTHER_TRITONS:%=$(TRITONS)/%/.installed)
+	status=0; for version in $(OTHER_TRITONS); do \
+		PYTHONPATH=$(abspath $(TRITONS))/$$version $(BIN)/python -c \
+			"import triton; print('triton', triton.__version__); assert '$$version' == triton.__version__" && \
+		PYTHONPATH=$(abspath $(TRITONS))/$$version $(BIN)/pytest tests/test_compile_only.py || status=1; \
+	done; exit $$status
 
-$(OLDEST)/.installed: constraints.txt
-	$(PYTHON) -m venv $(OLDEST)
-	grep -v '^triton==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
-		--constraint $(OLDEST)/constraints.txt torch numpy pytest triton==$(OLDEST_TRITON)
+# Without the constraints, which pin another version.
+$(TRITONS)/%/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
 	touch $@
 
 demo: install

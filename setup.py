@@ -27,8 +27,8 @@ from setuptools.errors import BaseError
 CSRC = Path(__file__).parent / "csrc"
 # The oldest torch that the library runs with, whichever one it is built with.
 TARGET = "0x020b000000000000"
-# Each serves the later minor versions of its generation, the PTX what comes after.
-ARCHITECTURES = "8.0 9.0 10.0+PTX"
+# Each serves the later minor versions of its generation; PTX of the last serves what comes after.
+ARCHITECTURES = ("8.0", "9.0", "10.0")
 NINJA = """\
 cxx = {cxx}
 cxxflags = {cxxflags}
@@ -98,18 +98,21 @@ def find_nvcc() -> str:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or of our own list what this nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST, or of our own list what this nvcc knows, with PTX of the newest."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    names = re.split(r"[\s;,]+", (wanted or ARCHITECTURES).strip())
-    for name in names:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            raise CannotBuild(
-                f"TORCH_CUDA_ARCH_LIST has {name!r}, not one like 8.0, 9.0a, 10.0+PTX"
-            )
     if wanted:
+        names = re.split(r"[\s;,]+", wanted.strip())
+        for name in names:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                raise CannotBuild(
+                    f"TORCH_CUDA_ARCH_LIST has {name!r}, not one like 8.0, 9.0a, 10.0+PTX"
+                )
         return names
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [n for n in names if "sm_" + n.replace("+PTX", "").replace(".", "") in known]
+    names = [name for name in ARCHITECTURES if "sm_" + name.replace(".", "") in known]
+    if not names:
+        raise CannotBuild(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
+    return [*names[:-1], f"{names[-1]}+PTX"]
 
 
 def cuda_includes(nvcc: str) -> list[str]:

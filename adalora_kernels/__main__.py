@@ -166,7 +166,7 @@ def report() -> int:
     passed = True
     for device in _devices():
         print(f"\n{device}: {_describe(device)}")
-        for op, name, why in ops.implementations(torch.device(device).type):
+        for op, name, why in ops.implementations(device):
             print(f"  {op:22} {name}{f'; not faster because {why}' if why else ''}")
         passed &= self_check(device)
     print("\nself-check passed" if passed else "\nself-check FAILED")

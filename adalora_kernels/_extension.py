@@ -35,6 +35,20 @@ class Library(NamedTuple):
         """The types of device that it has code for."""
         return tuple(name for name in ("cpu", "cuda") if name.upper() in self.built_for)
 
+    def why_not_on(self, device: torch.device) -> str | None:
+        """Say why its code for a whole model does not run on a device; None if it does.
+
+        A GPU is asked, and tensors of this process are to be on it: that makes a CUDA context.
+        """
+        if self.path is None or device.type not in self.device_types:
+            return self.why_not or f"the library was built for {self.built_for} only"
+        if device.type == "cpu":
+            return None
+        function = ctypes.CDLL(str(self.path)).adalora_why_not_on_gpu
+        function.restype = ctypes.c_char_p
+        why = function(device.index or 0).decode()
+        return f"the library, built for {self.built_for}, cannot run on it: {why}" if why else None
+
     def forget_plans(self) -> None:
         """Have it ask again what each call of a layer launches."""
         if self.path is not None:

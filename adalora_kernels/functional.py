@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops, reference, short
 from .checks import as_float, check_floating, shape_of
-from .fusing import TRACED, why_plain
+from .fusing import TRACED, autocast_dtype, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
@@ -82,7 +82,7 @@ def svd_linear(
         if y is not None:
             return y
     check_floating(x=x, weight=weight, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B, bias=bias)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
@@ -142,7 +142,7 @@ def svd_delta(
         if y is not None:
             return y
     check_floating(base_output=base_output, x=x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x = _cast(x, dtype)
     why = why_plain(base_output, x, lora_A, lora_E, lora_B, mask)
@@ -245,16 +245,6 @@ def _numbers(scaling: float, dropout_p: float) -> tuple[float, float]:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return scaling, dropout_p
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast wants on x's device; None where it is off or unknown."""
-    device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -78,6 +78,25 @@ def _only_a_default_device() -> bool:
     """Whether the only modes for functions are those of `torch.set_default_device`."""
     stack: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return all(type(mode) is DeviceContext for mode in stack)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` records: `torch.compiler.is_exporting`.
+
+    That is a constant to torch.compile of torch 2.11: true, although nothing is exported.
+    """
+    return torch.compiler._is_exporting_flag
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that autocast wants on such devices; None where it is off or unknown."""
+    # Of a device without autocast the second question may not be asked. The first is nothing that
+    # torch.compile of torch 2.11 knows, so it is not asked where the answer is known.
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def is_plain_tensor(t: Tensor) -> bool:

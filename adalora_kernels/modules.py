@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import as_float, as_int
 from .functional import svd_delta, svd_linear
-from .fusing import fused_dropout_p, is_plain_tensor, parameter_of
+from .fusing import fused_dropout_p, is_exporting, is_plain_tensor, parameter_of
 from .merging import Merge
 from .reference import effective_E
 
@@ -195,7 +195,7 @@ class SVDLinear(nn.Linear):
         if torch.compiler.is_compiling():
             # What is compiled can't look at versions or values, and runs for long. What is
             # exported is the layer as it is now.
-            return torch.compiler.is_exporting()
+            return is_exporting()
         # Another tensor in the place of the parameter (functional_call, a replica of
         # DataParallel) is what `named_parameters` gave, merged.
         replaced = self.weight is not merge.parameters[0]

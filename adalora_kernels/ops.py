@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, importance, launching, reference
-from .fusing import is_eager, is_plain_tensor, why_plain
+from .fusing import autocast_dtype, is_eager, is_plain_tensor, why_plain
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -55,8 +55,7 @@ def outside_autocast(implementation: Callable[_P, _R]) -> Callable[_P, _R]:
         first: Any = args[0]
         tensor = first if isinstance(first, Tensor) else first[0]
         device_type = tensor.device.type
-        available = torch.amp.is_autocast_available(device_type)
-        if not (available and torch.is_autocast_enabled(device_type)):
+        if autocast_dtype(device_type) is None:
             return implementation(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args, **kwargs)
@@ -73,6 +72,9 @@ torch.library.define(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor E, Tensor B, "
     "Tensor? mask, Tensor? seed, Tensor? h, Tensor? grad_y, bool need_dx) -> Tensor",
 )
+
+# What it calls where it has no code for a GPU.
+torch.library.define("adalora::importance_update_plain_", _SCHEMAS["importance_update_"])
 
 
 def _plan_launches(x: Tensor, *others: Any) -> Tensor:
@@ -184,9 +186,10 @@ torch.library.impl("adalora::svd_linear_backward", "default", _svd_linear_backwa
 
 # The ops over a whole model: the compiled library brings faster code for CPU and CUDA tensors, of
 # `prune_` for those on a CPU.
-torch.library.impl(
-    "adalora::importance_update_", "default", outside_autocast(importance.importance_update_)
-)
+for _name in ("importance_update_", "importance_update_plain_"):
+    torch.library.impl(
+        f"adalora::{_name}", "default", outside_autocast(importance.importance_update_)
+    )
 torch.library.impl("adalora::prune_", "default", reference.prune_)
 
 library = launching.library
@@ -204,28 +207,29 @@ class Implementation(NamedTuple):
     why_not_faster: str
 
 
-def implementations(device_type: str) -> list[Implementation]:
-    """Say what runs for every op on tensors of `device_type` as long as `impl` is "auto"."""
+def implementations(device: str | torch.device) -> list[Implementation]:
+    """Say what runs for every op on tensors of this device as long as `impl` is "auto"."""
+    device = torch.device(device)
+    why_not = library.why_not_on(device)
     rows = []
     for op in _SCHEMAS:
         if op.startswith("svd_"):
-            rows.append(Implementation(op, *_of_layer(device_type)))
-        elif op == "prune_" and device_type != "cpu":
+            rows.append(Implementation(op, *_of_layer(device)))
+        elif op == "prune_" and device.type != "cpu":
             rows.append(Implementation(op, _PLAIN, ""))
-        elif device_type in library.device_types:
-            rows.append(Implementation(op, "C++" if device_type == "cpu" else "CUDA C++", ""))
+        elif why_not is None:
+            rows.append(Implementation(op, "C++" if device.type == "cpu" else "CUDA C++", ""))
         else:
-            why = library.why_not or f"the library was built for {library.built_for} only"
             name = "torch._foreach" if op == "importance_update_" else _PLAIN
-            rows.append(Implementation(op, name, why))
+            rows.append(Implementation(op, name, why_not))
     return rows
 
 
-def _of_layer(device_type: str) -> tuple[str, str]:
+def _of_layer(device: torch.device) -> tuple[str, str]:
     """Return the name and the reason in an `Implementation` of a layer op."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         return "cpu (plain PyTorch)", "matrix products take nearly all of its time"
-    if why := launching.why_no_triton(torch.device(device_type)):
+    if why := launching.why_no_triton(device):
         return _PLAIN, why
     if why := launching.why_not_library():
         return "triton, launched by Triton", why

@@ -20,6 +20,9 @@ Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
 # elsewhere what keeps the memory bounded while there are few launches.
 _STACK_BYTES = {"cpu": 2**20}
 _LARGEST_STACK_BYTES = 2**26
+# cuBLAS adds up a long, thin Bᵀ·B one after the other, with several times the error of what it does
+# for a single matrix. So long are the sums that are made there and then added.
+_SUM_LENGTH = {"cuda": 256}
 
 
 def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) -> Tensor:
@@ -113,7 +116,7 @@ def _total(matrices: Sequence[Tensor], count: int, squared: bool) -> tuple[Tenso
     """The sum, and the slope of each stack."""
     total, slopes = _zero(matrices), []
     for stack in _stacks(matrices, count):
-        penalty, slope = _penalty(stack.rows, squared)
+        penalty, slope = _penalty(stack.products(), squared)
         total = total + penalty
         slopes.append(slope)
     return total, slopes
@@ -131,7 +134,7 @@ def _gradients(
     # Matrices of rank 0 are in no stack.
     gradients = [torch.zeros_like(m) if m.numel() == 0 else m for m in matrices]
     for k, stack in enumerate(_stacks(matrices, count)):
-        slope = _penalty(stack.rows, squared)[1] if slopes is None else slopes[k]
+        slope = _penalty(stack.products(), squared)[1] if slopes is None else slopes[k]
         for i, gradient in zip(stack.members, stack.gradients(slope * grad), strict=True):
             gradients[i] = gradient.to(matrices[i].dtype)
     return gradients
@@ -144,7 +147,7 @@ def _add_gradients_(
     """Add coefficient / scale times the gradients of `_total` to `.grad`, and return `_total`."""
     total = _zero(matrices)
     for stack in _stacks(matrices, count):
-        penalty, slope = _penalty(stack.rows, squared)
+        penalty, slope = _penalty(stack.products(), squared)
         total = total + penalty
         slope = slope * coefficient
         if scale is not None:
@@ -197,10 +200,16 @@ class _Stack(NamedTuple):
     vectors_dim: int
     transposed: bool
 
-    @property
-    def rows(self) -> Tensor:
-        """The vectors that should be orthonormal, as rows (n, r, length)."""
-        return self.matrices if self.vectors_dim == 1 else self.matrices.mT
+    def products(self) -> Tensor:
+        """A·Aᵀ or Bᵀ·B of each, (n, r, r)."""
+        if self.vectors_dim == 1:
+            return torch.bmm(self.matrices, self.matrices.mT)
+        n, length, r = self.matrices.shape
+        part = _SUM_LENGTH.get(self.matrices.device.type, 0)
+        if not part or length % part:
+            return torch.bmm(self.matrices.mT, self.matrices)
+        parts = self.matrices.reshape(n * (length // part), part, r)
+        return torch.bmm(parts.mT, parts).view(n, -1, r, r).sum(1)
 
     def gradients(self, slope: Tensor) -> list[Tensor]:
         """Those of the members, given the slope (n, r, r) of `_penalty`, which is symmetric."""
@@ -233,13 +242,13 @@ def _stacks(matrices: Sequence[Tensor], count: int) -> Iterator[_Stack]:
             yield _Stack(members, together.to(wide), vectors_dim, transposed)
 
 
-def _penalty(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    """The sum of ‖G - I‖_F or ‖G - I‖²_F of the matrices in `rows`, and its slope (n, r, r).
+def _penalty(products: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    """The sum of ‖G - I‖_F or ‖G - I‖²_F of the G in `products`, and its slope (n, r, r).
 
     The gradient is slope·rows: 2·(G - I)·rows / ‖G - I‖_F, taken as 0 where the norm is 0, or
     4·(G - I)·rows.
     """
-    residual = torch.bmm(rows, rows.mT)
+    residual = products
     residual.diagonal(dim1=1, dim2=2).sub_(1.0)
     if squared:
         return residual.square().sum(), 4.0 * residual

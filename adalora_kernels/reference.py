@@ -29,14 +29,12 @@ _U32 = 0xFFFFFFFF
 _FLAT_UNIT = 16
 
 
-def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
-    """Return the first `numel` words of the Philox-4x32 stream of `seed`, as int64 (numel,).
+def philox_4x32(seed: Tensor, counters: Tensor, rounds: int) -> Tensor:
+    """Return the four words of each counter (n,) int64 under the key `seed`, as int64 (n, 4).
 
-    Word i is lane i % 4 of counter i // 4. `seed` is one int64 on the device that the stream is
-    wanted on.
+    `seed` is one int64 on the device of the counters.
     """
-    counter = torch.arange((numel + 3) // 4, device=seed.device)
-    lanes = [counter & _U32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    lanes = [counters & _U32, counters >> 32, *torch.zeros_like(counters).expand(2, -1)]
     seed = seed.reshape(())
     keys = [seed & _U32, (seed >> 32) & _U32]
     for _ in range(rounds):
@@ -49,7 +47,17 @@ def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
             p0 & _U32,
         ]
         keys = [(key + w) & _U32 for key, w in zip(keys, _PHILOX_W, strict=True)]
-    return torch.stack(lanes, dim=1).flatten()[:numel]
+    return torch.stack(lanes, dim=1)
+
+
+def philox_uint32(seed: Tensor, numel: int, rounds: int = 10) -> Tensor:
+    """Return the first `numel` words of the Philox-4x32 stream of `seed`, as int64 (numel,).
+
+    Word i is lane i % 4 of counter i // 4. `seed` is one int64 on the device that the stream is
+    wanted on.
+    """
+    counters = torch.arange((numel + 3) // 4, device=seed.device)
+    return philox_4x32(seed, counters, rounds).flatten()[:numel]
 
 
 def philox_mask(like: Tensor, p: float, seed: Tensor) -> Tensor:

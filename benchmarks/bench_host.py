@@ -58,7 +58,7 @@ def _case(host: Host) -> Case:
     for name in (APPLIED, LAYER):
         goals |= {(name, measure): limit for measure, limit in limits.items() if limit}
     # A guess for a GPU, whose kernels have to be compiled.
-    return Case(work, settings, host.providers, goals, host, curve, expected_seconds=8.0)
+    return Case(work, settings, host.providers, goals, host, curve, expected_seconds=6.0)
 
 
 def measure(case: Case, context: Context) -> Outcome:
@@ -93,7 +93,8 @@ def measure(case: Case, context: Context) -> Outcome:
 
 def _time(outcome: Outcome, context: Context, calls: Any, names: Sequence[str]) -> None:
     """Time the calls, and add the ratios of those that are named."""
-    host, effort = outcome.case.of, {"seconds": 1.0, "rounds": (10, 60)}
+    host = outcome.case.of
+    effort: Any = {"seconds": 0.5 if host.on == GPU else 1.0, "rounds": (10, 60)}
     outcome.time(context, calls, **effort, clock=harness.CPU)
     of_host = outcome.seconds
     if host.llama:

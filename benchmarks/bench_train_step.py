@@ -8,7 +8,7 @@ All start from the same weights and see the same batch. LoRA and AdaLoRA have PE
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -99,7 +99,7 @@ class Trainee:
     """
 
     def __init__(self, model: Any, compiled: Any, allocate: Any = None) -> None:
-        self.model, self.loss, self.allocate = model, _loss_of(compiled), allocate
+        self.model, self.forward, self.allocate = model, compiled, allocate
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.initial: list[Tensor] = []
@@ -121,7 +121,7 @@ class Trainee:
         With `keep_gradients` they, the regulariser's among them, are left to be looked at.
         """
         self.steps += 1
-        loss = self.loss(batch)
+        loss = self.forward(**batch).loss
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -168,40 +168,47 @@ def _trainee(architecture: Architecture, model: Any, name: str) -> Trainee:
     return made
 
 
-def _loss_of(model: Any) -> Callable[..., Tensor]:
-    return lambda batch: model(**batch).loss
-
-
 def checkpoint(model: Any) -> None:
     """Recompute the activations of every layer in the backward; there is no dropout."""
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 class CheckStep:
-    """Holds steps to PEFT's AdaLoRA in float64, which comes first; all are reset.
+    """Holds AdaLoRA's steps to PEFT's model in float64, and ours to twice the error of PEFT's step.
 
-    The loss of each AdaLoRA without the regulariser, and all gradients of its adapters with it,
-    have to be the same function, and the gradients of ours may have at most twice the error of
-    PEFT's. The loss of the others must be finite.
+    That is the rule of design.md, section 7, for four results: the logits, the gradients of the
+    loss, how much of each exact one is in the one found, and the gradients with the regulariser's.
+    The third sees what is off in proportion, such as the scaling: rounding, however coarse, hardly
+    changes it, since it goes up and down. Of PEFT's step, which is what ours is measured by, half
+    of the digits have to be right; the others compute functions of their own. All are reset.
     """
 
     def __init__(self, trainees: Mapping[str, Trainee], batch: Mapping[str, Tensor]) -> None:
         for trainee in trainees.values():
             trainee.reset()
-        self.batch, self.eager = batch, None
-        # The same but for the rounding of every layer, in the dtype of the model.
-        self.allowed = 4 * torch.finfo(trainees[PEFT].trained[0].dtype).eps ** 0.5
+        self.batch = batch
+        self.eager: list[Tensor] = []
         model: Any = copy.deepcopy(trainees[PEFT].model).double()
         model.zero_grad()
         checkpoint(model)
-        self.exact = self._loss_and_gradients(Trainee(model, model))
+        self.exact: list[Tensor] = []
+        self.exact = self._results(Trainee(model, model))
 
-    def _loss_and_gradients(self, trainee: Trainee) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            plain = _loss_of(trainee.model.base_model.model)(self.batch)
-        loss = trainee.step(self.batch, keep_gradients=True)
-        gradients = torch.cat([p.grad.flatten() for p in trainee.adapters])
-        return plain if trainee.allocator is None else loss, gradients
+    def _results(self, trainee: Trainee) -> list[Tensor]:
+        # Ours has no regulariser in its loss.
+        ours = trainee.allocator is not None
+        output = (trainee.forward if ours else trainee.model.base_model.model)(**self.batch)
+        logits = output.logits.detach()
+        output.loss.backward()
+        del output
+        gradients = [p.grad.flatten() for p in trainee.adapters]
+        found = torch.cat(gradients)
+        exact = (self.exact[1] if self.exact else found).split([len(g) for g in gradients])
+        shares = [(g.double() @ e) / (e @ e) for g, e in zip(gradients, exact, strict=True)]
+        trainee.model.zero_grad()
+        trainee.step(self.batch, keep_gradients=True)
+        regularised = torch.cat([p.grad.flatten() for p in trainee.adapters])
+        return [logits, found, torch.stack(shares).to(found.dtype), regularised]
 
     def __call__(self, name: str, trainee: Trainee) -> None:
         """Raise what is wrong with a trainee."""
@@ -210,14 +217,17 @@ class CheckStep:
                 if not torch.isfinite(trainee.step(self.batch)):
                     raise ArithmeticError("the loss is not finite")
                 return
-            actual = self._loss_and_gradients(trainee)
-            for what, one, exact in zip(("loss", "gradients"), actual, self.exact, strict=True):
-                error = float((one.double() - exact).norm() / exact.norm())
-                if not error <= self.allowed:
-                    raise ArithmeticError(f"{what}: error {error:.2e}, allowed {self.allowed:.2e}")
-            if name in OURS:
-                check("gradients", actual[1], self.exact[1], self.eager)
-            self.eager = actual[1] if name == PEFT else self.eager
+            if name in OURS and not self.eager:
+                raise ArithmeticError("there is no right step of PEFT's to measure it by")
+            actual = self._results(trainee)
+            half_of_the_digits = torch.finfo(actual[0].dtype).eps ** 0.5
+            whats = ("logits", "gradients", "shares of the gradients", "regularised gradients")
+            for i, (what, one, exact) in enumerate(zip(whats, actual, self.exact, strict=True)):
+                if name in OURS:
+                    check(what, one, exact, self.eager[i])
+                elif not (one - exact).norm() <= half_of_the_digits * exact.norm():
+                    raise ArithmeticError(f"{what}: not half of the digits are right")
+            self.eager = actual if name == PEFT else self.eager
         finally:
             trainee.reset()
 
@@ -242,7 +252,7 @@ class Step:
         settings |= {"with torch.compile": True} if self.compiled else {}
         goals = {(name, measure): goal for name in OURS for measure, goal in GOALS.items()}
         # A guess for a GPU: to make the models, and to compile one.
-        seconds = 120.0 if self.compiled else 15.0
+        seconds = 120.0 if self.compiled else 20.0 if self.model is LLAMA else 12.0
         names = (LORA, FROZEN, PEFT, APPLIED, *([COMPILED] if self.compiled else []))
         return Case("training step", settings, names, goals, self, expected_seconds=seconds)
 

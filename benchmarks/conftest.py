@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = metafunc.module.cases(metafunc.config.stash[_CONTEXT])
-    pairs = [(case, provider) for case in cases for provider in case.providers]
-    ids = [f"{case}, {provider}" for case, provider in pairs]
-    metafunc.parametrize(("case", "provider"), pairs, ids=ids)
+    made = []
+    for case in cases:
+        # It is measured by one process, where several share the tests (pytest-xdist).
+        new = partial(pytest.param, case, marks=pytest.mark.xdist_group(str(case)))
+        made += [new(provider, id=f"{case}, {provider}") for provider in case.providers]
+    metafunc.parametrize(("case", "provider"), made)
 
 
 @pytest.fixture
@@ -69,7 +73,8 @@ def outcome(request: pytest.FixtureRequest, case: Case) -> Outcome:
 
 def _measured(config: pytest.Config, module: Any, case: Case) -> Outcome | None:
     run, context, outcome = config.stash[_RUN], config.stash[_CONTEXT], Outcome(case)
-    if time.monotonic() - _BEGIN + case.expected_seconds > config.getoption("--seconds"):
+    expected = 0.0 if context.smoke else case.expected_seconds
+    if time.monotonic() - _BEGIN + expected > config.getoption("--seconds"):
         run.not_reached.append(str(case))
         return None
     gc.collect()

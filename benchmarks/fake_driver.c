@@ -8,6 +8,7 @@
 #include <string.h>
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, INVALID_HANDLE = 400 };
+enum { CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, RELAXED = 2 };
 enum { DEVICES = 8, MOST_PARAMETERS = 128, FREE_SHARED_MEMORY = 48 << 10 };
 
 // A function handle points to one of these. What it takes is declared when Triton loads it.
@@ -19,7 +20,7 @@ struct Function {
 // One launch, as fake_gpu.py reads it; the bytes of its parameters lie one behind the other.
 struct Launch {
   struct Function* function;
-  unsigned grid[3], block[3], shared_memory, attributes;
+  unsigned grid[3], block[3], shared_memory, attributes, early;
   void* stream;
   unsigned char* bytes;
 };
@@ -28,7 +29,10 @@ struct Launch {
 // launcher that it launches for the fake GPU.
 int adalora_fake_device = 0;
 // Counted always; launches are written down only while adalora_fake_record(1) holds.
-long adalora_fake_launches = 0, adalora_fake_errors = 0;
+long adalora_fake_launches = 0, adalora_fake_errors = 0, adalora_fake_loads = 0;
+// Set to 1 while a graph is being captured, in the mode that torch takes, which is global. A thread
+// that loads code then makes it -1, for the capture has failed.
+int adalora_fake_capture = 0;
 
 static int recording = 0;
 static size_t recorded = 0, room = 0;
@@ -36,6 +40,7 @@ static struct Launch* records = NULL;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char contexts[DEVICES];
 static _Thread_local void* current = NULL;
+static _Thread_local int capture_mode = 0;
 
 static int failed(int error) {
   __atomic_fetch_add(&adalora_fake_errors, 1, __ATOMIC_RELAXED);
@@ -61,6 +66,7 @@ size_t adalora_fake_recorded(struct Launch** launches) {
 
 static int launch(const struct Launch* what, void** parameters) {
   if (!current) return failed(INVALID_CONTEXT);
+  if (adalora_fake_capture < 0) return failed(CAPTURE_INVALIDATED);
   struct Function* f = what->function;
   if (what->shared_memory > FREE_SHARED_MEMORY && what->shared_memory > f->shared_memory)
     return failed(INVALID_VALUE);
@@ -80,25 +86,30 @@ static int launch(const struct Launch* what, void** parameters) {
   return 0;
 }
 
-// Triton launches by this one. A CUlaunchConfig begins like this.
+// A CUlaunchAttribute, and a CUlaunchConfig.
+struct Attribute {
+  int id;
+  union {
+    int number;
+    char bytes[64];
+    long aligned;
+  } value;
+};
 struct Config {
   unsigned grid[3], block[3], shared_memory;
-  void *stream, *attributes;
+  void* stream;
+  const struct Attribute* attributes;
   unsigned attribute_count;
 };
+_Static_assert(sizeof(struct Attribute) == 72 && sizeof(struct Config) == 56, "as in cuda.h");
 
+// Triton launches by this one, and the package's launcher, too.
 int cuLaunchKernelEx(const struct Config* c, struct Function* f, void** parameters, void** extra) {
-  struct Launch what = {f, {0}, {0}, c->shared_memory, c->attribute_count, c->stream, NULL};
+  struct Launch what = {f, {0}, {0}, c->shared_memory, c->attribute_count, 0, c->stream, NULL};
   memcpy(what.grid, c->grid, sizeof c->grid);
   memcpy(what.block, c->block, sizeof c->block);
-  return launch(&what, parameters);
-}
-
-// The package's launcher by this one.
-int cuLaunchKernel(struct Function* f, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned shared_memory, void* stream,
-                   void** parameters, void** extra) {
-  struct Launch what = {f, {x, y, z}, {block_x, block_y, block_z}, shared_memory, 0, stream, NULL};
+  for (unsigned i = 0; i < c->attribute_count; i++)  // 6: programmatic stream serialization
+    what.early |= c->attributes[i].id == 6 && c->attributes[i].value.number;
   return launch(&what, parameters);
 }
 
@@ -137,8 +148,19 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   return *context = &contexts[device], 0;
 }
 
-// Modules and functions: every one has a handle of its own.
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  return capture_mode = *mode, *mode = before, 0;
+}
+
+// Modules and functions: every one has a handle of its own. Nothing here allocates memory of a
+// device: whoever wants to finds no such function.
 int cuModuleLoadData(void** module, const void* image) {
+  if (adalora_fake_capture && capture_mode != RELAXED) {
+    adalora_fake_capture = -1;
+    return failed(CAPTURE_UNSUPPORTED);
+  }
+  __atomic_fetch_add(&adalora_fake_loads, 1, __ATOMIC_RELAXED);
   return (*module = malloc(1)) ? 0 : failed(OUT_OF_MEMORY);
 }
 int cuModuleGetFunction(struct Function** function, void* module, const char* name) {
@@ -168,7 +190,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return failed(INVALID_VALUE);
 }
 int cuGetErrorString(int error, const char** text) {
-  return *text = error == INVALID_CONTEXT  ? "invalid device context"
+  return *text = error == CAPTURE_UNSUPPORTED   ? "operation not permitted when stream is capturing"
+                 : error == CAPTURE_INVALIDATED ? "operation failed due to a previous error"
+                 : error == INVALID_CONTEXT ? "invalid device context"
                  : error == INVALID_HANDLE ? "invalid resource handle"
                  : error == OUT_OF_MEMORY  ? "out of memory"
                  : error == INVALID_VALUE  ? "invalid argument"

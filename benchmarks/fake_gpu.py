@@ -45,6 +45,7 @@ class Launch(NamedTuple):
     block: tuple[int, int, int]
     shared_memory: int
     attributes: int
+    early: bool  # may begin before the one in front of it has ended (launch_pdl)
     stream: int
     parameters: tuple[bytes, ...]
 
@@ -58,10 +59,11 @@ class TensorMap(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Launches, and calls that the driver refused."""
+    """Launches, calls that the driver refused, and how often code was loaded."""
 
     launches: int
     errors: int
+    loads: int
 
 
 def why_not() -> str | None:
@@ -194,6 +196,23 @@ def counts() -> Counts:
     return Counts(*(number.value for number in numbers))
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Refuse in this context what is refused while a graph is being captured, and at its end.
+
+    Raises:
+        RuntimeError: something was refused, so that the capture has failed.
+    """
+    capture = ctypes.c_int.in_dll(_library(), "adalora_fake_capture")
+    capture.value = 1
+    try:
+        yield
+        if capture.value < 0:
+            raise RuntimeError("the capture of a graph has failed")
+    finally:
+        capture.value = 0
+
+
 class _Function(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char * 256),
@@ -210,6 +229,7 @@ class _Record(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_memory", ctypes.c_uint),
         ("attributes", ctypes.c_uint),
+        ("early", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("bytes", ctypes.c_void_p),
     ]
@@ -241,6 +261,7 @@ def _launch(record: Any) -> Launch:
         (record.block[0], record.block[1], record.block[2]),
         record.shared_memory,
         record.attributes,
+        bool(record.early),
         record.stream or 0,
         tuple(parameters),
     )

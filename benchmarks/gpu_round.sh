@@ -1,39 +1,54 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go and within nine minutes:
+# Everything that needs an NVIDIA GPU, in one go and within ten minutes:
 #
-#   bash benchmarks/gpu_round.sh           # every stage
-#   bash benchmarks/gpu_round.sh STAGE...  # some, each then with more of the time
+#   bash benchmarks/gpu_round.sh                        # every stage
+#   bash benchmarks/gpu_round.sh STAGE...               # some, each then with more of the time
+#   bash benchmarks/gpu_round.sh --rehearse [STAGE...]  # on a CPU, over tiny cases: only the code
 #
-# Writes log.txt, summary.txt, profile.csv, launch_table.json and the benches' results/*.json to $OUT
-# (build/gpu_round by default), and prints the summary and the report's goals last. The results
-# belong into benchmarks/results/, named by their GPU (h200_svd_linear.json). A stage that fails ends
-# nothing but makes the exit status 1; only the stages marked optional may fail.
+# What is wanted most comes first, and each stage writes its results as it goes. log.txt,
+# summary.txt, launch_table.json and the benches' results/*.json go to $OUT (build/gpu_round by
+# default); the summary and the report's goals are printed last. The results belong into
+# benchmarks/results/, named by their GPU (h200_svd_linear.json). A stage that fails ends nothing
+# but makes the exit status 1; those marked optional may fail.
 #
-# A library that was built elsewhere can be brought along: as build/carried/_C.abi3.so it is only
-# tried, or used where none can be built here; as adalora_kernels/_C.abi3.so it is used.
+# A library that was built elsewhere is used if it is there and serves the GPU.
 set -uo pipefail
 
 cd "$(dirname "$0")/.." || exit
+rehearse=0
+[[ ${1:-} == --rehearse ]] && rehearse=1 && shift
 python=${PYTHON:-python3}
-out=${OUT:-build/gpu_round}
-seconds_in_all=${ROUND_SECONDS:-520}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+out=$(realpath -m "${OUT:-build/gpu_round}")
+seconds_in_all=${ROUND_SECONDS:-575}
 mkdir -p "$out" || exit
-log=$out/log.txt summary=$out/summary.txt carried=$PWD/build/carried/_C.abi3.so
+rm -f "$out/launch_table.json"
+# What is tuned here is used by what follows, and nothing that was tuned before.
+export ADALORA_KERNELS_CACHE=$out PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+log=$out/log.txt summary=$out/summary.txt
 : >"$log"
 : >"$summary"
 failed=0
 
-# So much of the time is reserved for the benchmarks at the end, if they are still to come.
+# The stages in their order, and the seconds that are kept for each of those that are to come.
+stages="environment build numerics allocation host train_step svd_linear tune tuned report tests
+  sanitizers"
+declare -A least=([environment]=30 [numerics]=45 [allocation]=45 [host]=36 [train_step]=60
+  [svd_linear]=115 [tune]=55 [tuned]=70 [report]=12 [tests]=55)
 reserved=0
-declare -A least=([allocation]=70 [host]=35 [train_step]=80 [svd_linear]=70 [report]=15)
+
+if ((rehearse)); then
+  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=""
+  device=cpu on=(--smoke)
+else
+  device=cuda on=(--device cuda)
+fi
 
 left() {
   local seconds=$((seconds_in_all - SECONDS - reserved))
   echo $((seconds > 1 ? seconds : 1))
 }
 
-# stage NAME LIMIT COMMAND...: run the command for at most LIMIT seconds, and what is left in all.
+# stage NAME MOST COMMAND...: run the command for at most so many seconds, and what is left in all.
 stage() {
   local name=$1 limit=$2 start=$SECONDS status=0 outcome=ok
   shift 2
@@ -51,16 +66,7 @@ required() { stage "$@" || failed=1; }
 optional() {
   local name="$1 (optional)"
   shift
-  if (($(left) >= 10)); then
-    stage "$name" "$@" || true
-  else
-    printf '%-30s no time for it\n' "$name" | tee -a "$summary"
-  fi
-}
-
-has_cuda_library() {
-  "$python" -c "import sys; from adalora_kernels import ops
-sys.exit('cuda' not in ops.library.device_types)" >>"$log" 2>&1
+  stage "$name" "$@" || true
 }
 
 environment() {
@@ -68,104 +74,135 @@ environment() {
   required environment 30 bash -c "$gpu; nvcc --version | tail -n 2; $python -m adalora_kernels"
 }
 
-# Whether a binary from elsewhere can be loaded by this torch, and computes the right thing.
-carried() {
-  [[ -e $carried ]] || return 0
-  optional carried 30 env ADALORA_KERNELS_LIBRARY="$carried" "$python" -m adalora_kernels
+# Whether the library that is there, if any, computes the importance on this device.
+serves() {
+  "$python" -c "import sys; from adalora_kernels import ops
+sys.exit(any(o.why_not_faster for o in ops.implementations('$device') if 'importance' in o.op))" \
+    >>"$log" 2>&1
 }
 
 build() {
-  has_cuda_library && return
-  required build 120 env ADALORA_KERNELS_BUILD=cuda MAX_JOBS="${MAX_JOBS:-12}" \
-    TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" "$python" setup.py build_ext --inplace
-  has_cuda_library && return
-  [[ -e $carried ]] && export ADALORA_KERNELS_LIBRARY=$carried
+  local command=("$python" setup.py build_ext) capability
+  if ((rehearse)); then
+    command+=(--build-lib build/rehearsed --build-temp build/rehearsed)
+    required build 90 env ADALORA_KERNELS_BUILD=cpu "${command[@]}"
+    return
+  fi
+  serves && return
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>>"$log" | head -n 1)
+  [[ -n $capability ]] && export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
+  required build 90 env ADALORA_KERNELS_BUILD=cuda MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    "${command[@]}" --inplace
 }
 
-gpu_tests() {
-  # Nearly all of the time goes into compiling kernels.
-  local parallel=()
-  "$python" -c "import xdist" 2>/dev/null && parallel=(-n 12)
-  required "gpu tests" 130 "$python" -m pytest -m gpu -rfE --durations=10 \
-    --continue-on-collection-errors "${parallel[@]}"
+# parallel MOST OPTION...: pytest's options for at most so many processes; none without xdist.
+parallel() {
+  local count=$(($(nproc) - 2)) most=$1
+  shift
+  ((count > most)) && count=$most
+  ((count > 1)) && "$python" -c "import xdist" 2>/dev/null && echo "-n $count $*"
 }
 
-# sanitizer TOOL FILE EXPRESSION KERNEL...: tests under compute-sanitizer; only our kernels, by
-# parts of their names, are instrumented. Without torch's cache each tensor is its own allocation.
-sanitizer() {
-  local tool=$1 file=$2 expression=$3 name=${2##*/test_} kernel kernels=()
-  shift 3
-  for kernel in "$@"; do kernels+=(--kernel-name "kns=$kernel"); done
-  required "$tool ${name%.py}" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 10 "${kernels[@]}" \
-    "$python" -m pytest -m gpu "$file" -k "$expression"
+# Our providers of the goals table against float64, as they are shipped. Most of the time goes into
+# compiling kernels, which the benches then find compiled.
+numerics() {
+  # shellcheck disable=SC2046
+  required numerics 100 "$python" -m pytest benchmarks/bench_svd_linear.py "${on[@]}" -rfE \
+    --benchmark-disable -k "not curve" $(parallel 6 --dist loadgroup)
 }
 
-# The Triton kernels by their names, the CUDA C++ kernels by their namespace.
-memcheck() {
-  local tool=${1:-memcheck}
-  sanitizer "$tool" tests/test_svd_linear_kernels.py \
-    "${SANITIZED:-test_every_path and not unaligned}" \
-    _{down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
-  sanitizer "$tool" tests/test_importance.py "${CSRC_SANITIZED:-library-cuda}" adalora
-}
-
-racecheck() { memcheck racecheck; }
-
-# A forward and backward of F.linear and of each path at 8192x4096x4096, r = 16.
-profile() {
-  local metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
-  metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct
-  metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
-  optional profile 30 ncu --clock-control none --profile-from-start off --csv --page raw \
-    --metrics "$metrics" --log-file "$out/profile.csv" "$python" -m benchmarks.bench_svd_linear
-}
-
-# Measures the plans of the goal shapes; what it writes is for kernels/svd_linear/launch_table.json.
-tune() {
-  optional tune 60 env ADALORA_KERNELS_CACHE="$out" \
-    "$python" -m adalora_kernels --tune --rows 8192 2048 64 --ranks 16
-}
-
-# bench NAME MOST FILE: a bench for the time that is reserved for it, or up to MOST seconds if there
-# is more. The last case may begin just before the end of its budget, hence the difference.
+# bench NAME MOST FILE OPTION...: a bench. What is not counted in its seconds is the start of the
+# process, up to 14 s, and what a case takes longer than expected, hence the difference.
 bench() {
-  local seconds
-  ((reserved -= least[$1]))
-  seconds=$(left)
-  ((seconds > $2)) && seconds=$2
-  required "$1" "$seconds" "$python" -m pytest "benchmarks/bench_$3.py" --device cuda \
-    --benchmark-timer=time.perf_counter --out "$out/results/$1.json" \
-    --seconds $((seconds > 30 ? seconds - 20 : seconds / 2))
+  local name=$1 most=$2 file=$3 seconds=$(left)
+  shift 3
+  ((seconds > most)) && seconds=$most
+  ((rehearse)) && seconds=4
+  # pytest-benchmark would time each provider once more, alone.
+  required "$name" "$most" "$python" -m pytest "benchmarks/bench_$file.py" "${on[@]}" \
+    --benchmark-timer=time.perf_counter --benchmark-max-time=0 --out "$out/results/$name.json" \
+    --seconds $((seconds > 44 ? seconds - 22 : seconds / 2)) "$@"
 }
 
-allocation() { bench allocation 80 whole_model; }
+allocation() { bench allocation 60 whole_model; }
 # What a layer costs the host, through either launcher, beside what the step takes.
-host() { bench host 50 host; }
+host() { bench host 40 host; }
 train_step() { bench train_step 300 train_step; }
 svd_linear() { bench svd_linear 300 svd_linear; }
 
-report() {
-  ((reserved -= least[report]))
-  required report "${least[report]}" "$python" -m benchmarks.report --results "$out/results" \
-    --out build/gpu_report/RESULTS.md
+# Measures the plans of the goal shapes; what it writes is for kernels/svd_linear/launch_table.json.
+tune() {
+  local command=(-m adalora_kernels --tune --rows 8192 64)
+  if ((rehearse)); then
+    command=(-c "import sys, torch; from adalora_kernels import __main__ as command
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+tune, seconds = command.tune, lambda calls: 1e-6 * len(calls[0]())
+command.tune = lambda layers, _: tune(layers, torch.device('cpu'), seconds)
+sys.exit(command.main(sys.argv[1:]))" --tune --rows 16 --shapes 32x48 --ranks 8 --dtype float16)
+  fi
+  optional tune 90 "$python" "${command[@]}"
 }
 
-stages="environment carried build gpu_tests memcheck racecheck profile tune allocation host
-  train_step svd_linear report"
+# The goals again, with the plans that were found.
+tuned() { bench svd_linear_tuned 150 svd_linear -k "not curve and not 0.1"; }
+
+report() {
+  required report 20 "$python" -m benchmarks.report --results "$out/results" \
+    --out "$(dirname "$out")/gpu_report/RESULTS.md"
+}
+
+tests() {
+  local some=()
+  ((rehearse)) && some=(tests/test_svd_linear_kernels.py -k "test_every_path and many_tiles")
+  # shellcheck disable=SC2046
+  required tests 130 "$python" -m pytest -m gpu -rfE --durations=10 \
+    --continue-on-collection-errors $(parallel 14) "${some[@]}"
+}
+
+# sanitizer HOW TOOL FILE EXPRESSION KERNEL...: tests under compute-sanitizer; only our kernels, by
+# parts of their names, are instrumented. Without torch's cache each tensor is its own allocation.
+sanitizer() {
+  local how=$1 tool=$2 file=$3 expression=$4 name=${3##*/test_} kernel under=()
+  shift 4
+  if (($(left) < 15)); then
+    printf '%-30s no time for it\n' "$tool ${name%.py}" | tee -a "$summary"
+    return
+  fi
+  for kernel in "$@"; do under+=(--kernel-name "kns=$kernel"); done
+  under=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 10 "${under[@]}")
+  ((rehearse)) && under=()
+  "$how" "$tool ${name%.py}" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${under[@]}" \
+    "$python" -m pytest "$file" -k "$expression"
+}
+
+# The CUDA C++ kernels by their namespace, then those of Triton by their names. Of Triton's
+# reductions racecheck reports what is none.
+sanitizers() {
+  local tool
+  for tool in memcheck racecheck; do
+    sanitizer required $tool tests/test_importance.py "${CSRC_SANITIZED:-library-$device}" adalora
+  done
+  for tool in memcheck racecheck; do
+    sanitizer optional $tool tests/test_svd_linear_kernels.py \
+      "${SANITIZED:-test_every_path and many_tiles}" \
+      _{down,gemm,low_rank_add,g_pass,g_reduce,x_pass,x_reduce}_kernel
+  done
+}
+
 chosen=${*:-$stages}
 for name in $chosen; do
   [[ " ${stages//$'\n'/ } " == *" $name "* ]] || { echo "no stage $name" >&2 && exit 2; }
   ((reserved += ${least[$name]:-0}))
 done
 for name in $chosen; do
+  ((reserved -= ${least[$name]:-0}))
   "$name"
 done
 
 echo
 what='^== |^(FAILED|ERROR)|^[0-9]+ (passed|failed|error)|(ERROR|RACECHECK) SUMMARY'
-sed '/^== report/,$d' "$log" | grep -E "$what" | sed 's/, at most .*//' | head -n 50
-sed '1,/^== report/d' "$log" | tail -n 70
+sed '/^== report/,/^== tests/d' "$log" | grep -E "$what" | sed 's/, at most .*//' | head -n 50
+sed -n '/^== report/,/^== tests/p' "$log" | tail -n 70
 printf '%-30s %4d s  %s\n' "whole round" "$SECONDS" \
   "$( ((failed)) && echo FAILED || echo ok)" | tee -a "$summary"
 exit "$failed"

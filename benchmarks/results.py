@@ -32,6 +32,7 @@ FOLDER = HERE / "results"
 # the setting that varies over some cases, with its value here, `point`.
 Row: TypeAlias = dict[str, Any]
 _COLUMNS = ("work", "case", "provider", "kind", "measure", "value")
+_TEXTS = ("work", "case", "provider", "kind", "measure", "goal", "curve")
 _OPTIONAL = ("p25", "p75", "seconds", "goal", "curve", "point")
 
 
@@ -49,6 +50,8 @@ class Run:
         """The rows as a table, with the verdict beside each goal."""
         frame = pd.DataFrame(self.rows)
         frame = frame.reindex(columns=list(dict.fromkeys([*_COLUMNS, *_OPTIONAL, *frame.columns])))
+        # A column of texts that has none, of goals say, would be one of numbers.
+        frame = frame.astype(dict.fromkeys([*_TEXTS, "point"], object))
         return frame.assign(verdict=[verdict(row) for row in self.rows])
 
     def write(self, path: Path) -> None:

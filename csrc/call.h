@@ -46,6 +46,14 @@ inline bool make_contiguous(Call& call, Array array) {
   return copy && call.take(array, std::move(copy));
 }
 
+// Copies a tensor that is not aligned. Callers may keep the masks of all layers in one tensor, and
+// whether one of them is aligned is chance, for which no kernel is to be compiled.
+inline bool make_aligned(Call& call, Array array) {
+  if (!call.has(array) || call[array].is_aligned()) return true;
+  Owned copied = copy(call[array].handle);
+  return copied && call.take(array, std::move(copied));
+}
+
 // The strides of a tensor as rows, made contiguous where they have none.
 inline bool as_rows(Call& call, Array array, int64_t (&strides)[2]) {
   if (!call.has(array) || call[array].row_strides(strides)) return true;
@@ -103,6 +111,7 @@ inline bool make_readable(Call& call) {
   for (const Array array : {of_bias, of_A, of_E, of_B, of_mask, of_seed, of_h}) {
     if (!make_contiguous(call, array)) return false;
   }
+  if (!make_aligned(call, of_mask) || !make_aligned(call, of_seed)) return false;
   if (call.has(of_weight)) std::copy_n(call[of_weight].strides, 2, call.weight_strides);
   return as_rows(call, of_x, call.x_strides) && as_rows(call, of_base, call.base_strides) &&
          as_rows(call, of_grad_y, call.grad_strides);

@@ -32,11 +32,16 @@ class Driver {
     check(set_context_(context), "cuCtxSetCurrent");
   }
 
-  void launch(void* function, const uint32_t* grid, uint32_t threads, uint32_t shared, void* stream,
-              void** parameters) const {
-    check(launch_(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, parameters,
-                  nullptr),
-          "cuLaunchKernel");
+  // An `early` launch may begin before the one in front of it in the stream has ended, for which its
+  // kernel waits itself (programmatic dependent launch).
+  void launch(void* function, const uint32_t (&grid)[3], uint32_t threads, uint32_t shared,
+              bool early, void* stream, void** parameters) const {
+    Attribute attribute{};
+    attribute.id = Attribute::programmatic_stream_serialization;
+    attribute.value = 1;
+    const Config config{{grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared, stream,
+                        early ? &attribute : nullptr, early};
+    check(launch_(&config, function, parameters, nullptr), "cuLaunchKernelEx");
   }
 
   // The map of a matrix of rows, which `to` gets as 128 bytes, aligned to 64.
@@ -60,7 +65,36 @@ class Driver {
     }
   }
 
+  // While there is one, its thread may load code although a graph is being captured, of which
+  // loading is no part.
+  class MayLoad {
+   public:
+    explicit MayLoad(const Driver& driver) : driver_(driver) { driver_.exchange_mode_(&mode_); }
+    ~MayLoad() { driver_.exchange_mode_(&mode_); }
+    MayLoad(const MayLoad&) = delete;
+    MayLoad& operator=(const MayLoad&) = delete;
+
+   private:
+    const Driver& driver_;
+    int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+  };
+
  private:
+  // As cuda.h has them: CUlaunchAttribute, whose value is a union of 64 bytes, and CUlaunchConfig.
+  struct Attribute {
+    static constexpr int programmatic_stream_serialization = 6;
+    int id;
+    alignas(8) int value;
+    char rest[60];
+  };
+  struct Config {
+    uint32_t grid[3], block[3], shared;
+    void* stream;
+    Attribute* attributes;
+    uint32_t attribute_count;
+  };
+  static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56);
+
   Driver() {
     library_ = dlopen("libcuda.so.1", RTLD_NOW);
     if (library_ == nullptr) return;
@@ -69,13 +103,14 @@ class Driver {
     find(set_context_, "cuCtxSetCurrent");
     find(get_device_, "cuDeviceGet");
     find(retain_context_, "cuDevicePrimaryCtxRetain");
-    find(launch_, "cuLaunchKernel");
+    find(launch_, "cuLaunchKernelEx");
+    find(exchange_mode_, "cuThreadExchangeStreamCaptureMode");
     find(encode_, "cuTensorMapEncodeTiled");
     find(fake_device, "adalora_fake_device");
     int (*get_version)(int*) = nullptr;
     find(get_version, "cuDriverGetVersion");
     if (!get_error_ || !get_context_ || !set_context_ || !get_device_ || !retain_context_ ||
-        !launch_ || !get_version || get_version(&version_) != 0) {
+        !launch_ || !exchange_mode_ || !get_version || get_version(&version_) != 0) {
       library_ = nullptr;
     }
   }
@@ -98,8 +133,8 @@ class Driver {
   int (*set_context_)(void*);
   int (*get_device_)(int*, int);
   int (*retain_context_)(void**, int);
-  int (*launch_)(void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void*,
-                 void**, void**);
+  int (*launch_)(const Config*, void*, void**, void**);
+  int (*exchange_mode_)(int*);
   int (*encode_)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                  const uint32_t*, int, int, int, int);
 };

@@ -24,9 +24,6 @@ AOTITorchError aoti_torch_cuda_randint_low_out(AtenTensorHandle out, int64_t low
     __attribute__((weak));
 AOTITorchError aoti_torch_cpu_randint_low_out(AtenTensorHandle out, int64_t low, int64_t high,
                                               const int64_t* sizes, int64_t dim);
-AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w)
-    __attribute__((weak));
-AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle w);
 AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
                                          AtenTensorHandle x, AtenTensorHandle w, double beta,
                                          double alpha) __attribute__((weak));
@@ -70,7 +67,7 @@ Key key_of(const Call& call) {
   // Presence and alignment of each tensor that it gets.
   for (int64_t i = of_x; i <= of_grad_y; i++) {
     const bool is_there = call.tensors[i].handle != nullptr;
-    const bool is_aligned = reinterpret_cast<uintptr_t>(call.data[i]) % 16 == 0;
+    const bool is_aligned = call[static_cast<Array>(i)].is_aligned();
     flags |= (is_there + 2LL * is_aligned) << (4 + 2 * i);
   }
   int64_t dtypes = 0;
@@ -85,8 +82,9 @@ Key key_of(const Call& call) {
 
 // Lets Python make a recipe; null where it can't now, and may another time. It catches what is an
 // error, so that only an interruption gets here.
-std::shared_ptr<const Recipe> make_recipe(const Call& call, const Key& key) {
+std::shared_ptr<const Recipe> make_recipe(const Driver& driver, const Call& call, const Key& key) {
   Plans::get().misses++;
+  const Driver::MayLoad may_load(driver);
   StableIValue stack[12];
   size_t next = 0;
   for (const Array array :
@@ -154,7 +152,7 @@ void launch(const Driver& driver, const Step& step, const Call& call, void* stre
   for (size_t i = 0; i < step.offsets.size(); i++) parameters[i] = bytes + step.offsets[i];
   uint32_t grid[3];
   for (int i = 0; i < 3; i++) grid[i] = static_cast<uint32_t>(step.grid[i].of(call.rows));
-  driver.launch(step.function, grid, step.threads, step.shared, stream, parameters);
+  driver.launch(step.function, grid, step.threads, step.shared, step.early, stream, parameters);
 }
 
 Owned view(const Call& call, const Matrix& matrix) {
@@ -165,17 +163,13 @@ Owned view(const Call& call, const Matrix& matrix) {
   return Owned(made);
 }
 
-// out = x w + bias by torch, which calls cuBLAS: torch.mm or torch.addmm.
+// out += x w, by torch, which calls cuBLAS.
 bool multiply(const Call& call, const Step& step) {
   const Owned out = view(call, step.product[0]), x = view(call, step.product[1]),
               w = view(call, step.product[2]);
-  if (step.product.size() == 3) {
-    const auto mm = is_on_gpu(call) ? aoti_torch_cuda_mm_out : aoti_torch_cpu_mm_out;
-    return mm != nullptr && mm(out.get(), x.get(), w.get()) == 0;
-  }
-  const AtenTensorHandle bias = call.tensors[step.product[3].array].handle;
   const auto addmm = is_on_gpu(call) ? aoti_torch_cuda_addmm_out : aoti_torch_cpu_addmm_out;
-  return addmm != nullptr && addmm(out.get(), bias, x.get(), w.get(), 1.0, 1.0) == 0;
+  // Added to itself it has to be the same tensor, or else torch copies it first.
+  return addmm != nullptr && addmm(out.get(), out.get(), x.get(), w.get(), 1.0, 1.0) == 0;
 }
 
 // Carries out the recipe; false where torch raises.
@@ -215,7 +209,7 @@ bool serve(Call& call) {
   if (!make_readable(call)) return false;
   const Key key = key_of(call);
   std::shared_ptr<const Recipe> recipe = Plans::get().find(key);
-  if (recipe == nullptr) recipe = make_recipe(call, key);
+  if (recipe == nullptr) recipe = make_recipe(*driver, call, key);
   if (recipe == nullptr || recipe->steps.empty()) return false;
   if (!(call.is_backward ? make_backward(call) : make_forward(call))) return false;
   if (!make_workspace(call, *recipe)) return false;

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <exception>
+#include <map>
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include "ops.h"
@@ -208,6 +212,27 @@ void update_on_cuda(const ImportanceUpdate& op, const Strided& like) {
       cuda::importance_update(op, workspace.data, static_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
 }
+
+// Why this GPU can't run the code of cuda/, which is asked once for each; empty if it can.
+const std::string& why_not_on(int32_t device_index) {
+  static std::mutex mutex;
+  static std::map<int32_t, std::string> answers;
+  const std::lock_guard lock(mutex);
+  const auto found = answers.find(device_index);
+  if (found != answers.end()) return found->second;
+  std::string& answer = answers[device_index];
+  if (aoti_torch_get_current_cuda_stream == nullptr) {
+    answer = "this torch has no CUDA";
+    return answer;
+  }
+  try {
+    const torch::stable::accelerator::DeviceGuard guard(device_index);
+    answer = cuda::why_not();
+  } catch (const std::exception& error) {
+    answer = error.what();
+  }
+  return answer;
+}
 #endif
 
 template <void (*update)(const ImportanceUpdate&, const Strided& like)>
@@ -244,6 +269,22 @@ void importance_update_(StableIValue* stack, uint64_t, uint64_t) {
   }
   update(op, scores);
 }
+
+#ifdef ADALORA_WITH_CUDA
+// On a GPU that can't run it, PyTorch does what it would do without this library.
+void importance_update_on_cuda(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  constexpr int scores = 4;
+  int32_t device_index = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(
+      stable::to<AtenTensorHandle>(stack[scores]), &device_index));
+  if (why_not_on(device_index).empty()) {
+    importance_update_<update_on_cuda>(stack, inputs, outputs);
+  } else {
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("adalora::importance_update_plain_", "", stack,
+                                                 TORCH_ABI_VERSION));
+  }
+}
+#endif
 
 bool* flags_of(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.dtype == codes().boolean, name,
@@ -285,7 +326,10 @@ STABLE_TORCH_LIBRARY_IMPL(adalora, CPU, m) {
 }
 #ifdef ADALORA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(adalora, CUDA, m) {
-  m.impl("importance_update_", &adalora::importance_update_<adalora::update_on_cuda>);
+  m.impl("importance_update_", &adalora::importance_update_on_cuda);
+}
+extern "C" __attribute__((visibility("default"))) const char* adalora_why_not_on_gpu(int32_t index) {
+  return adalora::why_not_on(index).c_str();
 }
 #endif
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #ifdef ADALORA_WITH_CUDA
@@ -87,6 +88,9 @@ void prune(const Prune& op);
 
 #ifdef ADALORA_WITH_CUDA
 namespace cuda {
+
+// Why the current device can't run what is below; empty if it can.
+std::string why_not();
 
 // Everything is launched on `stream`, nothing is read back, and nothing is copied from the host:
 // what a launch needs to know travels in its arguments, so that a captured graph keeps it. The

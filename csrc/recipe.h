@@ -85,16 +85,17 @@ struct Matrix {
 };
 
 // A launch of a kernel: the bytes of all its parameters, with those of the first call in the
-// patches and maps missing; or a product out = x w + bias of torch's, which has no function.
+// patches and maps missing; or a product out += x w of torch's, which has no function.
 struct Step {
   void* function = nullptr;
   uint32_t shared = 0, threads = 0;
+  bool early = false;  // see Driver::launch
   Count grid[3] = {};
   std::vector<unsigned char> bytes;
   std::vector<uint32_t> offsets;  // of each parameter in the bytes
   std::vector<Patch> patches;
   std::vector<Map> maps;
-  std::vector<Matrix> product;  // out, x, w, and bias if there is one
+  std::vector<Matrix> product;  // out, x, w
 };
 
 struct Recipe {
@@ -157,8 +158,7 @@ class Reader {
   }
   Step product() {
     Step step;
-    const int64_t operands = number(3, 4);
-    for (int64_t i = 0; i < operands; i++) step.product.push_back(matrix());
+    for (int i = 0; i < 3; i++) step.product.push_back(matrix());
     return step;
   }
   Step launch() {
@@ -166,6 +166,7 @@ class Reader {
     step.function = reinterpret_cast<void*>(number());
     step.shared = static_cast<uint32_t>(number(0, INT32_MAX));
     step.threads = static_cast<uint32_t>(number(1, 1024));
+    step.early = number(0, 1);
     for (Count& size : step.grid) size = count();
     const int64_t parameters = number(0, most_parameters);
     for (int64_t i = 0; i < parameters; i++) parameter(step);

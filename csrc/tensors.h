@@ -88,6 +88,8 @@ struct Strided {
     return dim == other.dim && dim > 0 && std::equal(sizes, sizes + dim - 1, other.sizes) &&
            sizes[dim - 1] == columns;
   }
+  // As Triton's kernels are compiled for, or else for any address.
+  bool is_aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
   bool is_contiguous() const {
     int64_t stride = 1;
     bool holds = true;
@@ -162,6 +164,13 @@ inline Owned contiguous(AtenTensorHandle t) {
   StableIValue stack[] = {argument(t),
                           stable::from(aoti_torch_memory_format_contiguous_format())};
   if (!call("aten::contiguous", "", stack)) return Owned();
+  return Owned(stable::to<AtenTensorHandle>(stack[0]));
+}
+
+// A copy; none where torch raises.
+inline Owned copy(AtenTensorHandle t) {
+  StableIValue stack[] = {argument(t), stable::from(std::nullopt)};
+  if (!call("aten::clone", "", stack)) return Owned();
   return Owned(stable::to<AtenTensorHandle>(stack[0]));
 }
 

@@ -28,8 +28,8 @@ launch_forward = torch.ops.adalora.launch_forward
 launch_backward = torch.ops.adalora.launch_backward
 # In maps of small matrices Triton before 3.7 leaves the bit that csrc/driver.h clears.
 _LEAVES_WRONG_BIT = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-# Nothing but a pointer is as large as this.
-_LEAST_POINTER = 1 << 40
+# Nothing but a pointer is as large as this. Some Pythons have their heap at low addresses.
+_LEAST_POINTER = 1 << 24
 
 
 class Problem(NamedTuple):
@@ -155,7 +155,7 @@ def named(launches: list[fake_gpu.Launch], tensors: dict[str, Any]) -> list[Any]
             rest = rest[:2] + bytes([rest[2] & ~0x20]) + rest[3:]
         return name, rest
 
-    translate = [(launch[:7], list(map(translated, launch.parameters))) for launch in launches]
+    translate = [(launch[:8], list(map(translated, launch.parameters))) for launch in launches]
     return [*translate, sorted(value - min(met) for value in met)]
 
 

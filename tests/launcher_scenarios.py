@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from launcher_captures import captured_first, captured_later
 from launcher_runs import (
     BF16,
     DROPOUT,
@@ -33,6 +34,7 @@ from launcher_runs import (
     tensors_of,
     torch,
 )
+from launcher_steps import accumulated, overlapping, planned
 from launcher_threads import devices, fork, threads
 
 from adalora_kernels.kernels.svd_linear import calls, plans
@@ -54,6 +56,7 @@ FEW = (
     PLAIN._replace(delta=True, p=0.1, grad_y="wide"),
     DROPOUT._replace(bias=True, small="second"),
     DROPOUT._replace(small="shifted"),
+    DROPOUT._replace(delta=True, small="second"),
 )
 # K of several parts: the workspace of a forward.
 LONG = PLAIN._replace(leading=(16, 20), K=2048, N=128)
@@ -61,32 +64,20 @@ LONG = PLAIN._replace(leading=(16, 20), K=2048, N=128)
 
 def paths() -> None:
     """The launcher takes every path, and each is Triton's."""
-    assert compare(PLAIN)[:2] == ["down", "gemm"]
-    assert compare(PLAIN._replace(leading=(3, 5)))[0] == "gemm"
+    compare(PLAIN)
+    with planned("two_pass"):
+        assert compare(PLAIN)[:2] == ["down", "gemm"]
+        assert compare(PLAIN._replace(leading=(3, 5)))[:2] == ["down", "gemm"]
+    with planned("fused"):
+        for K, bias in ((96, False), (160, True)):
+            fused = PLAIN._replace(leading=(300,), K=K, bias=bias)
+            assert compare(fused)[:2] == ["split", "gemm"]
     for p, bias in ((0.0, False), (0.1, True)):
         with planned("cublas"):
             problem = PLAIN._replace(leading=(6, 20), p=p, bias=bias, x="wide")
             passes = ["g_pass", "g_reduce", "x_pass", "x_reduce"]
             launched = ["down", "low_rank_add", "cublas", *passes, "low_rank_add", "cublas"]
             assert compare(problem) == launched
-
-
-class planned:
-    """A context in which every plan takes this path, where it can."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.choose = plans.choose
-        forget()
-        plans.choose = lambda device, problem, path, *rest: self.choose(
-            device, problem, self.path, *rest
-        )
-
-    def __exit__(self, *error: object) -> None:
-        plans.choose = self.choose
-        forget()
 
 
 def few() -> None:
@@ -265,7 +256,7 @@ def errors() -> None:
     fake_gpu._library().adalora_fake_declare(function, 0, None)
     with fake_gpu.recorded():
         found = [error_of(lambda: forward(t, 0.0))]
-    assert "cuLaunchKernel failed: invalid resource handle (CUDA error 400)" in found[0]
+    assert "cuLaunchKernelEx failed: invalid resource handle (CUDA error 400)" in found[0]
     # A thread without a context asks for that of its device, and there are eight.
     fake_gpu.set_device(9)
     try:
@@ -309,7 +300,8 @@ def none_served() -> None:
 
 
 SCENARIOS = {
-    **{f.__name__: f for f in (paths, few, tf32, dropout_rates, buckets, threads, fork, devices)},
+    **{f.__name__: f for f in (paths, few, tf32, overlapping, accumulated, buckets, threads)},
+    **{f.__name__: f for f in (dropout_rates, fork, devices, captured_first, captured_later)},
     **{f.__name__: f for f in (seeds, refused, forgotten, none_served, all_combinations)},
     "random_60": lambda: random_shapes(3, 20),
     "random_1000": lambda: random_shapes(25, 40),

@@ -156,6 +156,22 @@ def emulated(library):
     library.set_device()
 
 
+@pytest.mark.parametrize(
+    ("has_code", "driver", "why"),
+    [
+        (True, 13000, ""),
+        (True, 12010, ""),
+        (True, 12000, "too old for launches with 32 KB of parameters"),
+        (False, 13000, "no kernel image is available"),
+    ],
+    ids=["served", "oldest", "old_driver", "no_code"],
+)
+def test_it_says_why_a_device_cannot_run_it(library, has_code, driver, why):
+    library.library.why_not.restype = ctypes.c_char_p
+    found = library.library.why_not(has_code, driver).decode()
+    assert why in found and bool(found) == bool(why)
+
+
 class Model:
     """The arguments of `importance_update_` for adapters of the given (r, in, out)."""
 

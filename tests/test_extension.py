@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_importance import Adapters, assert_bitwise
 
-from adalora_kernels import _extension, ops
+from adalora_kernels import _extension, importance, ops
 
 ROOT = Path(__file__).parent.parent
 SHOW = """if True:
@@ -50,6 +51,40 @@ def test_a_library_of_this_version_has_the_launcher():
         pytest.skip(f"no library: {ops.library.why_not}")
     assert hasattr(torch.ops.adalora, "launch_forward")
     assert hasattr(torch.ops.adalora, "launch_backward")
+
+
+needs_cuda_part = pytest.mark.skipif(
+    "cuda" not in ops.library.device_types or torch.cuda.is_available(),
+    reason="needs a library with CUDA code and no GPU that runs it",
+)
+
+
+@needs_cuda_part
+def test_where_a_gpu_cannot_run_the_library_pytorch_does():
+    """Its code for GPUs is called on CPU tensors: it has none for that device."""
+    on_gpus = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    calls = []
+
+    def update_on_a_gpu(*arguments):
+        calls.append(arguments)
+        torch.ops.adalora.importance_update_.default.redispatch(on_gpus, *arguments)
+
+    shapes = [(4, 64, 40), (3, 7, 5), (0, 4, 4)]
+    found = Adapters(shapes, "cpu").step(update_on_a_gpu).state()
+    expected = Adapters(shapes, "cpu").step(importance.importance_update_).state()
+    assert_bitwise(found, expected)
+    assert len(calls) == 1
+
+
+@needs_cuda_part
+def test_it_is_said_why_a_gpu_cannot_run_the_library(monkeypatch):
+    why = ops.library.why_not_on(torch.device("cuda:0"))
+    assert why.startswith(f"the library, built for {ops.library.built_for}, cannot run on it: ")
+    (row,) = (r for r in ops.implementations("cuda:0") if r.op == "importance_update_")
+    assert row[1:] == ("torch._foreach", why)
+    assert ops.library.why_not_on(torch.device("cpu")) is None
+    for_cpus = ops.library._replace(built_for="CPU")
+    assert for_cpus.why_not_on(torch.device("cuda:0")) == "the library was built for CPU only"
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])

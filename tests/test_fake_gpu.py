@@ -62,20 +62,21 @@ print(json.dumps({
     assert found["names"] == ["_down_kernel", "_gemm_kernel"] and found["functions"] == 2
     assert found["threads"] % 32 == 0 and found["reads"] == [True, True]
     assert found["maps"] == [[[64, 65], [128]]] * 2
-    assert found["counts"] == [9, 0]
+    assert found["counts"][:2] == [9, 0]
 
 
 @needs_it
 def test_the_driver_is_as_strict_as_a_real_one():
     code = """
-import ctypes
+import ctypes, struct
 layer(x)
 with fake_gpu.recorded() as launches:
     layer(x)
 lib, function = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(launches[0].function)
 none = ctypes.c_void_p()
 def launch(shared=0):
-    return lib.cuLaunchKernel(function, *[1] * 6, shared, none, none, none)
+    config = struct.pack("<7I4xQQI4x", *[1] * 6, shared, 0, 0, 0)
+    return lib.cuLaunchKernelEx(config, function, none, none)
 small = ctypes.create_string_buffer(192)
 fake_gpu.set_device(1)
 found = [launch(), launch(240_000)]

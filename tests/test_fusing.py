@@ -1,11 +1,11 @@
-"""Which dropout modules become part of an op."""
+"""Which dropout modules become part of an op, and how a call is recorded."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from adalora_kernels.fusing import fused_dropout_p, is_unhooked
+from adalora_kernels.fusing import autocast_dtype, fused_dropout_p, is_exporting, is_unhooked
 
 
 class OwnDropout(nn.Dropout):
@@ -80,3 +80,29 @@ def test_a_class_with_another_forward_is_seen(monkeypatch):
     monkeypatch.setattr(nn.Dropout, "forward", lambda module, x: x)
     assert fused_dropout_p(nn.Dropout(0.25)) is None
     assert is_unhooked(nn.Linear(2, 2))
+
+
+def test_the_dtype_of_autocast(monkeypatch):
+    assert autocast_dtype("cpu") is None and autocast_dtype("meta") is None
+    # Torch.compile of torch 2.11 cannot trace this question.
+    monkeypatch.delattr(torch.amp, "is_autocast_available")
+    assert autocast_dtype("cpu") is None and autocast_dtype("cuda") is None
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert autocast_dtype("cpu") == torch.float16
+        with torch.autocast("cpu", enabled=False):
+            assert autocast_dtype("cpu") is None
+
+
+class Asks(nn.Module):
+    def forward(self, x):
+        return x + 1 if is_exporting() else x - 1
+
+
+def test_what_is_compiled_is_not_exported(monkeypatch):
+    # So it is under torch.compile of torch 2.11.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(Asks(), fullgraph=True, backend="eager")(x), x - 1)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(Asks()(x), x - 1)

@@ -1,30 +1,43 @@
-"""The round for a GPU, as far as it runs without one: what is started when, and for how long."""
+"""The round for a GPU: what is started when and for how long, and all of it on a CPU."""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.results import Run
+
 ROOT = Path(__file__).resolve().parent.parent
-BENCH = "-m pytest benchmarks/bench_whole_model.py"
+ROUND = ROOT / "benchmarks" / "gpu_round.sh"
+RESULTS = ("allocation", "host", "svd_linear", "svd_linear_tuned", "train_step")
 
 
 @pytest.fixture
 def round_(tmp_path):
-    """Runs stages with an interpreter that only says how it was called."""
-    script, python = tmp_path / "benchmarks" / "gpu_round.sh", tmp_path / "python"
+    """Runs stages with an interpreter that only says how it was called, on a GPU of sm_103."""
+    script = tmp_path / "benchmarks" / "gpu_round.sh"
     script.parent.mkdir()
-    script.write_text((ROOT / "benchmarks" / "gpu_round.sh").read_text())
-    say = 'echo "library=$ADALORA_KERNELS_LIBRARY build=$ADALORA_KERNELS_BUILD: $*"'
-    no_library = '[ "$1" = -c ] && exit $NO_LIBRARY'
-    python.write_text(f'#!/bin/sh\n{no_library}\n{say}\n[ "$1" != setup.py ]\n')
-    python.chmod(0o755)
+    script.write_text(ROUND.read_text())
+    say = 'echo "arch=$TORCH_CUDA_ARCH_LIST build=$ADALORA_KERNELS_BUILD'
+    say += ' cache=$ADALORA_KERNELS_CACHE: $*"; [ "$1" != setup.py ]'
+    asked = "*xdist*) exit $NO_XDIST;; *implementations*) exit $OTHER;; esac"
+    programs = {
+        "python": f'case "$2" in {asked}; {say}',
+        "nvidia-smi": 'case "$*" in *compute_cap*) echo 10.3; echo 10.3;; esac',
+        "nproc": "echo 16",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
 
-    def run(*stages, no_library=0, seconds="520"):
-        env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
-        env |= {"NO_LIBRARY": str(no_library), "ROUND_SECONDS": seconds}
+    def run(*stages, other=0, no_xdist=0, seconds="575"):
+        """Run them with a library for another GPU, or without pytest-xdist."""
+        env = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out")}
+        env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROUND_SECONDS": seconds}
+        env |= {"OTHER": str(other), "NO_XDIST": str(no_xdist)}
         options = {"env": env, "capture_output": True, "text": True, "timeout": 60}
         done = subprocess.run(["bash", script, *stages], **options)
         return done, (tmp_path / "out" / "log.txt").read_text()
@@ -32,34 +45,66 @@ def round_(tmp_path):
     return run
 
 
-def test_round_builds_the_library_or_uses_one_that_was_brought_along(round_, tmp_path):
-    done, log = round_("carried", "build", "allocation")
-    assert done.returncode == 0 and "build=cuda" not in log and f"library= build=: {BENCH}" in log
-    library = tmp_path / "build" / "carried" / "_C.abi3.so"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    done, log = round_("carried", "build", "allocation", no_library=1)
-    assert done.returncode == 1 and "FAILED" in done.stdout
-    assert f"library={library} build=: -m adalora_kernels" in log
-    assert "library= build=cuda: setup.py build_ext --inplace" in log
-    assert f"library={library} build=: {BENCH}" in log  # The build failed.
+def test_round_builds_a_library_for_the_gpu_unless_there_is_one(round_):
+    done, log = round_("build")
+    assert done.returncode == 0 and "setup.py" not in log
+    done, log = round_("build", "allocation", other=1)
+    assert "arch=10.3 build=cuda cache=" in log and ": setup.py build_ext --inplace" in log
+    # That it failed does not end the round.
+    assert done.returncode == 1 and "build" in done.stdout and "bench_whole_model.py" in log
 
 
-def test_round_runs_every_bench_within_its_time_and_ends_with_the_report(round_, tmp_path):
-    stages = ("build", "tune", "allocation", "host", "train_step", "svd_linear", "report")
-    done, log = round_(*stages, no_library=1, seconds="475")
-    limits = dict(re.findall(r"^== (\w+), at most (\d+) s", log, re.MULTILINE))
-    assert (limits["build"], limits["allocation"], limits["report"]) == ("120", "80", "15")
-    # Each gets what is left but for those after it.
-    assert limits["train_step"] == "300" and 300 >= int(limits["svd_linear"]) > 285
-    results = tmp_path / "out" / "results"
-    seconds = dict(re.findall(rf"--out {results}/(\w+)\.json --seconds (\d+)", log))
-    assert seconds.keys() == {*stages[2:6]} and seconds["allocation"] == "60"
+@pytest.mark.parametrize("no_xdist", [0, 1], ids=["with xdist", "without xdist"])
+def test_round_does_first_what_is_wanted_most(round_, tmp_path, no_xdist):
+    done, log = round_(other=1, no_xdist=no_xdist)
+    begun = re.findall(r"^== (.*?), at most (\d+) s", log, re.MULTILINE)
+    names, limits = [name for name, _ in begun], dict(begun)
+    timings = ["numerics", "allocation", "host", "train_step", "svd_linear"]
+    assert names[:7] == ["environment", "build", *timings]
+    assert names[7:11] == ["tune (optional)", "svd_linear_tuned", "report", "tests"]
+    optional = [name for name in names[11:] if name.endswith(" (optional)")]
+    assert optional == names[13:] and all("svd_linear_kernels" in name for name in optional)
+    # No stage takes what those after it need.
+    assert sum(map(int, limits.values())) - int(limits["build"]) >= 523
+    assert int(limits["train_step"]) <= 575 - 115 - 55 - 70 - 12 - 55
+    # The command, and what the interpreter says of it.
+    processes = [] if no_xdist else ["6", "6", "14", "14"]
+    assert re.findall(r" -n (\d+)", log.replace("tail -n", "")) == processes
+    # All benches are run, and what is tuned is looked for where it was written.
     benches = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(re.findall(r"benchmarks/(bench_\w+\.py)", log)) == benches
-    # What it prints is the end of the output, but for the line about the whole round.
-    report = f"-m benchmarks.report --results {results} --out build/gpu_report/RESULTS.md"
-    assert report in log and report in done.stdout.splitlines()[-2]
-    done, log = round_("tune", "allocation", "report", seconds="92")
-    assert "tune (optional)                no time for it" in done.stdout and "== tune" not in log
+    assert set(re.findall(r" cache=(\S+): ", log)) == {str(tmp_path / "out")}
+    written = re.findall(rf"--out {tmp_path}/out/results/(\w+)\.json --seconds (\d+)", log)
+    assert {name for name, _ in written} == {*RESULTS}
+    assert all(int(limits[name]) > int(seconds) > 14 for name, seconds in written[::2])
+    assert "whole round" in done.stdout.splitlines()[-1]
+
+
+def test_what_there_is_no_time_for_fails_unless_it_comes_last(round_):
+    done, _ = round_("sanitizers", seconds="10")
+    assert done.returncode == 0 and done.stdout.count("no time for it") == 4
     assert round_("everything")[0].returncode == 2
+
+
+STAGES = [
+    pytest.param(("host", "tune", "report"), id="some"),
+    pytest.param((), id="all", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_the_round_can_be_rehearsed_on_a_cpu(stages, tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env |= {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    options = {"env": env, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(["bash", ROUND, "--rehearse", *stages], **options)
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout
+    assert "no time for it" not in done.stdout and "tune (optional)" in done.stdout
+    written = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
+    names = ["host"] if stages else RESULTS
+    expected = {Path("results", f"{name}.json") for name in names}
+    assert written == expected | {Path(n) for n in ("log.txt", "summary.txt", "launch_table.json")}
+    assert len(written) <= 8
+    for path in expected:
+        run = Run.read(tmp_path / "out" / path)
+        assert run.wrong == [] and any("rounds" in row for row in run.rows)

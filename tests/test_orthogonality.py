@@ -6,7 +6,7 @@ from helpers import CountOps, Mlp, adapter, assert_as_good_as_eager, batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalora_kernels import SVDLinear, orth_reg, orth_reg_grad_, reference
+from adalora_kernels import SVDLinear, orth_reg, orth_reg_grad_, orthogonality, reference
 from adalora_kernels.adapters import find_adapters
 
 
@@ -62,6 +62,23 @@ SHAPES = {
 def test_error_against_float64(shapes, spoil, squared):
     pairs, exact = near_orthogonal(shapes, spoil=spoil)
     check_error(pairs, exact, squared)
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["peft", "paper"])
+def test_long_sums_are_made_in_parts(squared, monkeypatch):
+    def value(*leaves):
+        return orth_reg([leaves], 0.3, squared)
+
+    leaves = adapter(2, 5, 128)[::2]
+    with CountOps() as before:
+        at_once = value(*leaves)
+    monkeypatch.setattr(orthogonality, "_SUM_LENGTH", {"cpu": 64})
+    with CountOps() as after:
+        torch.testing.assert_close(value(*leaves), at_once)
+    assert (after.counts - before.counts)["aten::sum"] == 1
+    assert torch.autograd.gradcheck(value, leaves)
+    # Of 3,072 and 768 rows, and of 7, which are no whole number of parts.
+    check_error(*near_orthogonal(SHAPES["r12"]), squared)
 
 
 def check_error(pairs, exact, squared=False):

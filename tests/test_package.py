@@ -123,3 +123,11 @@ def test_every_constraint_is_a_pin():
     assert all(line.count("==") == 1 for line in pins)
     for package in ("torch==2.13.0", "triton==3.7.1", "peft==0.21.2", "ruff==", "mypy=="):
         assert any(pin.startswith(package) for pin in pins), package
+
+
+def test_the_oldest_triton_is_among_those_that_kernels_are_compiled_under():
+    constraints = (ROOT / "constraints.txt").read_text()
+    (others,) = re.findall(r"^# Other tritons: (.+)$", constraints, re.MULTILINE)
+    oldest = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())[1]
+    assert others.split()[0].startswith(oldest)
+    assert not any(f"triton=={version}\n" in constraints for version in others.split())

@@ -141,40 +141,6 @@ def test_dropout_is_on_the_way_to_lora_A_only():
     torch.testing.assert_close(y, expected)
 
 
-def philox_4x32_10(counter, key):
-    """Salmon et al. 2011, section 3.3, in Python integers."""
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = (
-            (p1 >> 32) ^ counter[1] ^ key[0],
-            p1 & 0xFFFFFFFF,
-            (p0 >> 32) ^ counter[3] ^ key[1],
-            p0 & 0xFFFFFFFF,
-        )
-        key = ((key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF)
-    return list(counter)
-
-
-def test_philox_known_answers():
-    # The first answer of the authors' test vectors: counter 0, key 0.
-    zero = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert philox_4x32_10((0, 0, 0, 0), (0, 0)) == zero
-    assert reference.philox_uint32(torch.tensor([0]), 4).tolist() == zero
-    seed = 0x0123456789ABCDEF
-    words = reference.philox_uint32(torch.tensor([seed]), 10).tolist()
-    key = (seed & 0xFFFFFFFF, seed >> 32)
-    expected = [w for i in range(3) for w in philox_4x32_10((i, 0, 0, 0), key)]
-    assert words == expected[:10]
-
-
-def test_philox_mask_has_sixteen_bits_of_seven_rounds_for_each_entry():
-    x, seed = torch.empty(5, 401), torch.tensor([3])
-    words = reference.philox_uint32(seed, 1003, rounds=7)
-    bits = [half for word in words.tolist() for half in (word & 0xFFFF, word >> 16)][: x.numel()]
-    expected = torch.tensor([b >= round(0.3 * 2**16) for b in bits]).view(x.shape)
-    assert torch.equal(reference.philox_mask(x, 0.3, seed).bool(), expected)
-
-
 def test_nothing_is_read_from_the_device():
     x, weight, A, E, B, g = (
         torch.empty(shape, device="meta")

@@ -65,6 +65,16 @@ def test_a_forgotten_allocator_is_warned_of_once(said):
     assert said() == []
 
 
+def test_what_runs_before_a_capture_is_no_lapse(said):
+    """As before a CUDA graph is captured: one `advance`, and steps that end with `update`."""
+    model, optimizer, allocator = make()
+    allocator.advance(1)
+    steps(model, optimizer, 4, allocator.update)
+    assert said() == []
+    steps(model, optimizer, 2)
+    assert len(said()) == 1
+
+
 def test_every_lapse_is_warned_of(said):
     model, optimizer, allocator = make()
     steps(model, optimizer, 3, counter(allocator))

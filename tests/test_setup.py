@@ -72,9 +72,10 @@ def test_auto_builds_both_parts_where_there_is_nvcc(project):
     assert libraries(project) == ["built/adalora_kernels/_C.abi3.so"]
     assert {"library.cpp", "launcher.cpp", "importance.cpp"} <= compiled(calls, "compiler")
     assert "importance.cu" in compiled(calls, "nvcc")
-    # Of the list of architectures what this nvcc knows: it has no sm_100.
+    # Of the architectures what this nvcc knows, which is no sm_100, and PTX all the same.
     (call,) = {c for c in calls if "importance.cu" in c}
-    assert "code=sm_80" in call and "code=sm_90" in call and "sm_100" not in call
+    assert "code=sm_80" in call and "code=[sm_90,compute_90]" in call and "sm_100" not in call
+    assert any("CPU and CUDA (8.0 9.0+PTX)" in c for c in calls)
     assert all(
         "-DTORCH_TARGET_VERSION=0x020b000000000000" in c
         for c in calls
@@ -96,6 +97,15 @@ def test_auto_without_a_compiler_is_pure_python(project):
     status, output, _ = build(project, CXX="/nowhere/g++")
     assert status == 0, output
     assert "no CPU code: the compiler failed" in output and not libraries(project)
+
+
+def test_an_nvcc_that_knows_none_of_the_architectures_builds_no_cuda_part(project):
+    nvcc = project / "cuda/bin/nvcc"
+    nvcc.write_text(COMPILER.replace("sm_80 sm_90", "sm_52"))
+    status, output, calls = build(project)
+    assert status == 0 and libraries(project), output
+    assert "knows none of 8.0, 9.0, 10.0" in output
+    assert not any("ADALORA_WITH_CUDA" in c for c in calls)
 
 
 @pytest.mark.parametrize(

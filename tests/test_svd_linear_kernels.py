@@ -16,6 +16,7 @@ from helpers import assert_as_good_as_eager
 from layer_cases import CASES, check_against_float64, random_case
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
 
 from adalora_kernels import reference, svd_delta, svd_linear
 from adalora_kernels.kernels import svd_linear as kernels
@@ -37,8 +38,9 @@ DTYPES = {
 }
 
 
-def check(case, draws=2, impl="triton", **options):
-    dtype = case.get("dtype", FP32)
+def check(case, impl="triton", **options):
+    """The error rule. Of few numbers it is a lottery: at least sixteen of each result are drawn."""
+    dtype, draws = case.get("dtype", FP32), max(2, -(-16 // case.get("r", 3)))
     if INTERPRETED and dtype == BF16:
         if case.get("adapter_dtype", dtype) == BF16:
             pytest.skip("the interpreter truncates bfloat16: needs an NVIDIA GPU")
@@ -106,6 +108,25 @@ QUICK_PATHS = [
     *("fused-many_tiles", "two_pass-many_tiles-dropout"),
     *("two_pass-unaligned", "cublas-many_tiles", "cublas-unaligned-dropout"),
 ]
+
+
+def one_after_the_other(self, a, b, d, *_):
+    """Multiply matrices in the interpreter as a GPU without tensor cores does, by FMAs."""
+    total, pairs = d.data, zip(a.data.T.astype(float), b.data.astype(float), strict=True)
+    for column, row in pairs:
+        total = (total + np.outer(column, row)).astype(np.float32)
+    return type(d)(total, d.dtype.scalar)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU does so anyway, in test_shapes_and_types")
+@pytest.mark.parametrize("dropout_p", DROPOUT.values(), ids=DROPOUT.keys())
+def test_float32_where_products_are_added_one_after_the_other(monkeypatch, dropout_p):
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", one_after_the_other)
+    # Over many columns of g, and with a large low-rank term.
+    case = {"lead": (30,), "in_features": 40, "out_features": 1000, "r": 32}
+    check(case, dropout_p=dropout_p, impl="two_pass")
+
+
 PATHS = {path: path for path in plans.PATHS}
 SOME_SHAPES = {name: SHAPES[name] for name in ("aligned", "many_tiles", "unaligned")}
 
@@ -123,8 +144,8 @@ FUSED = {
     # Types; rows, in_features, out_features, and the rank.
     "one_tile": ((FP16, FP16), (65, 64, 48, 1)),
     "many_tiles": ((FP16, FP16), (700, 208, 528, 12)),
-    "more_row_blocks_than_programs": ((FP16, FP16), (1400, 64, 32, 17)),
-    "float32_adapters": ((BF16, FP32), (300, 192, 272, 20)),
+    "more_row_blocks_than_programs": ((FP16, FP16), (1400, 64, 32, 16)),
+    "float32_adapters": ((BF16, FP32), (600, 192, 272, 5)),
 }
 
 
@@ -153,7 +174,7 @@ def test_where_h_cannot_be_made_within_the_gemm(why):
     sizes = {"lead": (64 if why == "few rows" else 65,), "in_features": 64, "out_features": 48}
     case = random_case(
         **sizes,
-        r=33 if why == "many ranks" else 8,
+        r=17 if why == "many ranks" else 8,
         dtype=FP16,
         adapter_dtype=FP32 if why == "float16 in parts" else FP16,
         device=DEVICE,
@@ -209,7 +230,7 @@ def forward(case, plan, sms):
 
 @pytest.mark.parametrize("r", tiered(["31", "256"], {str(r): r for r in (2, 31, 100, 128, 256)}))
 def test_ranks(r):
-    check({"lead": (20,), "in_features": 64, "out_features": 48, "r": r}, draws=1)
+    check({"lead": (20,), "in_features": 64, "out_features": 48, "r": r})
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
@@ -231,24 +252,27 @@ def test_strided_columns():
     check_against_float64(case, impl="triton")
 
 
-@pytest.mark.parametrize("path", ["two_pass", "cublas"])
-def test_vectors_and_h_that_are_not_contiguous(path):
-    case = random_case(
-        **SHAPES["aligned"], mask="mixed", dtype=FP16, adapter_dtype=FP32, device=DEVICE
-    )
+@pytest.mark.parametrize("path", ["two_pass", "cublas", "svd_delta"])
+def test_factors_vectors_and_h_that_are_not_contiguous(path):
+    options = {"mask": "mixed", "dtype": FP16, "adapter_dtype": FP32, "device": DEVICE}
+    case = random_case(**SHAPES["aligned"], **options)
     seed, g = torch.tensor([5], device=DEVICE), torch.randn(40, 48).to(FP16).to(DEVICE)
 
     def apart(t):
         """The same values, with others between."""
-        t = t if t is None else torch.stack((t, torch.full_like(t, 3)), dim=-1)[..., 0]
-        assert t is None or not t.is_contiguous() or t.numel() == 1
+        t = torch.stack((t, torch.full_like(t, 3)), dim=-1)[..., 0]
+        assert not t.is_contiguous() or t.numel() == 1
         return t
 
     def run(change):
         x, weight, bias, *factors, mask, scaling, p, s = arguments(case, 0.25, seed)
-        A, E, B, mask, bias, s = (change(t) for t in (*factors, mask, bias, s))
-        y, h = kernels.svd_linear_fwd(x, weight, bias, A, E, B, mask, scaling, p, s, path)
-        backward = (g, x, weight, A, E, B, mask, change(h), scaling, p, s, True, path)
+        bias, mask, s, *factors = map(change, (bias, mask, s, *factors))
+        if path == "svd_delta":
+            y, h = kernels.svd_delta_fwd(g, x, *factors, mask, scaling, p, s)
+            backward = (g, x, None, *factors, mask, change(h), scaling, p, s, True)
+        else:
+            y, h = kernels.svd_linear_fwd(x, weight, bias, *factors, mask, scaling, p, s, path)
+            backward = (g, x, weight, *factors, mask, change(h), scaling, p, s, True, path)
         return y, h, *kernels.svd_linear_bwd(*backward)
 
     assert all(map(torch.equal, run(lambda t: t), run(apart)))
@@ -268,25 +292,22 @@ def test_expanded_inputs_and_gradients(path):
 @pytest.mark.parametrize("dtypes", [(FP16, FP32), (FP32, FP16)], ids=["fp32_base", "fp16_base"])
 def test_opaque_base_of_another_type(dtypes, adapter_dtype):
     dtype, base_dtype = dtypes
-    case = random_case(
-        lead=(40,), in_features=64, out_features=48, dtype=dtype, adapter_dtype=adapter_dtype
-    )
+    sizes = {"lead": (40,), "in_features": 64, "out_features": 48, "r": 16}
+    case = random_case(**sizes, dtype=dtype, adapter_dtype=adapter_dtype, device=DEVICE)
     x, _, _, *factors, mask, scaling, _, _ = arguments(case)
-    base, g = torch.randn(2, 40, 48).to(base_dtype)
+    base, g = torch.randn(2, 40, 48).to(DEVICE, base_dtype)
 
     def by_autograd(to):
-        leaves = [to(t).requires_grad_() for t in (x, *factors)]
+        leaves = [to(t.detach()).requires_grad_() for t in (x, *factors)]
         y, _ = reference.svd_delta(to(base), *leaves, mask, scaling, 0.0, None)
         return y.detach(), *torch.autograd.grad(y, leaves, to(g))
 
-    tensors = [t.to(DEVICE) for t in (x, *factors)]
-    y, h = kernels.svd_delta_fwd(base.to(DEVICE), *tensors, mask, scaling, 0.0, None)
-    x, *factors = tensors
-    backward = (g.to(DEVICE), x, None, *factors, mask, h, scaling, 0.0, None, True)
+    y, h = kernels.svd_delta_fwd(base, x, *factors, mask, scaling, 0.0, None)
+    backward = (g, x, None, *factors, mask, h, scaling, 0.0, None, True)
     actual = (y, *kernels.svd_linear_bwd(*backward))
-    eager, exact = by_autograd(lambda t: t.detach()), by_autograd(lambda t: wide(t.detach()))
+    eager, exact = by_autograd(lambda t: t), by_autograd(wide)
     for name, *results in zip(("y", "dx", "dA", "dE", "dB"), actual, eager, exact, strict=True):
-        assert_as_good_as_eager(*(t.cpu() for t in results), name)
+        assert_as_good_as_eager(*results, name)
 
 
 def forward_and_backward(case, g, path="auto", dropout_p=0.0, need_dx=True):
@@ -424,9 +445,14 @@ def leaves_of(case):
 
 @needs_gpu
 def test_auto_is_triton_on_a_gpu():
-    with dry_run() as launched:
-        svd_linear(**random_case(lead=(20,), device=DEVICE))
-    assert [item.kernel for item in launched]
+    case = random_case(lead=(20,), device=DEVICE)
+    svd_linear(**case)
+    with torch.profiler.profile() as profile:
+        svd_linear(**case)
+        torch.cuda.synchronize()
+    # Whoever launches them: a dry run knows of Triton's launcher only.
+    names = {e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA}
+    assert "_down_kernel" in names
 
 
 @needs_gpu
@@ -437,9 +463,11 @@ def test_a_captured_step_replays_on_new_values(dropout_p):
 
     def step():
         y = svd_linear(**case, dropout_p=dropout_p)
-        return y, *torch.autograd.grad(y, leaves, g)
+        # The graph would keep nodes of this stream alive, which other steps then find.
+        return y.detach(), *torch.autograd.grad(y, leaves, g)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()

@@ -258,6 +258,8 @@ class RankAllocator(FollowsOptimizers):
         """
         scale = as_grad_scale(grad_scale, self._device)
         parameters = self._whole_parameters()
+        # What is captured runs a few times before, with nothing to advance.
+        self.reminder.allocator_stepped()
         if self._learns(self.global_step):
             self._state.learn(parameters, self.beta1, self.beta2, scale)
         self._prune(parameters)

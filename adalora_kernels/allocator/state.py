@@ -137,7 +137,7 @@ class AllocatorState:
         """Keep them where there is no compiled code: to make them in every step costs the host."""
         self._views = None
         device = self.exp_avg_ipt[0].device if self.exp_avg_ipt else None
-        if device is not None and device.type not in ops.library.device_types:
+        if device is not None and ops.library.why_not_on(device) is not None:
             self._views = self._averages()
 
     def __getstate__(self) -> dict[str, Any]:

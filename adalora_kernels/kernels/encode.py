@@ -122,12 +122,8 @@ class _Writer:
 
     def product(self, step: Step) -> list[int]:
         """Write a product of torch's."""
-        operands = [step.arguments[name] for name in ("out", "x", "w")]
-        bias = step.arguments["bias"]
-        if bias is not None:
-            operands.append(bias._replace(shape=(1, *bias.shape)))
-        numbers = [_PRODUCT, len(operands)]
-        for array in operands:
+        numbers = [_PRODUCT]
+        for array in (step.arguments[name] for name in ("out", "x", "w")):
             shape, strides = _matrix(array)
             numbers += [self.numbers[array.name], *_sizes(shape), *strides]
         return numbers
@@ -137,7 +133,7 @@ class _Writer:
         values = {name: self._value(leaf) for name, leaf in step.arguments.items()}
         kernel = step.kernel.warmup(grid=(1,), **values)
         metadata = kernel.metadata
-        plain = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False}
+        plain = {"num_ctas": 1, "launch_cooperative_grid": False}
         plain |= {"global_scratch_size": 0, "profile_scratch_size": 0}
         for name, value in plain.items():
             if getattr(metadata, name) != value:
@@ -153,6 +149,7 @@ class _Writer:
         grid = (*step.grid, 1, 1)[:3]
         return [
             *(_LAUNCH, kernel.function, metadata.shared, 32 * metadata.num_warps),
+            int(metadata.launch_pdl),
             *_sizes(grid),
             *(len(parameters), *(number for one in parameters for number in one)),
         ]

@@ -69,10 +69,13 @@ def tune(
 
 def candidates(device: Device, problem: Problem) -> list[Plan]:
     """List every plan that is worth a measurement."""
-    gemms = gemm_candidates(device, problem)
-    # cuBLAS chooses its own blocks.
-    blocks = {"two_pass": gemms, "fused": [b for b in gemms if b.is_large], "cublas": gemms[:1]}
-    return [Plan(path, b) for path in PATHS if is_allowed(path, problem) for b in blocks[path]]
+    found = []
+    for path in PATHS:
+        if is_allowed(path, device, problem):
+            blocks = gemm_candidates(device, problem, path)
+            # cuBLAS chooses its own blocks.
+            found += [Plan(path, b) for b in (blocks[:1] if path == "cublas" else blocks)]
+    return found
 
 
 def _calls(

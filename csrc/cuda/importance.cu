@@ -153,6 +153,22 @@ cudaError_t run(const ImportanceUpdate& op, void* workspace, cudaStream_t stream
 
 }  // namespace
 
+std::string why_not() {
+  // It loads the code. That is harmless to a graph which is being captured, but not allowed in it
+  // unless one says so.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, update<float>);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  constexpr int with_large_parameters = 12010;
+  if (version >= with_large_parameters) return "";
+  return "the CUDA driver is too old for launches with 32 KB of parameters, which 12.1 brought";
+}
+
 int64_t importance_update_workspace(const ImportanceUpdate& op) {
   int64_t partials = 0;
   for (const auto& adapter : op.adapters) {

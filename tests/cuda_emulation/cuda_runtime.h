@@ -28,6 +28,8 @@
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 struct dim3 {
@@ -56,6 +58,9 @@ namespace emulation {
 inline int multiprocessors = 2;
 inline unsigned shuffle_seed = 0;  // 0: blocks and threads run in order
 inline int launches = 0;
+inline int driver_version = 13000;
+inline bool has_code = true;  // for this device
+inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 [[noreturn]] inline void fail(const char* why) {
   std::fprintf(stderr, "emulated CUDA: %s\n", why);
@@ -214,6 +219,27 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = emulation::multiprocessors;
   return cudaSuccess;
 }
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulation::capture_mode);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulation::driver_version;
+  return cudaSuccess;
+}
+
+// Loads the code, as if a graph were being captured.
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  if (emulation::capture_mode != cudaStreamCaptureModeRelaxed) {
+    emulation::fail("code is loaded in a capture");
+  }
+  return emulation::has_code ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no kernel image is available"; }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

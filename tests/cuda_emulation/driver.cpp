@@ -48,6 +48,15 @@ void set_device(int multiprocessors, unsigned shuffle_seed) {
   emulation::shuffle_seed = shuffle_seed;
 }
 
+// What the code says of a device that has code or not, and of such a driver.
+const char* why_not(bool has_code, int driver_version) {
+  emulation::has_code = has_code;
+  emulation::driver_version = driver_version;
+  static std::string answer;
+  answer = cuda::why_not();
+  return emulation::capture_mode == cudaStreamCaptureModeGlobal ? answer.c_str() : "the mode stays";
+}
+
 int take_launches() {
   const int launches = emulation::launches;
   emulation::launches = 0;

@@ -16,6 +16,7 @@ from .forward import forward_recipe
 # Those that are taken as rows, and those that keep their strides.
 _OF_ROWS = frozenset(("x", "base", "h", "grad_y"))
 _STRIDED = frozenset(("x", "weight", "base", "grad_y"))
+_ALIGNED = frozenset(("mask", "seed"))
 _NAMES = ("x", "weight", "bias", "base", "A", "E", "B", "mask", "seed", "h", "grad_y")
 
 
@@ -23,14 +24,17 @@ def operands(**tensors: Tensor | None) -> dict[str, Tensor]:
     """Return those tensors of a call that are not None, as the kernels take them.
 
     x, base, h and grad_y (..., n) become rows (M, n): views wherever strides allow, also of
-    expanded gradients. All but x, weight, base and grad_y become contiguous.
+    expanded gradients. All but x, weight, base and grad_y become contiguous, mask and seed aligned.
     """
     given = {}
     for name, t in tensors.items():
         if t is not None:
             if t.dim() != 2 and name in _OF_ROWS:
                 t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
-            given[name] = t if name in _STRIDED else t.contiguous()
+            t = t if name in _STRIDED else t.contiguous()
+            # Copied it is: kernels would be compiled for either, which is chance where callers keep
+            # the masks of all layers in one tensor.
+            given[name] = t.clone() if name in _ALIGNED and t.data_ptr() % 16 else t
     return given
 
 

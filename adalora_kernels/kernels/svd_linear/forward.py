@@ -59,9 +59,11 @@ def _down(call: Call) -> tuple[Step, Array]:
     """Make h, and return what it is written to: h as one part (1, M, R), or more (splits, M, R)."""
     blocks = call.blocks("down", call.x)
     k_blocks = ceil_div(call.K, blocks.k)
+    few = call.M <= plans.MOST_FEW_ROWS
+    most = plans.MOST_SPLITS_OF_FEW if few else plans.MOST_SPLITS
     # Each program has at least four blocks to pipeline.
-    slots, most = call.device.sms * blocks.programs, min(k_blocks // 4, plans.MOST_SPLITS)
-    splits = best_split(slots, ceil_div(call.M, blocks.m), k_blocks, most)
+    slots = call.device.sms * blocks.programs
+    splits = best_split(slots, ceil_div(call.M, blocks.m), k_blocks, min(k_blocks // 4, most))
     k_per_split = ceil_div(k_blocks, splits) * blocks.k
     splits = ceil_div(call.K, k_per_split)
     name, dtype = ("h", call.h.dtype) if splits == 1 else ("h_parts", torch.float32)
@@ -134,15 +136,17 @@ def _split(call: Call, blocks: plans.Blocks) -> tuple[Step, Made]:
         "num_warps": 4,
         "num_stages": 1,
     }
-    return Step(_split_kernel, (ceil_div(call.K, 128),), arguments), Made(a_parts, ready, call.h)
+    return Step(_split_kernel, (ceil_div(call.K, 128),), arguments), Made(
+        parts, a_parts, ready, call.h
+    )
 
 
 def _can_fuse(call: Call) -> bool:
-    """Tell whether the GEMM can make h."""
-    # Parts of A that float16 can hold would not add up to A; dropout masks what the tensor cores
-    # of sm_90 read from shared memory; on sm_100 nobody has measured it.
+    """Tell whether the GEMM can make h, if its tiles allow it."""
+    # Parts of A that float16 can hold would not add up to A; and what the tensor cores read is x
+    # as it is stored, without dropout.
     exact = not call.is_wide(call.x) or call.x.dtype == torch.bfloat16
-    return exact and call.seed is None and call.device.family == "sm_90"
+    return exact and call.seed is None
 
 
 def forward_recipe(call: Call) -> Recipe:
@@ -157,8 +161,8 @@ def forward_recipe(call: Call) -> Recipe:
             split, made = _split(call, plan.gemm)
             h = call.h._replace(shape=(1, *call.h.shape))
             term = (LowRank(h, call.B, None, call.R, 1, call.R), call.e, NO_DROPOUT)
-            workspace = (Part(made.a_parts, -1), Part(made.ready, 0))
-            return Recipe(workspace, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
+            made_from = (Part(made.a_parts, -1), Part(made.ready, 0))
+            return Recipe(made_from, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
     down, parts = _down(call)
     # The kernel of the low-rank term stores h, unless the one part is h itself.
     out_h = None if parts.name == "h" else call.h

@@ -29,7 +29,10 @@ from .common import (
 from .plans import Blocks
 
 # Row blocks whose tiles are computed at the same time.
-_GROUP_M = 4
+_GROUP_M = 8
+# Ranks that are added at a time: the fewest that `tl.dot` takes, for they lie in registers beside a
+# whole tile.
+_RANKS = tl.constexpr(16)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,6 +42,7 @@ class Made(NamedTuple):
     a_parts (parts · R_PAD, K) are summands of A in the type of x, ready (row blocks,) zeros.
     """
 
+    parts: int
     a_parts: Array
     ready: Array
     out_h: Array
@@ -67,9 +71,8 @@ def _low_rank_product(
 ):
     """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
     rows, columns = _rows_and_columns(acc, tile_m, tile_n)
-    STEP: tl.constexpr = min(R_PAD, 32)
-    for first in tl.range(0, R_PAD, STEP, num_stages=1):
-        ranks = first + tl.arange(0, STEP)
+    for first in tl.range(0, R_PAD, _RANKS, num_stages=1):
+        ranks = first + tl.arange(0, _RANKS)
         inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
         offsets = rows.to(tl.int64)[:, None] * low_rank.R + ranks[None, :]
         left = tl.load(low_rank.left_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -146,8 +149,8 @@ def _make_h(
     tiles_m = tl.cdiv(M, BLOCK_M)
     programs = tl.num_programs(0)
     makers = programs - tiles_m * tl.cdiv(N, BLOCK_N) % programs
-    # A row block takes about a quarter of the time of a tile.
-    if tl.cdiv(tiles_m, makers) > 3:
+    # A row block takes nearly as long as a tile.
+    if tl.cdiv(tiles_m, makers) > 2:
         makers = programs
     if _INTERPRETED:
         makers = 1  # One program after the other.
@@ -220,9 +223,13 @@ def _gemm_kernel(
     for tile in range(last - tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _tile_order(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # Dropout is that of the low-rank term alone, which comes first then. Otherwise it comes
-        # last, so that the latency of its loads hides.
-        if dropout.seed_ptr is not None:
+        # Without dropout the low-rank term comes last, so that the latency of its loads hides.
+        # Dropout is that of the term alone. In half precision it comes first then, and one
+        # accumulator is enough. In float32 each product would be rounded to the last place of the
+        # term, which may be far larger, and so the term has an accumulator of its own.
+        HALF: tl.constexpr = DTYPE.primitive_bitwidth == 16
+        FIRST: tl.constexpr = dropout.seed_ptr is not None and HALF
+        if FIRST:
             wait_for_previous(PDL)
             acc = _low_rank_product(
                 acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
@@ -255,6 +262,13 @@ def _gemm_kernel(
             acc = _low_rank_product(
                 acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
+        elif not FIRST:
+            wait_for_previous(PDL)
+            term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            term = _low_rank_product(
+                term, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
+            )
+            acc += _drop(term, dropout, tile_m, tile_n, N, ALIGNED)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE, TMA)
@@ -278,7 +292,7 @@ def gemm(
     """
     k, n = w.of(call.M)
     by_rows = w.strides is not None and w.strides[1] != 1
-    a_rows = plans.padded_rank(made.a_parts.shape[0]) if made else 0
+    a_rows = plans.padded_rank(made.parts * call.r_pad) if made else 0
 
     def tiles(matrix: Array, rows: int, columns: int) -> Array | Tile:
         return Tile(matrix, (rows, columns)) if blocks.tma else matrix

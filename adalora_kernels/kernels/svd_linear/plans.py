@@ -18,9 +18,9 @@ from ..launch import ceil_div
 
 PATHS: tuple[str, ...] = ("two_pass", "fused", "cublas")
 # Up to which tiles are those of FEW_ROWS, and up to which h is made within the GEMM.
-MOST_FEW_ROWS, FUSED_RANKS = 64, 32
-# Each part of a sum over K is read again by every tile of the GEMM.
-MOST_SPLITS = 8
+MOST_FEW_ROWS, FUSED_RANKS = 64, 16
+# Each part of a sum over K is read again by every tile of the GEMM; of few rows it is small.
+MOST_SPLITS, MOST_SPLITS_OF_FEW = 8, 24
 _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
@@ -85,6 +85,7 @@ GEMM = {
     "sm_90": (
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
+        Blocks(64, 128, 64, 4, 4, tma=True),
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
     "sm_100": (
@@ -94,6 +95,8 @@ GEMM = {
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
 }
+# Those of the path "fused", whose programs make h in blocks of as many rows.
+FUSED = (Blocks(256, 128, 64, 8, 4, tma=True), Blocks(128, 128, 64, 8, 4, tma=True))
 # Those of at most 16 rows, and of at most MOST_FEW_ROWS, where reading w is what counts: largest
 # tile first, with as much of w under way as its multiprocessor needs.
 FEW_ROWS = {
@@ -149,10 +152,12 @@ def pass_blocks(
     return blocks._replace(m=min(blocks.m, most), n=n, k=k, warps=warps, stages=stages)
 
 
-def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
-    """List the GEMM's configurations with registers and memory enough, largest tile first."""
+def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") -> list[Blocks]:
+    """List a path's configurations with registers and memory enough, largest tile first."""
     if problem.dtype == torch.float32:
         return [GEMM_GENERAL]
+    if path == "fused":
+        return list(FUSED)
     if problem.M <= MOST_FEW_ROWS:
         return list(FEW_ROWS[device.family][0 if problem.M <= 16 else 1])
     candidates = GEMM[device.family]
@@ -163,10 +168,29 @@ def gemm_candidates(device: Device, problem: Problem) -> list[Blocks]:
     return list(candidates)
 
 
-def is_allowed(path: str, problem: Problem) -> bool:
+def _blocks(device: Device, problem: Problem, path: str) -> Blocks:
+    """Return the largest tile of which there are enough, else the smallest."""
+    candidates = gemm_candidates(device, problem, path)
+    enough = (b for b in candidates if _busy(b, device, problem) >= 1)
+    return next(enough, candidates[-1])
+
+
+def _busy(blocks: Blocks, device: Device, problem: Problem) -> float:
+    """Return tiles by multiprocessors; from 1 on, nearly, there are enough."""
+    return _tiles(problem, blocks) / (0.7 * device.sms)
+
+
+def _tiles(problem: Problem, blocks: Blocks) -> int:
+    return ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n)
+
+
+def is_allowed(path: str, device: Device, problem: Problem) -> bool:
     """Tell whether a path can compute a problem whose operands are aligned."""
     if path != "fused":
         return True
+    # On sm_100 nobody has measured it, before sm_90 there are no descriptors.
+    if device.family != "sm_90":
+        return False
     # A program keeps h in parts, in registers, before it computes tiles.
     many = problem.M > MOST_FEW_ROWS and problem.r_pad <= FUSED_RANKS
     return many and problem.product == "y" and problem.dtype != torch.float32
@@ -198,39 +222,34 @@ def choose(
         possible = (path,) if path in possible else ("two_pass",)
     if not aligned:
         return Plan("cublas" if "cublas" in possible else "two_pass", GEMM_GENERAL)
-    paths = tuple(path for path in possible if is_allowed(path, problem)) or ("two_pass",)
+    paths = tuple(path for path in possible if is_allowed(path, device, problem)) or ("two_pass",)
     measured = _table(device.name).get(problem._replace(M=bucket(problem.M)))
     if measured is not None and measured.path in paths:
         return measured
-    path = min(paths, key=lambda path: predicted_seconds(path, device.family, problem))
-    candidates = gemm_candidates(device, problem)
-    for blocks in candidates:
-        # The largest tile of which there are enough to keep most multiprocessors busy.
-        if ceil_div(problem.M, blocks.m) * ceil_div(problem.N, blocks.n) >= 0.75 * device.sms:
-            return Plan(path, blocks)
-    return Plan(path, candidates[-1])
+    found = (Plan(path, _blocks(device, problem, path)) for path in paths)
+    return min(found, key=lambda plan: predicted_seconds(plan, device, problem))
 
 
-# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the end of a tile in our
-# GEMM, in columns of K that take as long. Only their ratios matter. Those of sm_90 were measured,
-# on an H200. Of the others the first two are from the data sheets of an A100 80 GB, an RTX 4090 and
-# a B200, and the third is a guess, which leaves most compute-bound problems to cuBLAS.
+# By family: FLOP/s of a dense half-precision product in cuBLAS, bytes/s, and the end of a tile in
+# our GEMM, in columns of K that take as long. Only their ratios matter. Those of sm_90 were
+# measured, on an H200. Of the others the first two are from the data sheets of an A100 80 GB, an
+# RTX 4090 and a B200, and the third is a guess, which leaves most compute-bound problems to cuBLAS.
 CEILINGS = {
     "sm_80": (312e12, 2.0e12, 450),
     "sm_86": (165e12, 1.0e12, 450),
-    "sm_90": (790e12, 4.3e12, 200),
+    "sm_90": (790e12, 4.3e12, 250),
     "sm_100": (2250e12, 8.0e12, 450),
 }
 # Between the end of a kernel and the start of the one that waits for it; the least that a pass over
 # x takes, or one that writes y.
 _LAUNCH_SECONDS, _PASS_SECONDS = 1e-6, 4e-6
-# What cuBLAS takes longer where it adds to its output.
-_ACCUMULATE = 1.023
+# What making h for a row block takes, in tiles' time.
+_ROW_BLOCK = 0.8
 
 
-def predicted_seconds(path: str, family: str, problem: Problem) -> float:
-    """Compute the least time of a path by its FLOPs, bytes and launches (design, section 5)."""
-    flops, bandwidth, end = CEILINGS[family]
+def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
+    """Compute the least time of a plan by its FLOPs, bytes and launches (design, section 5)."""
+    flops, bandwidth, end = CEILINGS[device.family]
     dtype, M, K, N, r_pad, _ = problem
     if dtype.itemsize == 4:
         # A guess: without TF32 such a product does not run on tensor cores, ours at half the speed.
@@ -240,15 +259,24 @@ def predicted_seconds(path: str, family: str, problem: Problem) -> float:
     def gemm(columns: int) -> float:
         return max(2 * M * (K + columns) * N / flops, (x + w + y) / bandwidth)
 
-    ours = gemm(r_pad + end)
-    if path == "fused":
-        return ours + _LAUNCH_SECONDS
+    ours = gemm(r_pad + end) / min(1.0, _busy(plan.gemm, device, problem))
+    if plan.path == "fused":
+        tile = 2 * plan.gemm.m * plan.gemm.n * K / flops * device.sms
+        return ours + _fused_tiles(plan.gemm, device, problem) * tile + _LAUNCH_SECONDS
     down = max(x / bandwidth, _PASS_SECONDS) + _LAUNCH_SECONDS
-    if path == "two_pass":
+    if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
         return (down if M > MOST_FEW_ROWS else 0) + ours
-    write = max(y / bandwidth, _PASS_SECONDS) + _LAUNCH_SECONDS
-    return down + write + gemm(0) * _ACCUMULATE
+    # It is written, and read by the product that adds to it.
+    write = max(2 * y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
+    return down + write + gemm(0)
+
+
+def _fused_tiles(blocks: Blocks, device: Device, problem: Problem) -> float:
+    """Tell by how many tiles' time h makes the path "fused" longer (see gemm.py)."""
+    row_blocks = ceil_div(problem.M, blocks.m)
+    idle = device.sms - _tiles(problem, blocks) % device.sms
+    return max(0.0, min(ceil_div(row_blocks, idle) * _ROW_BLOCK - 1, _ROW_BLOCK))
 
 
 @functools.cache
