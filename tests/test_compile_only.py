@@ -142,8 +142,9 @@ def problems(case, kernel):
         if case.family in ("sm_90", "sm_100") and not kernel.copies:
             found.append("no asynchronous copies of 16 bytes")
         # All products with a tile, and reading it for them, must not take longer than getting it.
-        # With more ranks the products alone do.
-        few_ranks = case.r <= 16 and case.dtype != FP32
+        # With more ranks the products alone do, and so they do in TF32.
+        tf32 = case.dtype == FP32 or (case.dtype, case.adapter) == (FP16, FP32)
+        few_ranks = case.r <= 16 and not tf32
         if few_ranks and kernel.kernel != "gemm" and kernel.wgmma_cycles > MEMORY_CYCLES:
             found.append(f"{kernel.wgmma_cycles:.0f} cycles of wgmma for 32 KB")
     if "launch_pdl" in kernel.options and not kernel.waits:

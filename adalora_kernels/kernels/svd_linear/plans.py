@@ -147,7 +147,9 @@ def pass_blocks(
     most = 256 if aligned else 32
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
-    return blocks._replace(m=min(blocks.m, most), n=n, k=k, stages=stages)
+    # Without tensor cores a tile's products are in more registers than four warps have.
+    warps = 8 if dtype == torch.float32 and kernel == "g_pass" else blocks.warps
+    return blocks._replace(m=min(blocks.m, most), n=n, k=k, warps=warps, stages=stages)
 
 
 def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") -> list[Blocks]:
