@@ -56,6 +56,7 @@ FEW = (
     PLAIN._replace(delta=True, p=0.1, grad_y="wide"),
     DROPOUT._replace(bias=True, small="second"),
     DROPOUT._replace(small="shifted"),
+    DROPOUT._replace(delta=True, small="second"),
 )
 # K of several parts: the workspace of a forward.
 LONG = PLAIN._replace(leading=(16, 20), K=2048, N=128)
@@ -63,7 +64,10 @@ LONG = PLAIN._replace(leading=(16, 20), K=2048, N=128)
 
 def paths() -> None:
     """The launcher takes every path, and each is Triton's."""
-    assert compare(PLAIN)[:2] == ["split", "gemm"]
+    with planned("fused"):
+        assert compare(PLAIN)[:2] == ["split", "gemm"]
+    with planned("two_pass"):
+        assert compare(PLAIN)[:2] == ["down", "gemm"]
     assert compare(PLAIN._replace(leading=(3, 5)))[:2] == ["down", "gemm"]
     for p, bias in ((0.0, False), (0.1, True)):
         with planned("cublas"):

@@ -116,7 +116,11 @@ GEMM_GENERAL = Blocks(64, 64, 32, 8, 3)
 # The passes over x and g and the low-rank add, for r_pad up to 16, 64 and 256.
 _RANK_CLASSES = (16, 64, 256)
 PASSES = {
-    "down": (Blocks(64, 0, 128, 4, 4), Blocks(64, 0, 64, 4, 4), Blocks(32, 0, 32, 8, 3)),
+    "down": (
+        Blocks(128, 0, 64, 8, 4, programs=2),
+        Blocks(64, 0, 64, 4, 4),
+        Blocks(32, 0, 32, 8, 3),
+    ),
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
     "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (Blocks(64, 0, 256, 8, 3), Blocks(64, 0, 128, 8, 3), Blocks(32, 0, 64, 8, 2)),
