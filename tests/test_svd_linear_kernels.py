@@ -598,7 +598,7 @@ def test_nothing_large_is_allocated():
         planned(M, K, N)
     # x, y, weight: given. y and dx: the results. Of the rest, the backward's workspace is the
     # largest. It holds what `g_reduce` needs at once, R columns each, in float32: parts of u, one
-    # for 256 columns of g; grad_h; two parts of dB; and parts of dE, one for 64 rows.
+    # for 256 columns of g; grad_h; two parts of dB; and parts of dE, one for 16 rows.
     for size in (2 * M * K, 2 * M * N, 2 * N * K, 2 * M * N, 2 * M * K):
         sizes.remove(size)
-    assert max(sizes) <= 4 * 16 * (M * N / 256 + M + 2 * N + M / 64)
+    assert max(sizes) <= 4 * 16 * (M * N / 256 + M + 2 * N + M / 16)

@@ -292,7 +292,8 @@ class Call(NamedTuple):
 
     def after_another(self, blocks: plans.Blocks) -> dict[str, int]:
         """Return the launch options of a step that is not the first one of its recipe."""
-        return {**blocks.options, "launch_pdl": True} if self.pdl else blocks.options
+        overlaps = self.grad_y is None or self.M <= plans.MOST_OVERLAPPING_ROWS
+        return {**blocks.options, "launch_pdl": True} if self.pdl and overlaps else blocks.options
 
     def plan(
         self, product: str, possible: tuple[str, ...], x: Array, w: Array, out: Array

@@ -19,8 +19,11 @@ from ..launch import ceil_div
 PATHS: tuple[str, ...] = ("two_pass", "fused", "cublas")
 # Up to which tiles are those of FEW_ROWS, and up to which h is made within the GEMM.
 MOST_FEW_ROWS, FUSED_RANKS = 64, 16
-# Each part of a sum over K is read again by every tile of the GEMM; of few rows it is small.
+# Each part of a sum over K is read again by every tile of the GEMM; of at most 16 rows it is small.
 MOST_SPLITS, MOST_SPLITS_OF_FEW = 8, 24
+# From here on the passes of the backward do not overlap: programs that wait would take the place of
+# some that compute.
+MOST_OVERLAPPING_ROWS = 2048
 _SHIPPED = Path(__file__).with_name("launch_table.json")
 
 
@@ -121,10 +124,20 @@ PASSES = {
         Blocks(64, 0, 64, 4, 4),
         Blocks(32, 0, 32, 8, 3),
     ),
+    # Of few rows there is one block, split along K.
+    "down, few rows": (
+        Blocks(64, 0, 128, 4, 4),
+        Blocks(64, 0, 64, 4, 4),
+        Blocks(32, 0, 32, 8, 3),
+    ),
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
     "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
-    "x_pass": (Blocks(64, 0, 256, 8, 3), Blocks(64, 0, 128, 8, 3), Blocks(32, 0, 64, 8, 2)),
-    "g_reduce": (Blocks(64, 0, 0, 8, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
+    "x_pass": (
+        Blocks(64, 0, 128, 4, 3, programs=3),
+        Blocks(64, 0, 128, 8, 3),
+        Blocks(32, 0, 64, 8, 2),
+    ),
+    "g_reduce": (Blocks(16, 0, 0, 4, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
 
 
@@ -153,6 +166,8 @@ def pass_blocks(
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
     # Without tensor cores a tile's products are in more registers than four warps have.
     warps = 8 if dtype == torch.float32 and kernel == "g_pass" else blocks.warps
+    # TF32 adds eight rows at a time. More such sums, cut off each, would be worse than eager's.
+    most = 32 if narrow == 2 and kernel == "x_pass" else most
     return blocks._replace(m=min(blocks.m, most), n=n, k=k, warps=warps, stages=stages)
 
 
@@ -247,14 +262,14 @@ CEILINGS = {
 # Between the end of a kernel and the start of the one that waits for it; the least that a pass over
 # x takes, or one that writes y.
 _LAUNCH_SECONDS, _PASS_SECONDS = 1e-6, 4e-6
-# What making h for a row block takes, in tiles' time.
-_ROW_BLOCK = 0.8
+# What making h for a row block takes, in tiles' time, and the time of tiles that dropout masks.
+_ROW_BLOCK, _MASKED = 0.8, 1.15
 
 
 def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     """Compute the least time of a plan by its FLOPs, bytes and launches (design, section 5)."""
     flops, bandwidth, end = CEILINGS[device.family]
-    dtype, M, K, N, r_pad, _ = problem
+    dtype, M, K, N, r_pad, product = problem
     if dtype.itemsize == 4:
         # A guess: without TF32 such a product does not run on tensor cores, ours at half the speed.
         flops, end = flops / 16, K
@@ -264,6 +279,8 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
         return max(2 * M * (K + columns) * N / flops, (x + w + y) / bandwidth)
 
     ours = gemm(r_pad + end) / min(1.0, _busy(plan.gemm, device, problem))
+    if product == "dropped dx":
+        ours *= _MASKED
     if plan.path == "fused":
         tile = 2 * plan.gemm.m * plan.gemm.n * K / flops * device.sms
         return ours + _fused_tiles(plan.gemm, device, problem) * tile + _LAUNCH_SECONDS
