@@ -133,7 +133,7 @@ PASSES = {
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
     "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (
-        Blocks(64, 0, 128, 4, 3, programs=3),
+        Blocks(64, 0, 128, 8, 3, programs=2),
         Blocks(64, 0, 128, 8, 3),
         Blocks(32, 0, 64, 8, 2),
     ),
@@ -166,9 +166,11 @@ def pass_blocks(
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
     # Without tensor cores a tile's products are in more registers than four warps have.
     warps = 8 if dtype == torch.float32 and kernel == "g_pass" else blocks.warps
-    # TF32 adds eight rows at a time. More such sums, cut off each, would be worse than eager's.
-    most = 32 if narrow == 2 and kernel == "x_pass" else most
-    return blocks._replace(m=min(blocks.m, most), n=n, k=k, warps=warps, stages=stages)
+    m = min(blocks.m, most)
+    if narrow == 2:
+        # TF32 adds eight terms at a time. More sums than four, each cut off, are worse than eager's.
+        m, k = (min(m, 32), k) if kernel == "x_pass" else (m, min(k, 32))
+    return blocks._replace(m=m, n=n, k=k, warps=warps, stages=stages)
 
 
 def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") -> list[Blocks]:
@@ -275,10 +277,10 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
         flops, end = flops / 16, K
     x, w, y = (n * dtype.itemsize for n in (M * K, N * K, M * N))
 
-    def gemm(columns: int) -> float:
-        return max(2 * M * (K + columns) * N / flops, (x + w + y) / bandwidth)
+    def gemm(columns: int, busy: float = 1.0) -> float:
+        return max(2 * M * (K + columns) * N / (flops * busy), (x + w + y) / bandwidth)
 
-    ours = gemm(r_pad + end) / min(1.0, _busy(plan.gemm, device, problem))
+    ours = gemm(r_pad + end, min(1.0, _busy(plan.gemm, device, problem)))
     if product == "dropped dx":
         ours *= _MASKED
     if plan.path == "fused":
