@@ -168,7 +168,8 @@ def pass_blocks(
     warps = 8 if dtype == torch.float32 and kernel == "g_pass" else blocks.warps
     m = min(blocks.m, most)
     if narrow == 2:
-        # TF32 adds eight terms at a time. More sums than four, each cut off, are worse than eager's.
+        # TF32 adds eight terms at a time; more than four such sums, each cut off, would be worse
+        # than eager's.
         m, k = (min(m, 32), k) if kernel == "x_pass" else (m, min(k, 32))
     return blocks._replace(m=m, n=n, k=k, warps=warps, stages=stages)
 
@@ -280,12 +281,13 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     def gemm(columns: int, busy: float = 1.0) -> float:
         return max(2 * M * (K + columns) * N / (flops * busy), (x + w + y) / bandwidth)
 
-    ours = gemm(r_pad + end, min(1.0, _busy(plan.gemm, device, problem)))
-    if product == "dropped dx":
-        ours *= _MASKED
+    busy = min(1.0, _busy(plan.gemm, device, problem))
     if plan.path == "fused":
         tile = 2 * plan.gemm.m * plan.gemm.n * K / flops * device.sms
-        return ours + _fused_tiles(plan.gemm, device, problem) * tile + _LAUNCH_SECONDS
+        more = _fused_tiles(plan.gemm, device, problem) * tile
+        return gemm(r_pad + end) / busy + more + _LAUNCH_SECONDS
+    # Small tiles of few rows have enough of w under way, however few they are.
+    ours = gemm(r_pad + end, busy) * (_MASKED if product == "dropped dx" else 1)
     down = max(x / bandwidth, _PASS_SECONDS) + _LAUNCH_SECONDS
     if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
