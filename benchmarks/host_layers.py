@@ -54,7 +54,7 @@ class Host:
 
     @property
     def r(self) -> int:
-        """PEFT's default for LoRA, but so high that a few rows take two launches, as many do."""
+        """PEFT's default for LoRA; that of the Llama is what its rows were first measured with."""
         return 40 if self.llama else 8
 
     @property
@@ -65,7 +65,7 @@ class Host:
     def size(self, name: str) -> tuple[int, int]:
         """Say how many rows and columns a provider gets; y has as many."""
         if self.on == FAKE:
-            # What is small enough for one launch is no example of a layer of ours.
+            # More than MOST_FEW_ROWS, so that a layer of ours takes the path of many rows.
             return (65, 64) if name in OURS else (2, 8)
         return self.rows, self.columns
 

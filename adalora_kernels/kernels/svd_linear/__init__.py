@@ -15,12 +15,14 @@ scalars are "scaling", "drop_below" = min(round(p·2¹⁶), 2¹⁶ - 1) and "kee
 `plans.when_forgotten(clear)` has `forget_tables` also clear what was made from recipes.
 
 `forward_recipe` (forward.py) asks `plans.choose` once for one of three paths:
-"two_pass" launches the down projection (h), then the GEMM over [x | h ⊙ e]·[weight | B]ᵀ (gemm.py);
-"one_pass" launches the GEMM alone, in which every tile makes its own h: for few rows, where
-reading the weight is all that counts; "cublas" launches cuBLAS, the down projection, and the
-low-rank add in place. The backward (backward.py) makes grad_h and the adapter's gradients from one
-read of grad_y and one of x, and dx by one of the paths with operands exchanged,
-[grad_y | grad_h]·[weightᵀ | Aᵀ]ᵀ.
+"two_pass" launches the down projection (h), then the GEMM over [x | h ⊙ e]·[weight | B]ᵀ (gemm.py).
+With few rows the GEMM starts before h is there, and waits for it where it adds the low-rank term.
+"fused" launches a small kernel that splits A into parts of the type of x, then the GEMM, some of
+whose programs make h for all: those with one tile less than the others, if there are enough.
+"cublas" launches the down projection, a kernel that writes the low-rank term and the bias to y, and
+cuBLAS, which adds x·weightᵀ to that in place. The backward (backward.py) makes grad_h and the
+adapter's gradients from one read of grad_y and one of x, and dx by "two_pass" or "cublas" with
+operands exchanged, [grad_y | grad_h]·[weightᵀ | Aᵀ]ᵀ; what takes the place of h is there already.
 
 Sums over programs go through a workspace and are added in a fixed order, so that results are
 bitwise reproducible. The forward saves h, which the backward does not compute again. Apart from y
