@@ -94,6 +94,12 @@ def goals(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("verdict", key=lambda v: v.map(VERDICTS.index), kind="stable")
 
 
+def _end(row: Any) -> str:
+    # Of a ratio to PEFT's time PEFT's own says nothing.
+    theirs = "" if row.PEFT in ("–", "1") else f"; PEFT {row.PEFT}"
+    return f"{row.cell}, {row.who}, {row.on}{theirs}"
+
+
 def summary(runs: dict[str, Run]) -> str:
     """Tabulate the worst and the best ratio for each goal, and how many meet it."""
     rows = []
@@ -101,9 +107,9 @@ def summary(runs: dict[str, Run]) -> str:
         ratios = prepared(run).dropna(subset=["goal", "p25"])
         for (work, measure, goal), part in ratios.groupby(_KEY, sort=False):
             part = part.sort_values("value", ascending=goal.startswith("≥"))
-            ends = [f"{r.cell}, {r.who}, {r.on}; PEFT {r.PEFT}" for r in part.itertuples()]
+            ends = [_end(row) for row in part.itertuples()]
             row = {"ratio": f"{work}, {measure}", "on": name, "goal": goal}
-            row |= {"here, worst": ends[0], "here, best": ends[-1]}
+            row |= {"here, worst": ends[0], "here, best": ends[-1] if len(ends) > 1 else ""}
             met = part.verdict.str.startswith("met")
             rows.append({**row, "met": f"{met.sum()} of {len(part)}"})
     return _markdown(pd.DataFrame(rows))
@@ -165,10 +171,12 @@ def results_page(runs: dict[str, Run], folder: Path, out: Path) -> str:
         words = "; ".join(f"{key} {value}" for key, value in said.items())
         parts.append(f"## {name}: {_device(run)}\n")
         parts.append(_wrapped(f"Figures: [{name}.json]({files}/{name}.json); {words}.") + "\n")
-        parts += ["### Goals\n", _markdown(goals(frame))]
+        if frame.goal.notna().any():
+            parts += ["### Goals\n", _markdown(goals(frame))]
         parts += [f"![{n} of {name}](charts/{name}_{n}.png)\n" for n in panels(run.frame)]
         parts += ["### All figures\n", *figures(frame)]
-        parts += ["### Wrong or not reached\n", *(f"- {text}" for text in run.left_out), ""]
+        left_out = [f"- {text}" for text in run.left_out] or ["- nothing"]
+        parts += ["### Wrong or not reached\n", *left_out, ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -179,7 +187,10 @@ def readme_page(runs: dict[str, Run], folder: Path, out: Path, readme: Path) -> 
     if not (begin and end):
         raise ValueError(f"the README has no {BEGIN} … {END}")
     page, files = _link(out, readme), _link(folder, readme)
-    places = "; ".join(f"[{n}]({files}/{n}.json): {_device(run)}" for n, run in runs.items())
+    devices: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        devices.setdefault(_device(run), []).append(f"[{name}]({files}/{name}.json)")
+    places = "; ".join(f"{device}: {', '.join(names)}" for device, names in devices.items())
     intro = (
         "Medians of ratios of interleaved calls, with quartiles, against the goals of the design, "
         f"and PEFT's figures beside ours ({places}). Figures, curves, charts: [{page}]({page})."
@@ -275,7 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, run in runs.items():
         if not args.check:
             draw(run.frame, out.parent / "charts", name)
-        table = _markdown(goals(prepared(run)), tablefmt="simple", maxcolwidths=widths)
+        frame = prepared(run)
+        table = "no goals\n"
+        if frame.goal.notna().any():
+            table = _markdown(goals(frame), tablefmt="simple", maxcolwidths=widths)
         print(f"{name}\n{table}", *(f"{name}: {text}" for text in run.left_out), sep="\n")
     return int(args.check and bool(differ))
 
