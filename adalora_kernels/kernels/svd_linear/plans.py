@@ -133,8 +133,8 @@ PASSES = {
     ),
     "g_reduce": (Blocks(16, 0, 0, 4, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
-# For at most MOST_FEW_ROWS and r_pad up to 16: one block of rows, and many parts of its columns. The
-# sums of tensor cores are short then: what these cut off counts more where few are added.
+# For at most MOST_FEW_ROWS and r_pad up to 16: one block of rows, and many parts of its columns. So
+# the sums of tensor cores are short; what these cut off counts more where few sums are added.
 FEW_ROWS_PASSES = {"down": Blocks(64, 0, 128, 4, 4), "g_pass": Blocks(64, 128, 0, 4, 3, programs=2)}
 
 
