@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -45,7 +45,8 @@ def seconds_in_turns(calls_of: Mapping[Plan, Sequence[Call]]) -> dict[Plan, floa
     A card gets slower as it gets warm, by more than plans differ: one after the other, the first
     would be the fastest.
     """
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    cuda: Any = torch.cuda  # Its streams and events have no types.
+    stream, pool = cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     graphs = {}
     times: dict[Plan, list[float]] = {plan: [] for plan in calls_of}
@@ -61,7 +62,7 @@ def seconds_in_turns(calls_of: Mapping[Plan, Sequence[Call]]) -> dict[Plan, floa
             order = random.Random(turn).sample([*graphs], len(graphs))
             # Not timed: while it runs, the others are queued.
             graphs[order[0]].replay()
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+            marks = [cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
             marks[0].record()
             for plan, mark in zip(order, marks[1:], strict=True):
                 graphs[plan].replay()
