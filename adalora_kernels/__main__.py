@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from . import __version__, functional, launching, ops, reference
 
 if TYPE_CHECKING:
+    from .kernels.svd_linear.plans import Plan
     from .kernels.tune import Call, Layer
 
 _PACKAGES = ("torch", "triton", "peft", "transformers", "matplotlib")
@@ -180,7 +181,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def tune(
-    layers: Sequence[Layer], device: torch.device, *seconds: Callable[[Sequence[Call]], float]
+    layers: Sequence[Layer],
+    device: torch.device,
+    *seconds: Callable[[Mapping[Plan, Sequence[Call]]], Mapping[Plan, float]],
 ) -> None:
     """Measure the layers on a GPU, print the fastest plans, and write them to the user's table."""
     from .kernels import tune

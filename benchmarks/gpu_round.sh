@@ -136,7 +136,7 @@ tune() {
   if ((rehearse)); then
     command=(-c "import sys, torch; from adalora_kernels import __main__ as command
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
-tune, seconds = command.tune, lambda calls: 1e-6 * len(calls[0]())
+tune, seconds = command.tune, lambda all: {plan: 1e-6 * len(calls[0]()) for plan, calls in all.items()}
 command.tune = lambda layers, _: tune(layers, torch.device('cpu'), seconds)
 sys.exit(command.main(sys.argv[1:]))" --tune --rows 16 --shapes 32x48 --ranks 8 --dtype float16)
   fi

@@ -50,11 +50,12 @@ def gemm_cases(family):
 
 
 def few_rows_cases(family):
-    """Yield the tiles for few rows; the GEMM of both ways is the same, and that of few splits."""
+    """Yield the tiles for few rows, of which the GEMM of both ways is the same, and the passes."""
     for rows, tiles in zip((16, 64), plans.FEW_ROWS[family], strict=True):
         for i, blocks in enumerate(tiles):
             options = {"M": rows, "blocks": blocks, "parts": ("forward",)}
             yield Case(family, f"rows{rows}-{i}", **options)
+    yield Case(family, "rows-passes", M=64, delta=True, kernels=("down", "g_pass", "x_pass"))
 
 
 def fused_cases(family):
@@ -189,8 +190,9 @@ def test_every_shipped_configuration_is_compiled():
         }
         device = plans.Device("", family, 132)
         shipped |= {
-            plans.pass_blocks(kernel, device, r, BF16, True, True)._replace(programs=1)
+            plans.pass_blocks(kernel, device, M, r, BF16, True, True)._replace(programs=1)
             for kernel in plans.PASSES
+            for M in (plans.MOST_FEW_ROWS, 8192)
             for r in (16, 64, 256)
         }
         seen = set()

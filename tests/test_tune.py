@@ -1,5 +1,6 @@
 """Tuning: every candidate is called, the fastest is kept."""
 
+import pytest
 import torch
 
 from adalora_kernels import __main__ as command
@@ -12,14 +13,12 @@ LAYER = Layer(torch.float16, 16, 32, 48, 4)
 
 
 def test_the_fastest_candidate_is_kept():
-    times = []
-
-    def seconds(calls):
-        for call in calls[:2]:
-            assert all(t.isfinite().all() for t in call())
-        # The second of the three that there are for y is the fastest.
-        times.append(abs(len(times) - 1.0) + 1.0)
-        return times[-1]
+    def seconds(calls_of):
+        for calls in calls_of.values():
+            for call in calls[:2]:
+                assert all(t.isfinite().all() for t in call())
+        # The second one is the fastest.
+        return {plan: abs(i - 1.0) + 1.0 for i, plan in enumerate(calls_of)}
 
     found = {
         problem.product: (problem, plan, s) for problem, plan, s in tune([LAYER], DEVICE, seconds)
@@ -28,6 +27,14 @@ def test_the_fastest_candidate_is_kept():
     assert problem == plans.Problem(torch.float16, 16, 32, 48, 16, "y") and s == 1.0
     assert plan == candidates(plans.device_of(DEVICE), problem)[1]
     assert found["dx"][0] == plans.Problem(torch.float16, 16, 48, 32, 16, "dx")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs an NVIDIA GPU")
+def test_plans_take_turns():
+    found = list(tune([LAYER], DEVICE))
+    assert [problem.product for problem, _, _ in found] == ["y", "dx"]
+    assert all(0 < seconds < 1 for _, _, seconds in found)
 
 
 def test_candidates_cover_the_paths_that_can_run():
@@ -43,7 +50,7 @@ def test_candidates_cover_the_paths_that_can_run():
 def test_what_is_measured_is_written_and_used(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("ADALORA_KERNELS_CACHE", str(tmp_path))
     plans.forget_tables()
-    command.tune([LAYER], DEVICE, lambda calls: 1e-6)
+    command.tune([LAYER], DEVICE, lambda calls_of: dict.fromkeys(calls_of, 1e-6))
     assert capsys.readouterr().out.count("1.0 us") == 2
     gpu = plans.device_of(DEVICE)
     table = plans.read_table(plans.cache_path(), gpu.name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from triton.testing import do_bench_cudagraph
 
 from .svd_linear import svd_linear_bwd, svd_linear_fwd
 from .svd_linear.plans import (
@@ -24,6 +26,7 @@ from .svd_linear.plans import (
 Call: TypeAlias = Callable[[], object]
 # Copies of the operands, used in turn, are to be several times what the L2 holds.
 _ROTATED_BYTES = 256 * 2**20
+_ROUNDS = 15
 
 
 class Layer(NamedTuple):
@@ -36,16 +39,44 @@ class Layer(NamedTuple):
     r: int
 
 
-def seconds_in_graph(calls: Sequence[Call]) -> float:
-    """Measure the median seconds per call in a CUDA graph of all of them."""
-    milliseconds = do_bench_cudagraph(lambda: [call() for call in calls], return_mode="median")
-    return float(milliseconds) / 1000 / len(calls)
+def seconds_in_turns(calls_of: Mapping[Plan, Sequence[Call]]) -> dict[Plan, float]:
+    """Measure the median seconds per call of each plan, in CUDA graphs that take turns.
+
+    A card gets slower as it gets warm, by more than plans differ: one after the other, the first
+    would be the fastest.
+    """
+    cuda: Any = torch.cuda  # Its streams and events have no types.
+    stream, pool = cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())
+    graphs = {}
+    times: dict[Plan, list[float]] = {plan: [] for plan in calls_of}
+    with torch.cuda.stream(stream):
+        for plan, calls in calls_of.items():
+            calls[0]()  # Compiles.
+            graphs[plan] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[plan], pool=pool, stream=stream):
+                for call in calls:
+                    call()
+            graphs[plan].replay()
+        for turn in range(_ROUNDS):
+            order = random.Random(turn).sample([*graphs], len(graphs))
+            # Not timed: while it runs, the others are queued.
+            graphs[order[0]].replay()
+            marks = [cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+            marks[0].record()
+            for plan, mark in zip(order, marks[1:], strict=True):
+                graphs[plan].replay()
+                mark.record()
+            marks[-1].synchronize()
+            for plan, (begin, end) in zip(order, itertools.pairwise(marks), strict=True):
+                times[plan].append(begin.elapsed_time(end) / 1000 / len(calls_of[plan]))
+    return {plan: statistics.median(found) for plan, found in times.items()}
 
 
 def tune(
     layers: Sequence[Layer],
     device: torch.device,
-    seconds: Callable[[Sequence[Call]], float] = seconds_in_graph,
+    seconds: Callable[[Mapping[Plan, Sequence[Call]]], Mapping[Plan, float]] = seconds_in_turns,
 ) -> Iterator[tuple[Problem, Plan, float]]:
     """Yield the fastest plan for y and for dx of every layer, and its seconds.
 
@@ -59,10 +90,12 @@ def tune(
             ("dx", backward, layer.N, layer.K),
         ):
             problem = Problem(layer.dtype, layer.M, k, n, padded_rank(layer.r), product)
-            times = {
-                plan: seconds([partial(call, path=plan) for call in calls])
-                for plan in candidates(gpu, problem)
-            }
+            times = seconds(
+                {
+                    plan: [partial(call, path=plan) for call in calls]
+                    for plan in candidates(gpu, problem)
+                }
+            )
             best = min(times, key=lambda plan: times[plan])
             yield problem, best, times[best]
 

@@ -288,7 +288,8 @@ class Call(NamedTuple):
     def blocks(self, kernel: str, t: Array) -> plans.Blocks:
         """Look up the configuration of a pass over the matrix `t`."""
         aligned = t.name in self.aligned
-        return plans.pass_blocks(kernel, self.device, self.r_pad, t.dtype, self.is_wide(t), aligned)
+        wide, M = self.is_wide(t), self.M
+        return plans.pass_blocks(kernel, self.device, M, self.r_pad, t.dtype, wide, aligned)
 
     def after_another(self, blocks: plans.Blocks) -> dict[str, int]:
         """Return the launch options of a step that is not the first one of its recipe."""

@@ -57,8 +57,7 @@ def _down_kernel(
 
 def _down(call: Call) -> tuple[Step, Array]:
     """Make h, and return what it is written to: h as one part (1, M, R), or more (splits, M, R)."""
-    few = call.M <= plans.MOST_FEW_ROWS
-    blocks = call.blocks("down, few rows" if few else "down", call.x)
+    blocks = call.blocks("down", call.x)
     k_blocks = ceil_div(call.K, blocks.k)
     most = plans.MOST_SPLITS_OF_FEW if call.M <= 16 else plans.MOST_SPLITS
     # Each program has at least four blocks to pipeline.

@@ -124,12 +124,6 @@ PASSES = {
         Blocks(64, 0, 64, 4, 4),
         Blocks(32, 0, 32, 8, 3),
     ),
-    # Of few rows there is one block, split along K.
-    "down, few rows": (
-        Blocks(64, 0, 128, 4, 4),
-        Blocks(64, 0, 64, 4, 4),
-        Blocks(32, 0, 32, 8, 3),
-    ),
     "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
     "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (
@@ -139,10 +133,13 @@ PASSES = {
     ),
     "g_reduce": (Blocks(16, 0, 0, 4, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
+# For at most MOST_FEW_ROWS and r_pad up to 16: one block of rows, and many parts of its columns. So
+# the sums of tensor cores are short; what these cut off counts more where few sums are added.
+FEW_ROWS_PASSES = {"down": Blocks(64, 0, 128, 4, 4), "g_pass": Blocks(64, 128, 0, 4, 3, programs=2)}
 
 
 def pass_blocks(
-    kernel: str, device: Device, r_pad: int, dtype: torch.dtype, wide: bool, aligned: bool
+    kernel: str, device: Device, M: int, r_pad: int, dtype: torch.dtype, wide: bool, aligned: bool
 ) -> Blocks:
     """Return the configuration of one of the PASSES.
 
@@ -153,6 +150,8 @@ def pass_blocks(
     """
     classes = zip(PASSES[kernel], _RANK_CLASSES, strict=True)
     blocks = next(b for b, most in classes if r_pad <= most)
+    if M <= MOST_FEW_ROWS and r_pad <= _RANK_CLASSES[0]:
+        blocks = FEW_ROWS_PASSES.get(kernel, blocks)
     # Tiles of float32 take twice the registers, and without TF32 are not for tensor cores; those of
     # float16 under a float32 adapter become TF32. Before sm_90 operands are kept in registers.
     wide = wide and kernel != "low_rank_add"
