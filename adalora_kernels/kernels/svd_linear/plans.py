@@ -173,8 +173,9 @@ def pass_blocks(
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
     # Four warps have too few registers for the products of a tile in TF32 or without tensor cores,
-    # and on sm_100 for blocks of few rows.
-    eight = ("g_pass", narrow > 1), ("down, few rows", device.family == "sm_100")
+    # and on sm_100 for the widest blocks of few rows.
+    widest = blocks.k == 128 and device.family == "sm_100"
+    eight = ("g_pass", narrow > 1), ("down, few rows", widest)
     warps = 8 if (kernel, True) in eight else blocks.warps
     m = min(blocks.m, most)
     if narrow == 2:
