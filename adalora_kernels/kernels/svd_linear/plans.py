@@ -102,7 +102,7 @@ GEMM = {
     "sm_100": (
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
-        Blocks(128, 64, 64, 8, 4, tma=True),
+        Blocks(128, 64, 64, 8, 3, tma=True),
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
 }
@@ -195,10 +195,10 @@ def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") ->
         return list(FEW_ROWS[device.family][0 if problem.M <= 16 else 1])
     candidates = GEMM[device.family]
     # The mask is made beside a whole tile.
-    widest = min(candidates[0].n, 128 if problem.product == "dropped dx" else 256)
-    # Nor do more ranks fit beside the widest tile, in each version of triton; on sm_90 they do.
+    widest = 128 if problem.product == "dropped dx" else 256
+    # Nor do more ranks fit beside wide tiles, in each version of triton; on sm_90 they do.
     if device.family != "sm_90" and problem.r_pad > 16:
-        widest //= 2
+        widest = 64
     return [b for b in candidates if b.n <= widest]
 
 
