@@ -83,8 +83,16 @@ class Plan(NamedTuple):
 
 # The GEMM of half-precision operands, largest tile first.
 GEMM = {
-    "sm_80": (Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 4)),
-    "sm_86": (Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 64, 4, 3)),
+    "sm_80": (
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 64, 64, 8, 3),
+        Blocks(64, 64, 64, 4, 4),
+    ),
+    "sm_86": (
+        Blocks(128, 128, 32, 8, 3),
+        Blocks(128, 64, 64, 8, 3),
+        Blocks(64, 64, 64, 4, 3),
+    ),
     "sm_90": (
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
@@ -94,7 +102,7 @@ GEMM = {
     "sm_100": (
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
-        Blocks(128, 64, 64, 8, 4, tma=True),
+        Blocks(128, 64, 64, 8, 3, tma=True),
         Blocks(64, 64, 64, 4, 5, tma=True),
     ),
 }
@@ -115,7 +123,7 @@ FEW_ROWS = {
     ),
 }
 # Every GEMM in float32, and of operands that are not aligned: "auto" leaves both to cuBLAS.
-GEMM_GENERAL = Blocks(64, 64, 32, 8, 3)
+GEMM_GENERAL = Blocks(64, 64, 32, 8, 2)
 # The passes over x and g and the low-rank add, for r_pad up to 16, 64 and 256.
 _RANK_CLASSES = (16, 64, 256)
 PASSES = {
@@ -124,8 +132,8 @@ PASSES = {
         Blocks(64, 0, 64, 4, 4),
         Blocks(32, 0, 32, 8, 3),
     ),
-    "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 4, 1)),
-    "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 128, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
+    "low_rank_add": (Blocks(64, 128, 0, 4, 1), Blocks(64, 128, 0, 4, 1), Blocks(64, 64, 0, 8, 1)),
+    "g_pass": (Blocks(64, 256, 0, 4, 3), Blocks(64, 64, 0, 8, 3), Blocks(32, 32, 0, 8, 2)),
     "x_pass": (
         Blocks(64, 0, 128, 8, 3, programs=2),
         Blocks(64, 0, 128, 8, 3),
@@ -163,8 +171,10 @@ def pass_blocks(
     most = 256 if aligned else 32
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
-    # Without tensor cores a tile's products are in more registers than four warps have.
-    warps = 8 if dtype == torch.float32 and kernel == "g_pass" else blocks.warps
+    # Four warps have too few registers for the products of a tile in TF32 or without tensor cores,
+    # and on sm_100 for the widest blocks of few rows.
+    crowded = narrow > 1 if kernel == "g_pass" else blocks.k == 128 and device.family == "sm_100"
+    warps = 8 if crowded else blocks.warps
     m = min(blocks.m, most)
     if narrow == 2:
         # TF32 adds eight terms at a time; more than four such sums, each cut off, would be worse
@@ -182,11 +192,12 @@ def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") ->
     if problem.M <= MOST_FEW_ROWS:
         return list(FEW_ROWS[device.family][0 if problem.M <= 16 else 1])
     candidates = GEMM[device.family]
-    if problem.product == "dropped dx":
-        # The mask is made beside a whole tile.
-        widest = 64 if device.family == "sm_100" and problem.r_pad > 16 else 128
-        return [b for b in candidates if b.n <= widest]
-    return list(candidates)
+    # The mask is made beside a whole tile.
+    widest = 128 if problem.product == "dropped dx" else 256
+    # Nor do more ranks fit beside wide tiles, in each version of triton; on sm_90 they do.
+    if device.family != "sm_90" and problem.r_pad > 16:
+        widest = 64
+    return [b for b in candidates if b.n <= widest]
 
 
 def _blocks(device: Device, problem: Problem, path: str) -> Blocks:
