@@ -171,11 +171,14 @@ def pass_blocks(
     most = 256 if aligned else 32
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
-    # Four warps have too few registers for the products of a tile in TF32 or without tensor cores,
-    # and on sm_100 for the widest blocks of few rows.
-    crowded = narrow > 1 if kernel == "g_pass" else blocks.k == 128 and device.family == "sm_100"
+    # Four warps have too few registers for the products of g_pass in TF32, without tensor cores, or
+    # before sm_90, and on sm_100 for the widest blocks of few rows.
+    if kernel == "g_pass":
+        crowded = narrow > 1 or device.family in ("sm_80", "sm_86")
+    else:
+        crowded = blocks.k == 128 and device.family == "sm_100"
     warps = 8 if crowded else blocks.warps
-    m = min(blocks.m, most)
+    m = min(blocks.m, most, 32 if wide and narrow == 4 else 256)
     if narrow == 2:
         # TF32 adds eight terms at a time; more than four such sums, each cut off, would be worse
         # than eager's.
