@@ -103,7 +103,7 @@ GEMM = {
         Blocks(128, 256, 64, 8, 4, tma=True),
         Blocks(128, 128, 64, 8, 4, tma=True),
         Blocks(128, 64, 64, 8, 3, tma=True),
-        Blocks(64, 64, 64, 4, 5, tma=True),
+        Blocks(64, 64, 64, 8, 4, tma=True),
     ),
 }
 # Those of the path "fused", whose programs make h in blocks of as many rows.
