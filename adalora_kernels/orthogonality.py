@@ -245,11 +245,13 @@ def _stacks(matrices: Sequence[Tensor], count: int) -> Iterator[_Stack]:
 def _penalty(products: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     """The sum of ‖G - I‖_F or ‖G - I‖²_F of the G in `products`, and its slope (n, r, r).
 
+    `products` is overwritten.
+
     The gradient is slope·rows: 2·(G - I)·rows / ‖G - I‖_F, taken as 0 where the norm is 0, or
     4·(G - I)·rows.
     """
+    products.diagonal(dim1=1, dim2=2).sub_(1.0)
     residual = products
-    residual.diagonal(dim1=1, dim2=2).sub_(1.0)
     if squared:
         return residual.square().sum(), 4.0 * residual
     norm = torch.linalg.vector_norm(residual, dim=(1, 2), keepdim=True)

@@ -119,7 +119,7 @@ def _clear_low_bits(w):
 
 
 @triton.jit
-def _split(w, DTYPE: tl.constexpr):
+def in_parts(w, DTYPE: tl.constexpr):
     """Return three parts whose sum is w, each exact in the type that tensor cores take it in.
 
     bfloat16 has the range for that; float16 has not, and takes TF32, in which its values are exact.
@@ -148,7 +148,7 @@ def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, STACKED: tl.cons
     """
     if not WIDE:
         return dot_as_stored(x, w.to(x.dtype), acc, PRECISION)
-    low, middle, high = _split(w, x.dtype)
+    low, middle, high = in_parts(w, x.dtype)
     EXACT: tl.constexpr = "ieee" if x.dtype == tl.bfloat16 else "tf32"
     x = x if x.dtype == tl.bfloat16 else x.to(tl.float32)
     if STACKED:

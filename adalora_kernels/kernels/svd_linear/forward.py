@@ -7,7 +7,17 @@ import triton.language as tl
 from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Step
 from . import plans
-from .common import NO_DROPOUT, ROWS, Call, LowRank, best_split, dot, keep_mask, let_next_start
+from .common import (
+    NO_DROPOUT,
+    ROWS,
+    Call,
+    LowRank,
+    best_split,
+    dot,
+    in_parts,
+    keep_mask,
+    let_next_start,
+)
 from .gemm import Made, gemm, low_rank_add
 
 
@@ -59,7 +69,7 @@ def _down(call: Call) -> tuple[Step, Array]:
     """Make h, and return what it is written to: h as one part (1, M, R), or more (splits, M, R)."""
     blocks = call.blocks("down", call.x)
     k_blocks = ceil_div(call.K, blocks.k)
-    most = plans.MOST_SPLITS_OF_FEW if call.M <= 16 else plans.MOST_SPLITS
+    most = plans.MOST_SPLITS_OF_FEW if call.M <= plans.FEWEST_ROWS else plans.MOST_SPLITS
     # Each program has at least four blocks to pipeline.
     slots = call.device.sms * blocks.programs
     splits = best_split(slots, ceil_div(call.M, blocks.m), k_blocks, min(k_blocks // 4, most))
@@ -105,12 +115,11 @@ def _split_kernel(
     ranks = tl.arange(0, R_PAD)[:, None]
     columns = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     a = tl.load(a_ptr + ranks.to(tl.int64) * K + columns, mask=(ranks < R) & (columns < K), other=0)
-    rest = a.to(tl.float32)
+    DTYPE: tl.constexpr = out_parts_ptr.dtype.element_ty
+    parts = in_parts(a, DTYPE) if PARTS == 3 else (a.to(DTYPE),)
     for part in tl.static_range(PARTS):
         at = out_parts_ptr + (part * R_PAD + ranks).to(tl.int64) * K + columns
-        rounded = rest.to(out_parts_ptr.dtype.element_ty)
-        tl.store(at, rounded, mask=columns < K)
-        rest -= rounded.to(tl.float32)
+        tl.store(at, parts[part], mask=columns < K)
     for first in range(tl.program_id(0) * BLOCK_K, row_blocks, tl.num_programs(0) * BLOCK_K):
         blocks = first + tl.arange(0, BLOCK_K)
         tl.store(out_ready_ptr + blocks, tl.zeros_like(blocks), mask=blocks < row_blocks)

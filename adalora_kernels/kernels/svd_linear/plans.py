@@ -17,9 +17,10 @@ import torch
 from ..launch import ceil_div
 
 PATHS: tuple[str, ...] = ("two_pass", "fused", "cublas")
-# Up to which tiles are those of FEW_ROWS, and up to which h is made within the GEMM.
-MOST_FEW_ROWS, FUSED_RANKS = 64, 16
-# Each part of a sum over K is read again by every tile of the GEMM; of at most 16 rows it is small.
+# Up to which tiles are those of FEW_ROWS, the first of them and all; and up to which h is made
+# within the GEMM.
+FEWEST_ROWS, MOST_FEW_ROWS, FUSED_RANKS = 16, 64, 16
+# Each part of a sum over K is read again by every tile of the GEMM; of FEWEST_ROWS it is small.
 MOST_SPLITS, MOST_SPLITS_OF_FEW = 8, 24
 # From here on the passes of the backward do not overlap: programs that wait would take the place of
 # some that compute.
@@ -108,19 +109,17 @@ GEMM = {
 }
 # Those of the path "fused", whose programs make h in blocks of as many rows.
 FUSED = (Blocks(256, 128, 64, 8, 4, tma=True), Blocks(128, 128, 64, 8, 4, tma=True))
-# Those of at most 16 rows, and of at most MOST_FEW_ROWS, where reading w is what counts: largest
+# Those of at most FEWEST_ROWS, and of MOST_FEW_ROWS, where reading w is what counts: largest
 # tile first, with as much of w under way as its multiprocessor needs.
+_FEW_ROWS_BY_DESCRIPTORS = (
+    (Blocks(16, 64, 128, 4, 4, tma=True), Blocks(16, 32, 512, 4, 3, tma=True)),
+    (Blocks(64, 128, 128, 4, 4, tma=True), Blocks(64, 64, 128, 4, 6, tma=True)),
+)
 FEW_ROWS = {
     "sm_80": ((Blocks(16, 32, 64, 4, 6),), (Blocks(64, 32, 64, 4, 5),)),
     "sm_86": ((Blocks(16, 32, 64, 4, 5),), (Blocks(64, 32, 64, 4, 3),)),
-    "sm_90": (
-        (Blocks(16, 64, 128, 4, 4, tma=True), Blocks(16, 32, 512, 4, 3, tma=True)),
-        (Blocks(64, 128, 128, 4, 4, tma=True), Blocks(64, 64, 128, 4, 6, tma=True)),
-    ),
-    "sm_100": (
-        (Blocks(16, 64, 128, 4, 4, tma=True), Blocks(16, 32, 512, 4, 3, tma=True)),
-        (Blocks(64, 128, 128, 4, 4, tma=True), Blocks(64, 64, 128, 4, 6, tma=True)),
-    ),
+    "sm_90": _FEW_ROWS_BY_DESCRIPTORS,
+    "sm_100": _FEW_ROWS_BY_DESCRIPTORS,
 }
 # Every GEMM in float32, and of operands that are not aligned: "auto" leaves both to cuBLAS.
 GEMM_GENERAL = Blocks(64, 64, 32, 8, 2)
@@ -193,7 +192,7 @@ def gemm_candidates(device: Device, problem: Problem, path: str = "two_pass") ->
     if path == "fused":
         return list(FUSED)
     if problem.M <= MOST_FEW_ROWS:
-        return list(FEW_ROWS[device.family][0 if problem.M <= 16 else 1])
+        return list(FEW_ROWS[device.family][0 if problem.M <= FEWEST_ROWS else 1])
     candidates = GEMM[device.family]
     # The mask is made beside a whole tile.
     widest = 128 if problem.product == "dropped dx" else 256
