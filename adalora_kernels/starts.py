@@ -77,7 +77,8 @@ def start_of(adapters: Sequence[Adapter]) -> str | None:
     """
     if any(p.is_meta for adapter in adapters for p in adapter.parameters):
         return None
-    starts = {_start_of(*adapter.parameters) for adapter in adapters}
+    # One of rank 0 stands at both.
+    starts = {_start_of(*a.parameters) for a in adapters if len(a.lora_E) > 0}
     if None in starts:
         return None
     return "lora" if starts == {"lora"} else "paper"
