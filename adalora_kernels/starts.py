@@ -17,8 +17,8 @@ the norm of ΔW by
 which is 1 / (σ² · √(3 · in)) times as much: 74 times for in = 384, 23 times for in = 4096. Before
 that the gradients of lora_A and lora_B are small, too, because lora_E is. So with "paper" the loss
 stands still at first, and then falls faster and faster. Once the entries have moved by u in all,
-those of lora_A and lora_B are about √(σ² + u²) in size. The two starts then move ΔW equally fast if
-σ² + u² = 1 / √(3 · in), that is, after
+those of lora_A and lora_B are about √(σ² + u²) in size, and lora_E is u. So both starts have moved
+ΔW equally far when σ² + u² = 1 / √(3 · in), that is, after
 
     u / η = √(1 / √(3 · in) - σ²) / η
 
@@ -126,7 +126,7 @@ def _start_of(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> str | None:
 
 
 def slow_path(in_features: int) -> float:
-    """By how much Adam has to move each entry until "paper" moves ΔW as fast as "lora".
+    """By how much Adam has to move each entry until "paper" has moved ΔW as far as "lora" has.
 
     Divided by the learning rate it is a number of steps; see the arithmetic above.
 

@@ -461,10 +461,8 @@ def test_a_tinit_that_ends_too_early():
     model = make(tinit=10, total_step=STEPS)
     report = apply(model)
     (note,) = notes_with("tinit = 10 steps", report)
-    assert (
-        "at a usual learning rate of 0.001 the adapter moves more slowly than LoRA's for " in note
-    )
-    assert f"about {steps_for(1e-3)} steps" in note and "start='lora'" in note
+    assert f"at a usual learning rate of 0.001 it takes about {steps_for(1e-3)} until" in note
+    assert note.endswith("apply(model, start='lora')")
     # As soon as the optimizer is known, so is its learning rate, before any warm-up.
     optimizer = torch.optim.AdamW(
         [{"params": list(adapter_parameters(model).values()), "lr": 5e-3}], lr=1.0
@@ -472,10 +470,7 @@ def test_a_tinit_that_ends_too_early():
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
     report.attach(optimizer)
     (note,) = notes_with("tinit = 10 steps", report)
-    assert (
-        "at its learning rate of 0.005 the adapter moves more slowly than LoRA's for about " in note
-    )
-    assert f"{steps_for(5e-3)} steps" in note
+    assert f"at its learning rate of 0.005 it takes about {steps_for(5e-3)} until" in note
     # No longer than the adapter is new.
     train(model, optimizer, range(1, 3))
     assert report.notes == apply(model).notes == []

@@ -241,7 +241,7 @@ def test_adams_first_step_moves_as_far_as_the_arithmetic_says(r, in_features, ou
     assert moved["paper"] == pytest.approx(0.02**2 * math.sqrt(in_features * out_features), rel=0.1)
     assert moved["lora"] == pytest.approx(math.sqrt(out_features / 3), rel=0.1)
     u = slow_path(in_features)
-    # After that way the one start is as fast as the other; until then it is slower.
+    # After that way the one start has come as far as the other.
     assert (0.02**2 + u**2) * math.sqrt(3 * in_features) == pytest.approx(1.0)
     assert moved["paper"] / moved["lora"] == pytest.approx(
         0.02**2 * math.sqrt(3 * in_features), rel=0.2
