@@ -85,38 +85,35 @@ def start_of(adapters: Sequence[Adapter]) -> str | None:
 
 
 def start_adapters_(adapters: Sequence[Adapter], start: str) -> None:
-    """Give the adapters of a model a start.
+    """Give the adapters of a model a start. Reads the device.
 
     "paper" leaves them as they are: whoever has made them has given them that start. "lora"
     leaves those alone that stand at it already, so that doing it twice changes nothing.
 
     Raises:
-        ValueError: as `check_can_start`. Nothing has been changed then.
+        ValueError: start is "lora", and an adapter has been trained or loaded, or is on the meta
+            device. Nothing has been changed then.
     """
-    check_can_start(adapters, start)
     if start == "paper":
         return
     # All are looked at before any is written to: parameters may be tied.
-    fresh = [adapter for adapter in adapters if _start_of(*adapter.parameters) == "paper"]
-    for adapter in fresh:
-        start_(*adapter.parameters, start)
-
-
-def check_can_start(adapters: Sequence[Adapter], start: str) -> None:
-    """Raise ValueError if an adapter that is to get start "lora" stands at no start any more."""
-    if start == "paper":
-        return
+    fresh = []
     for adapter in adapters:
         if any(p.is_meta for p in adapter.parameters):
             raise ValueError(
                 f"start={start!r} needs adapters with values, and {adapter.name} is on the meta "
                 "device: give it the start when it has been moved to another one"
             )
-        if _start_of(*adapter.parameters) is None:
+        stands_at = _start_of(*adapter.parameters)
+        if stands_at is None:
             raise ValueError(
                 f"start={start!r} is for adapters that are new, and {adapter.name} has been "
                 "trained or loaded: leave start out to go on with its values"
             )
+        if stands_at != start:
+            fresh.append(adapter)
+    for adapter in fresh:
+        start_(*adapter.parameters, start)
 
 
 def _start_of(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> str | None:

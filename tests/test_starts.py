@@ -12,7 +12,7 @@ from torch import nn
 import adalora_kernels.loralib as loralib
 from adalora_kernels import RankAllocator, SVDLinear, mark_only_lora_as_trainable
 from adalora_kernels.adapters import find_adapters
-from adalora_kernels.starts import check_can_start, slow_path, start_, start_adapters_, start_of
+from adalora_kernels.starts import slow_path, start_, start_adapters_, start_of
 
 WRONG = ["LoRA", "", None, 1, ["lora"]]
 
@@ -208,8 +208,8 @@ def test_what_is_trained_gets_no_start_and_nothing_is_changed(value):
 def test_what_has_no_values_gets_no_start():
     adapters = adapters_of(Mlp(device="meta"))
     with pytest.raises(ValueError, match="is on the meta device"):
-        check_can_start(adapters, "lora")
-    check_can_start(adapters, "paper")
+        start_adapters_(adapters, "lora")
+    start_adapters_(adapters, "paper")
 
 
 def test_tied_adapters():
