@@ -14,11 +14,10 @@ the norm of ΔW by
     "paper":  scaling · η · √r · σ² · √(in · out)
     "lora":   scaling · η · √r · √(out / 3)
 
-which is 1 / (σ² · √(3 · in)) times as much: 74 times for in = 384, 23 times for in = 4096. Before
-that the gradients of lora_A and lora_B are small, too, because lora_E is. So with "paper" the loss
-stands still at first, and then falls faster and faster. Once the entries have moved by u in all,
-those of lora_A and lora_B are about √(σ² + u²) in size, and lora_E is u. So both starts have moved
-ΔW equally far when σ² + u² = 1 / √(3 · in), that is, after
+which is 1 / (σ² · √(3 · in)) times as much: 74 times for in = 384, 23 times for in = 4096. So
+with "paper" the loss stands still at first. Then it falls faster and faster: once the entries have
+moved by u in all, those of lora_A and lora_B are about √(σ² + u²) in size, and lora_E is u. So both
+starts have moved ΔW equally far when σ² + u² = 1 / √(3 · in), that is, after
 
     u / η = √(1 / √(3 · in) - σ²) / η
 
@@ -73,9 +72,9 @@ def start_of(adapters: Sequence[Adapter]) -> str | None:
     Returns:
         "lora" if every lora_E is 1 and every lora_B 0; "paper" if every lora_E is 0, or some
         adapters stand at the one and some at the other start; None if any is at neither, because
-        it has been trained or loaded, or has no values yet (on the meta device).
+        it has been trained or loaded, or has no values yet (on the meta device), or there is none.
     """
-    if any(p.is_meta for adapter in adapters for p in adapter.parameters):
+    if not adapters or any(p.is_meta for adapter in adapters for p in adapter.parameters):
         return None
     # One of rank 0 stands at both.
     starts = {_start_of(*a.parameters) for a in adapters if len(a.lora_E) > 0}
