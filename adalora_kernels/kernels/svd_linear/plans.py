@@ -177,7 +177,11 @@ def pass_blocks(
     else:
         crowded = blocks.k == 128 and device.family == "sm_100"
     warps = 8 if crowded else blocks.warps
-    m = min(blocks.m, most, 32 if wide and narrow == 4 else 256)
+    # What x_pass writes to dx takes registers, too.
+    few = narrow == 4 and (wide or kernel == "x_pass")
+    m = min(blocks.m, most, 32 if few else 256)
+    if kernel == "x_pass" and device.family in ("sm_80", "sm_86"):
+        k = min(k, 64)
     if narrow == 2:
         # TF32 adds eight terms at a time; more than four such sums, each cut off, would be worse
         # than eager's.
