@@ -14,6 +14,7 @@ from ..launch import ceil_div
 from ..recipe import Array, Count, Part, Recipe, Size, Step
 from . import plans
 from .common import (
+    NO_E,
     ROWS,
     Call,
     LowRank,
@@ -55,7 +56,6 @@ def _g_pass_kernel(
     g_ptr,
     b_ptr,
     h_ptr,
-    e,
     out_u_ptr,
     out_db_ptr,
     M,
@@ -79,7 +79,6 @@ def _g_pass_kernel(
     b_inside = (columns[:, None] < N) & ranks_inside
     b_offsets = columns.to(tl.int64)[:, None] * R + ranks[None, :]
     b = tl.load(b_ptr + b_offsets, mask=b_inside, other=0.0)
-    e_row = effective_e(e, ranks, R)[None, :]
     g_columns = g_ptr + columns.to(tl.int64)[None, :] * g_strides[1]
     u_block = out_u_ptr + tl.program_id(0).to(tl.int64) * M * R
     db = tl.zeros((BLOCK_N, R_PAD), tl.float32)
@@ -92,7 +91,7 @@ def _g_pass_kernel(
         )
         h_inside = (rows[:, None] < M) & ranks_inside
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-        h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0).to(tl.float32) * e_row
+        h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0)
         u = tl.zeros((BLOCK_M, R_PAD), tl.float32)
         u = dot(g, b, u, WIDE, PRECISION, STACKED)
         tl.store(u_block + h_offsets, u, mask=h_inside)
@@ -113,7 +112,6 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_ptr": g,
         "b_ptr": call.B,
         "h_ptr": call.h,
-        "e": call.e,
         "out_u_ptr": u_parts,
         "out_db_ptr": db_parts,
         "M": ROWS,
@@ -183,15 +181,16 @@ def _g_reduce_kernel(
     total = _sum_of_parts(parts_ptr, parts, tl.cast(length, tl.int64) * R, offsets, inside)
     for column in range(program, x_columns, tl.num_programs(0)):
         tl.store(out_written_ptr + column, 0)
+    scaled = total * effective_e(e, ranks, R)
     let_next_start(PDL)
     if of_rows:
-        tl.store(out_grad_h_ptr + offsets, total * effective_e(e, ranks, R), mask=inside)
+        tl.store(out_grad_h_ptr + offsets, scaled, mask=inside)
         h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         de = tl.sum(tl.reshape(total * h, (BLOCK_M, R_PAD)), axis=0)
         columns = tl.arange(0, R_PAD)
         tl.store(out_de_ptr + program * R + columns, de, mask=columns < R)
     else:
-        tl.store(out_db_ptr + offsets, total, mask=inside)
+        tl.store(out_db_ptr + offsets, scaled, mask=inside)
 
 
 def _g_reduce(
@@ -267,6 +266,7 @@ def _x_pass_kernel(
     out_de_ptr,
     out_dx_ptr,
     low_rank,
+    no_e,
     e,
     dropout,
     M,
@@ -296,7 +296,7 @@ def _x_pass_kernel(
     x_columns = x_ptr + columns.to(tl.int64)[None, :] * x_strides[1]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # With more ranks the two sums do not fit beside one another.
-    AT_ONCE: tl.constexpr = low_rank is not None and R_PAD <= 64
+    AT_ONCE: tl.constexpr = out_dx_ptr is not None and R_PAD <= 64
     if AT_ONCE:
         a = low_rank.right_ptr + ranks.to(tl.int64)[:, None] * K + columns[None, :]
         a = tl.load(a, mask=(ranks[:, None] < R) & (columns[None, :] < K), other=0.0).to(DTYPE)
@@ -320,7 +320,7 @@ def _x_pass_kernel(
             if dropout.seed_ptr is not None:
                 dx = tl.where(keep, dx * dropout.keep_scale, 0.0)
             store_tile(dx, out_dx_ptr, m // BLOCK_M, column, M, K, DTYPE, False)
-    if low_rank is not None and not AT_ONCE:
+    if out_dx_ptr is not None and not AT_ONCE:
         for m in range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
             tile = m // BLOCK_M
             dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -370,6 +370,7 @@ def _x_pass(
         "out_de_ptr": gradient(call.E),
         "out_dx_ptr": dx,
         "low_rank": dx and _term_of_dx(call, grad_h),
+        "no_e": NO_E,
         "e": call.e,
         "dropout": call.dropout,
         "M": ROWS,
@@ -403,7 +404,7 @@ def _product_of_dx(call: Call, g: Array, grad_h: Array) -> Step | None:
     plan = call.plan("dx" if call.seed is None else "dropped dx", possible, g, w, dx)
     if plan.path == "cublas":
         return Step(None, (), {"x": g, "w": w, "out": dx})
-    return gemm(call, plan.gemm, g, w, dx, None, _term_of_dx(call, grad_h), None, call.dropout)
+    return gemm(call, plan.gemm, g, w, dx, None, _term_of_dx(call, grad_h), NO_E, call.dropout)
 
 
 def backward_recipe(call: Call, g: Array) -> Recipe:

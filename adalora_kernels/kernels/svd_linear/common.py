@@ -23,11 +23,11 @@ ROWS = Count()
 
 
 class EffectiveE(NamedTuple):
-    """The kernels make e = scaling · E ⊙ mask from these."""
+    """The kernels make e = scaling · E ⊙ mask from these; without E it is 1."""
 
-    E_ptr: Array
+    E_ptr: Array | None
     mask_ptr: Array | None
-    scaling: Scalar
+    scaling: Scalar | float
 
 
 class Dropout(NamedTuple):
@@ -81,6 +81,7 @@ def best_split(slots: int, columns: int, blocks: int, most: int) -> int:
     )
 
 
+NO_E = EffectiveE(None, None, 1.0)
 NO_DROPOUT = Dropout(None, 0, 1.0)
 
 

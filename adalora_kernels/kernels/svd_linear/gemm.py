@@ -80,7 +80,7 @@ def low_rank_product(
             left += tl.load(part + offsets, mask=inside, other=0.0).to(tl.float32)
         if low_rank.out_h_ptr is not None:
             tl.store(low_rank.out_h_ptr + offsets, left, mask=inside & (tile_n == 0))
-        if e is not None:
+        if e.E_ptr is not None:
             left *= effective_e(e, ranks, low_rank.R)[None, :]
         right = low_rank.right_ptr + ranks[:, None] * low_rank.stride_r
         right += columns.to(tl.int64)[None, :] * low_rank.stride_n
@@ -281,7 +281,7 @@ def gemm(
     out: Array,
     bias: Array | None,
     low_rank: LowRank,
-    e: EffectiveE | None,
+    e: EffectiveE,
     dropout: Dropout,
     made: Made | None = None,
 ) -> Step:
