@@ -56,6 +56,7 @@ def _g_pass_kernel(
     g_ptr,
     b_ptr,
     h_ptr,
+    e,
     out_u_ptr,
     out_db_ptr,
     M,
@@ -79,6 +80,7 @@ def _g_pass_kernel(
     b_inside = (columns[:, None] < N) & ranks_inside
     b_offsets = columns.to(tl.int64)[:, None] * R + ranks[None, :]
     b = tl.load(b_ptr + b_offsets, mask=b_inside, other=0.0)
+    e_row = effective_e(e, ranks, R)[None, :]
     g_columns = g_ptr + columns.to(tl.int64)[None, :] * g_strides[1]
     u_block = out_u_ptr + tl.program_id(0).to(tl.int64) * M * R
     db = tl.zeros((BLOCK_N, R_PAD), tl.float32)
@@ -91,7 +93,7 @@ def _g_pass_kernel(
         )
         h_inside = (rows[:, None] < M) & ranks_inside
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-        h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0)
+        h = tl.load(h_ptr + h_offsets, mask=h_inside, other=0.0).to(tl.float32) * e_row
         u = tl.zeros((BLOCK_M, R_PAD), tl.float32)
         u = dot(g, b, u, WIDE, PRECISION, STACKED)
         tl.store(u_block + h_offsets, u, mask=h_inside)
@@ -112,6 +114,7 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
         "g_ptr": g,
         "b_ptr": call.B,
         "h_ptr": call.h,
+        "e": call.e,
         "out_u_ptr": u_parts,
         "out_db_ptr": db_parts,
         "M": ROWS,
@@ -181,16 +184,15 @@ def _g_reduce_kernel(
     total = _sum_of_parts(parts_ptr, parts, tl.cast(length, tl.int64) * R, offsets, inside)
     for column in range(program, x_columns, tl.num_programs(0)):
         tl.store(out_written_ptr + column, 0)
-    scaled = total * effective_e(e, ranks, R)
     let_next_start(PDL)
     if of_rows:
-        tl.store(out_grad_h_ptr + offsets, scaled, mask=inside)
+        tl.store(out_grad_h_ptr + offsets, total * effective_e(e, ranks, R), mask=inside)
         h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         de = tl.sum(tl.reshape(total * h, (BLOCK_M, R_PAD)), axis=0)
         columns = tl.arange(0, R_PAD)
         tl.store(out_de_ptr + program * R + columns, de, mask=columns < R)
     else:
-        tl.store(out_db_ptr + offsets, scaled, mask=inside)
+        tl.store(out_db_ptr + offsets, total, mask=inside)
 
 
 def _g_reduce(
@@ -325,7 +327,7 @@ def _x_pass_kernel(
             tile = m // BLOCK_M
             dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             dx = low_rank_product(
-                dx, low_rank, None, tile, column, M, K, DTYPE, PRECISION, 1, R_PAD
+                dx, low_rank, no_e, tile, column, M, K, DTYPE, PRECISION, 1, R_PAD
             )
             if dropout.seed_ptr is not None:
                 dx = drop(dx, dropout, tile, column, K, ALIGNED)
