@@ -228,9 +228,16 @@ def forward(case, plan, sms):
     return kernels.svd_linear_fwd(*arguments(case), plan, device)
 
 
-@pytest.mark.parametrize("r", tiered(["31", "256"], {str(r): r for r in (2, 31, 100, 128, 256)}))
-def test_ranks(r):
-    check({"lead": (20,), "in_features": 64, "out_features": 48, "r": r})
+RANKS = {str(r): r for r in (2, 31, 100, 128, 256)}
+
+
+@pytest.mark.parametrize(
+    ("r", "path", "dropout_p"),
+    tiered(["31-auto", "256-auto", "256-cublas-dropout"], RANKS, PATHS | {"auto": "auto"}, DROPOUT),
+)
+def test_ranks(r, path, dropout_p):
+    sizes = {"lead": (20,), "in_features": 64, "out_features": 48}
+    check({**sizes, "r": r}, impl=path, dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])
