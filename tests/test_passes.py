@@ -58,20 +58,43 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize(("family", "M", "early"), STARTS.values(), ids=STARTS)
-def test_which_steps_start_before_the_one_before_them_has_ended(family, M, early):
+def backward(M, family="sm_90", path="two_pass", need_dx=True, opaque=False):
+    """List the launches of a backward."""
+
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     K, N, r = 256, 384, 16
     factors = [meta(*shape, dtype=torch.float32) for shape in ((r, K), (r, 1), (N, r))]
     h = meta(M, r, dtype=torch.float32)
+    weight = None if opaque else meta(N, K)
     with dry_run() as launches:
         svd_linear_bwd(
-            *(meta(M, N), meta(M, K), meta(N, K), *factors, None, h, 1.5, 0.0, None, True),
-            *("two_pass", plans.Device("test", family, 100)),
+            *(meta(M, N), meta(M, K), weight, *factors, None, h, 1.5, 0.0, None, need_dx),
+            *(path, plans.Device("test", family, 100)),
         )
-    kernels = [item.kernel for item in launches]
-    assert kernels == ["g_pass", "g_reduce", "x_pass", "x_reduce", "gemm"]
-    flags = [item.arguments.get("launch_pdl", False) for item in launches]
-    assert flags == [False, *[early] * 4]
+    return launches
+
+
+@pytest.mark.parametrize(("family", "M", "early"), STARTS.values(), ids=STARTS)
+def test_which_steps_start_before_the_one_before_them_has_ended(family, M, early):
+    flags = [item.arguments.get("launch_pdl", False) for item in backward(M, family)]
+    assert flags == [False, early, early, early]
+
+
+LAUNCHES = {
+    # What is asked for; the launch that comes after the passes; and what the pass over x writes.
+    "two_pass": ({"path": "two_pass"}, ["gemm"], False),
+    "cublas": ({"path": "cublas"}, ["cublas"], True),
+    "opaque_base": ({"opaque": True}, [], True),
+    "without_dx": ({"need_dx": False}, [], False),
+}
+
+
+@pytest.mark.parametrize(("asked", "last", "writes_dx"), LAUNCHES.values(), ids=LAUNCHES)
+def test_a_backward_has_at_most_four_launches(asked, last, writes_dx):
+    launches = backward(512, **asked)
+    assert [item.kernel for item in launches] == ["g_pass", "g_reduce", "x_pass", *last]
+    dx = launches[2].arguments["out_dx_ptr"]
+    assert (dx is not None) == writes_dx
+    assert dx is None or dx.shape == (512, 256)

@@ -37,8 +37,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> 
 def launch_cublas(x: Tensor, w: Tensor, out: Tensor) -> None:
     """Add x (M, K)·w (K, N) to out (M, N) by torch, which has cuBLAS do it in place."""
     if _recording is not None:
-        # It reads what it adds to.
-        arguments = {"x": x, "w": w, "sum": out, "out": out}
+        arguments = {"x": x, "w": w, "inout": out}
         _recording.append(_record("cublas", (), None, arguments))
     else:
         torch.addmm(out, x, w, out=out)
@@ -88,9 +87,9 @@ def _record(
     read = written = 0
     for argument, tensor in _tensors(arguments):
         size = _stored_bytes(tensor)
-        if argument.startswith("out"):
+        if argument.startswith(("out", "inout")):
             written += size
-        else:
+        if not argument.startswith("out"):
             read += size
     return Launch(name, grid, read, written, function, dict(arguments))
 

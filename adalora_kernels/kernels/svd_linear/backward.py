@@ -1,7 +1,9 @@
 """The backward makes the adapter's gradients in one pass over grad_y and one over x, and dx.
 
-Each pass is two kernels: the first has every program write its part of a sum, the second adds the
-parts in a fixed order. g is grad_y as rows, u = g·B, and grad_h = u ⊙ e.
+In each pass every program writes its part of a sum, and the parts are added in a fixed order: those
+of the pass over grad_y by a kernel of their own, since each program has a share in two sums, those
+of the pass over x by whichever program is the last to write one. g is grad_y as rows, u = g·B, and
+grad_h = u ⊙ e.
 """
 
 import torch
@@ -18,15 +20,14 @@ from .common import (
     LowRank,
     best_split,
     dot,
+    dot_as_stored,
     effective_e,
     gradient,
     keep_mask,
     let_next_start,
     wait_for_previous,
 )
-from .gemm import gemm, low_rank_add
-
-_SUM_BLOCK = 512
+from .gemm import drop, gemm, low_rank_product, store_tile
 
 
 def _rows_per_part(call: Call, column_blocks: int, blocks: plans.Blocks) -> int:
@@ -131,6 +132,19 @@ def _g_pass(call: Call, g: Array) -> tuple[Step, Array, Array]:
     return Step(_g_pass_kernel, (n_parts, m_parts), arguments), u_parts, db_parts
 
 
+@triton.jit
+def _sum_of_parts(parts_ptr, parts, numel, offsets, inside):
+    """Return the sum over `parts` arrays of `numel` entries each, at these offsets."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    # Several parts are under way at a time.
+    PARTS: tl.constexpr = max(1, 8192 // offsets.shape[0])
+    for first in range(0, parts, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None]
+        at = parts_ptr + part.to(tl.int64) * numel + offsets[None, :]
+        total += tl.sum(tl.load(at, mask=inside[None, :] & (part < parts), other=0.0), axis=0)
+    return total
+
+
 @triton.jit(do_not_specialize=["M", "n_parts", "m_parts"])
 def _g_reduce_kernel(
     u_parts_ptr,
@@ -140,16 +154,21 @@ def _g_reduce_kernel(
     out_grad_h_ptr,
     out_de_ptr,
     out_db_ptr,
+    out_written_ptr,
     M,
     N,
     R,
     n_parts,
     m_parts,
+    x_columns,
     PDL: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB."""
+    """The first programs write grad_h (M, R), float32, and parts of Σ_rows u ⊙ h; the others dB.
+
+    All write zeros to `written`, of which each columns block of the pass over x has one.
+    """
     wait_for_previous(PDL)
     program = tl.program_id(0)
     row_blocks = tl.cdiv(M, BLOCK_M)
@@ -162,13 +181,9 @@ def _g_reduce_kernel(
     rows, ranks = first * BLOCK_M + entries // R_PAD, entries % R_PAD
     inside = (rows < length) & (ranks < R)
     offsets = rows.to(tl.int64) * R + ranks
-    total = tl.zeros((BLOCK_M * R_PAD,), tl.float32)
-    # Several parts are under way at a time.
-    PARTS: tl.constexpr = max(1, 8192 // (BLOCK_M * R_PAD))
-    for first_part in range(0, parts, PARTS):
-        part = (first_part + tl.arange(0, PARTS))[:, None]
-        at = parts_ptr + part.to(tl.int64) * length * R + offsets[None, :]
-        total += tl.sum(tl.load(at, mask=inside[None, :] & (part < parts), other=0.0), axis=0)
+    total = _sum_of_parts(parts_ptr, parts, tl.cast(length, tl.int64) * R, offsets, inside)
+    for column in range(program, x_columns, tl.num_programs(0)):
+        tl.store(out_written_ptr + column, 0)
     let_next_start(PDL)
     if of_rows:
         tl.store(out_grad_h_ptr + offsets, total * effective_e(e, ranks, R), mask=inside)
@@ -180,7 +195,9 @@ def _g_reduce_kernel(
         tl.store(out_db_ptr + offsets, total, mask=inside)
 
 
-def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array, Array]:
+def _g_reduce(
+    call: Call, u_parts: Array, db_parts: Array, written: Array
+) -> tuple[Step, Array, Array]:
     """Make grad_h as one part (1, M, R), parts of Σ_rows u ⊙ h (parts, R), and dB."""
     blocks = call.blocks("g_reduce", call.x)
     grad_h = _parts("grad_h", 1, ROWS, call.R)
@@ -193,11 +210,13 @@ def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array,
         "out_grad_h_ptr": grad_h,
         "out_de_ptr": de_parts,
         "out_db_ptr": gradient(call.B),
+        "out_written_ptr": written,
         "M": ROWS,
         "N": call.N,
         "R": call.R,
         "n_parts": u_parts.shape[0],
         "m_parts": db_parts.shape[0],
+        "x_columns": written.shape[0],
         "PDL": call.pdl,
         "R_PAD": call.r_pad,
         "BLOCK_M": blocks.m,
@@ -207,17 +226,57 @@ def _g_reduce(call: Call, u_parts: Array, db_parts: Array) -> tuple[Step, Array,
     return Step(_g_reduce_kernel, grid, arguments), grad_h, de_parts
 
 
-@triton.jit(do_not_specialize=["M", "m_per_split", "dropout"])
+@triton.jit
+def _is_last(written_ptr):
+    """Tell whether this program is the last of its column to have written, so that it may read."""
+    tl.debug_barrier()
+    return tl.atomic_add(written_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1
+
+
+@triton.jit
+def _store_da(
+    parts_ptr, parts, out_da_ptr, first, K, R, R_PAD: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Write BLOCK_K columns of dA (R, K), from the first on, as the sum of their parts."""
+    entries = tl.arange(0, R_PAD * BLOCK_K)
+    ranks, columns = entries // BLOCK_K, first + entries % BLOCK_K
+    inside = (ranks < R) & (columns < K)
+    offsets = ranks.to(tl.int64) * K + columns
+    numel = tl.cast(R, tl.int64) * K
+    tl.store(out_da_ptr + offsets, _sum_of_parts(parts_ptr, parts, numel, offsets, inside), inside)
+
+
+@triton.jit
+def _store_de(de_parts_ptr, de_parts, out_de_ptr, e, R, R_PAD: tl.constexpr):
+    """Write dE = scaling · mask ⊙ Σ parts."""
+    ranks = tl.arange(0, R_PAD)
+    de = _sum_of_parts(de_parts_ptr, de_parts, R, ranks, ranks < R) * e.scaling
+    if e.mask_ptr is not None:
+        unmasked = tl.load(e.mask_ptr + ranks, mask=ranks < R, other=0)
+        de = tl.where(unmasked != 0, de, 0.0)
+    tl.store(out_de_ptr + ranks, de, mask=ranks < R)
+
+
+@triton.jit(do_not_specialize=["M", "m_per_split", "dropout", "de_parts"])
 def _x_pass_kernel(
     x_ptr,
     grad_h_ptr,
+    de_parts_ptr,
+    inout_written_ptr,
+    inout_parts_ptr,
     out_da_ptr,
+    out_de_ptr,
+    out_dx_ptr,
+    low_rank,
+    no_e,
+    e,
     dropout,
     M,
     K,
     R,
     x_strides,
     m_per_split,
+    de_parts,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -227,40 +286,78 @@ def _x_pass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (i, s) makes columns block i of dA[s] (R, K) = grad_hᵀ·dropout(x) of rows part s."""
+    """Program (i, s) adds up columns block i of dA (R, K) = grad_hᵀ·dropout(x) over rows part s.
+
+    The last program of a columns block adds the parts, and that of the first block dE. Each
+    writes its part of the low-rank term of dx, dropout'(grad_h·A), if that is given.
+    """
     wait_for_previous(PDL)
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split = tl.program_id(1)
+    column, split = tl.program_id(0), tl.program_id(1)
+    columns = column * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, R_PAD)
     x_columns = x_ptr + columns.to(tl.int64)[None, :] * x_strides[1]
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # With more ranks the two sums do not fit beside one another.
+    AT_ONCE: tl.constexpr = out_dx_ptr is not None and R_PAD <= 64
+    if AT_ONCE:
+        a = low_rank.right_ptr + ranks.to(tl.int64)[:, None] * K + columns[None, :]
+        a = tl.load(a, mask=(ranks[:, None] < R) & (columns[None, :] < K), other=0.0).to(DTYPE)
     da = tl.zeros((BLOCK_K, R_PAD), tl.float32)
     for m in range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        x = tl.load(
-            x_columns + rows.to(tl.int64)[:, None] * x_strides[0],
-            mask=(rows[:, None] < M) & (columns[None, :] < K),
-            other=0.0,
-        )
+        inside = (rows[:, None] < M) & (columns[None, :] < K)
+        x = tl.load(x_columns + rows.to(tl.int64)[:, None] * x_strides[0], mask=inside, other=0.0)
         if dropout.seed_ptr is not None:
-            first = tl.program_id(0) * BLOCK_K
-            x = tl.where(keep_mask(dropout, rows, first, K, BLOCK_K, ALIGNED), x, 0.0)
+            keep = keep_mask(dropout, rows, column * BLOCK_K, K, BLOCK_K, ALIGNED)
+            x = tl.where(keep, x, 0.0)
         grad_h = tl.load(
             grad_h_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
             mask=(rows[:, None] < M) & (ranks[None, :] < R),
             other=0.0,
         )
         da = dot(tl.trans(x), grad_h, da, WIDE, PRECISION, STACKED)
+        if AT_ONCE:
+            dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            dx = dot_as_stored(grad_h.to(DTYPE), a, dx, PRECISION)
+            if dropout.seed_ptr is not None:
+                dx = tl.where(keep, dx * dropout.keep_scale, 0.0)
+            store_tile(dx, out_dx_ptr, m // BLOCK_M, column, M, K, DTYPE, False)
+    if out_dx_ptr is not None and not AT_ONCE:
+        for m in range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
+            tile = m // BLOCK_M
+            dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            dx = low_rank_product(
+                dx, low_rank, no_e, tile, column, M, K, DTYPE, PRECISION, 1, R_PAD
+            )
+            if dropout.seed_ptr is not None:
+                dx = drop(dx, dropout, tile, column, K, ALIGNED)
+            store_tile(dx, out_dx_ptr, tile, column, M, K, DTYPE, False)
     let_next_start(PDL)
     # Written as (R, K), like dA.
-    out = out_da_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
+    part = inout_parts_ptr + (split.to(tl.int64) * R + ranks)[None, :] * K + columns[:, None]
     inside = (columns[:, None] < K) & (ranks[None, :] < R)
-    tl.store(out, da * dropout.keep_scale, mask=inside)
+    tl.store(part, da * dropout.keep_scale, mask=inside)
+    if _is_last(inout_written_ptr + column):
+        parts = tl.num_programs(1)
+        _store_da(inout_parts_ptr, parts, out_da_ptr, column * BLOCK_K, K, R, R_PAD, BLOCK_K)
+        if column == 0:
+            _store_de(de_parts_ptr, de_parts, out_de_ptr, e, R, R_PAD)
 
 
-def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
-    """Make parts of dA (m_parts, R, K) from one read of x."""
+def _term_of_dx(call: Call, grad_h: Array) -> LowRank:
+    return LowRank(grad_h, call.A, None, call.R, call.K, 1)
+
+
+def _x_pass(
+    call: Call,
+    blocks: plans.Blocks,
+    grad_h: Array,
+    de_parts: Array,
+    written: Array,
+    dx: Array | None,
+) -> tuple[Step, Array]:
+    """Make dA and dE, and the low-rank term of dx if it is given, from one read of x."""
     x = call.x
-    blocks = call.blocks("x_pass", x)
     k_blocks = ceil_div(call.K, blocks.k)
     m_per_split = _rows_per_part(call, k_blocks, blocks)
     m_parts = Count(m_per_split)
@@ -268,13 +365,22 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
     arguments = {
         "x_ptr": x,
         "grad_h_ptr": grad_h,
-        "out_da_ptr": da_parts,
+        "de_parts_ptr": de_parts,
+        "inout_written_ptr": written,
+        "inout_parts_ptr": da_parts,
+        "out_da_ptr": gradient(call.A),
+        "out_de_ptr": gradient(call.E),
+        "out_dx_ptr": dx,
+        "low_rank": dx and _term_of_dx(call, grad_h),
+        "no_e": NO_E,
+        "e": call.e,
         "dropout": call.dropout,
         "M": ROWS,
         "K": call.K,
         "R": call.R,
         "x_strides": x.strides,
         "m_per_split": m_per_split,
+        "de_parts": de_parts.shape[0],
         "ALIGNED": call.dropout.is_aligned(call.K),
         **call.types(x),
         "STACKED": _stacked(call, x),
@@ -286,102 +392,39 @@ def _x_pass(call: Call, grad_h: Array) -> tuple[Step, Array]:
     return Step(_x_pass_kernel, (k_blocks, m_parts), arguments), da_parts
 
 
-@triton.jit(do_not_specialize=["m_parts", "de_parts"])
-def _x_reduce_kernel(
-    da_parts_ptr,
-    de_parts_ptr,
-    mask_ptr,
-    out_da_ptr,
-    out_de_ptr,
-    numel,
-    R,
-    scaling,
-    m_parts,
-    de_parts,
-    PDL: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-):
-    """The last program writes dE = scaling · mask ⊙ Σ parts; the others dA, `numel` entries."""
-    let_next_start(PDL)
-    wait_for_previous(PDL)
-    program = tl.program_id(0)
-    if program < tl.num_programs(0) - 1:
-        offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, m_parts, 8):
-            parts = (first + tl.arange(0, 8))[:, None]
-            at = da_parts_ptr + parts.to(tl.int64) * numel + offsets[None, :]
-            inside = (parts < m_parts) & (offsets[None, :] < numel)
-            total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
-        tl.store(out_da_ptr + offsets, total, mask=offsets < numel)
-    else:
-        ranks = tl.arange(0, R_PAD)
-        de = tl.zeros((BLOCK_PARTS, R_PAD), tl.float32)
-        for first in range(0, de_parts, BLOCK_PARTS):
-            parts = first + tl.arange(0, BLOCK_PARTS)
-            inside = (parts[:, None] < de_parts) & (ranks[None, :] < R)
-            at = de_parts_ptr + parts[:, None] * R + ranks[None, :]
-            de += tl.load(at, mask=inside, other=0.0)
-        sums = tl.sum(de, axis=0) * scaling
-        if mask_ptr is not None:
-            unmasked = tl.load(mask_ptr + ranks, mask=ranks < R, other=0)
-            sums = tl.where(unmasked != 0, sums, 0.0)
-        tl.store(out_de_ptr + ranks, sums, mask=ranks < R)
+def _product_of_dx(call: Call, g: Array, grad_h: Array) -> Step | None:
+    """Make dx (M, K) = g·weight + dropout'(grad_h·A), or add g·weight to the second term by cuBLAS.
 
-
-def _x_reduce(call: Call, da_parts: Array, de_parts: Array) -> Step:
-    """Make dA and dE from their parts."""
-    numel = call.R * call.K
-    arguments = {
-        "da_parts_ptr": da_parts,
-        "de_parts_ptr": de_parts,
-        "mask_ptr": call.mask,
-        "out_da_ptr": gradient(call.A),
-        "out_de_ptr": gradient(call.E),
-        "numel": numel,
-        "R": call.R,
-        "scaling": call.e.scaling,
-        "m_parts": da_parts.shape[0],
-        "de_parts": de_parts.shape[0],
-        "PDL": call.pdl,
-        "R_PAD": call.r_pad,
-        "BLOCK": _SUM_BLOCK,
-        "BLOCK_PARTS": 2048 // call.r_pad,
-        **call.after_another(plans.Blocks(0, 0, 0, 4, 1)),
-    }
-    # One program more, for dE.
-    return Step(_x_reduce_kernel, (ceil_div(numel, _SUM_BLOCK) + 1,), arguments)
-
-
-def _dx(call: Call, g: Array, grad_h: Array) -> tuple[Step, ...]:
-    """Make dx (M, K) = g·weight + dropout'(grad_h·A), without a weight its second term alone."""
+    Without a weight dx is the second term alone.
+    """
     w, dx = call.weight, gradient(call.x)
-    # The last three operands of a kernel with a low-rank term.
-    term = (LowRank(grad_h, call.A, None, call.R, call.K, 1), NO_E, call.dropout)
     if w is None:
-        return (low_rank_add(call, None, dx, None, *term),)
+        return None
     # cuBLAS would make a contiguous copy of an expanded gradient, as large as y.
     dense = g.strides is not None and 1 in g.strides and 0 not in g.strides
     possible = ("two_pass", "cublas") if dense else ("two_pass",)
     plan = call.plan("dx" if call.seed is None else "dropped dx", possible, g, w, dx)
-    if plan.path == "two_pass":
-        return (gemm(call, plan.gemm, g, w, dx, None, *term),)
-    cublas = Step(None, (), {"x": g, "w": w, "out": dx})
-    return low_rank_add(call, None, dx, None, *term), cublas
+    if plan.path == "cublas":
+        return Step(None, (), {"x": g, "w": w, "out": dx})
+    return gemm(call, plan.gemm, g, w, dx, None, _term_of_dx(call, grad_h), NO_E, call.dropout)
 
 
 def backward_recipe(call: Call, g: Array) -> Recipe:
     """Make dA, dE, dB, and dx if it is needed."""
+    blocks = call.blocks("x_pass", call.x)
+    written = Array("written", torch.int32, (ceil_div(call.K, blocks.k),))
     g_pass, u_parts, db_parts = _g_pass(call, g)
-    g_reduce, grad_h, de_parts = _g_reduce(call, u_parts, db_parts)
-    x_pass, da_parts = _x_pass(call, grad_h)
-    steps = (g_pass, g_reduce, x_pass, _x_reduce(call, da_parts, de_parts))
+    g_reduce, grad_h, de_parts = _g_reduce(call, u_parts, db_parts, written)
+    product = _product_of_dx(call, g, grad_h) if call.need_dx else None
+    # What cuBLAS adds to, or what there is without a weight, the pass over x writes.
+    writes_dx = call.need_dx and (product is None or product.kernel is None)
+    dx = gradient(call.x) if writes_dx else None
+    x_pass, da_parts = _x_pass(call, blocks, grad_h, de_parts, written, dx)
     # Parts of dA lie where those of u and dB were.
     workspace = (
-        *(Part(grad_h, -1), Part(de_parts, 0)),
-        *(Part(u_parts, 1), Part(db_parts, 2)),
-        Part(da_parts, 1),
+        *(Part(grad_h, -1), Part(de_parts, 0), Part(written, 1)),
+        *(Part(u_parts, 2), Part(db_parts, 3)),
+        Part(da_parts, 2),
     )
-    return Recipe(workspace, (*steps, *_dx(call, g, grad_h)) if call.need_dx else steps)
+    steps = (g_pass, g_reduce, x_pass)
+    return Recipe(workspace, steps if product is None else (*steps, product))

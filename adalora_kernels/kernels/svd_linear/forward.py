@@ -17,8 +17,9 @@ from .common import (
     in_parts,
     keep_mask,
     let_next_start,
+    wait_for_previous,
 )
-from .gemm import Made, gemm, low_rank_add
+from .gemm import TYPES, Made, gemm, low_rank_product, rows_and_columns, store_tile
 
 
 @triton.jit(do_not_specialize=["M", "dropout"])
@@ -97,6 +98,68 @@ def _down(call: Call) -> tuple[Step, Array]:
     return Step(_down_kernel, (Count(blocks.m), splits), arguments), parts
 
 
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_add_kernel(
+    base_ptr,
+    out_ptr,
+    bias_ptr,
+    low_rank,
+    e,
+    M,
+    N,
+    base_strides,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program i computes tile i of out = base + bias + (Σ_s left[s] ⊙ e)·right."""
+    wait_for_previous(PDL)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    tile_n = tl.program_id(0) % tiles_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = low_rank_product(acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD)
+    rows, columns = rows_and_columns(acc, tile_m, tile_n)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if base_ptr is not None:
+        base = base_ptr + rows.to(tl.int64)[:, None] * base_strides[0]
+        base += columns.to(tl.int64)[None, :] * base_strides[1]
+        inside = (rows[:, None] < M) & (columns[None, :] < N)
+        acc += tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    store_tile(acc, out_ptr, tile_m, tile_n, M, N, DTYPE, False)
+
+
+def _low_rank_add(call: Call, base: Array | None, bias: Array | None, low_rank: LowRank) -> Step:
+    """Make y (M, N) = base + bias + (Σ_s left[s] ⊙ e)·right, after a step that makes left."""
+    y = call.y
+    blocks = call.blocks("low_rank_add", base or y)
+    arguments = {
+        "base_ptr": base,
+        "out_ptr": y,
+        "bias_ptr": bias,
+        "low_rank": low_rank,
+        "e": call.e,
+        "M": ROWS,
+        "N": call.N,
+        "base_strides": (0, 0) if base is None else base.strides,
+        "DTYPE": TYPES[y.dtype],
+        "PRECISION": call.precision(y),
+        "PDL": call.pdl,
+        "SPLITS": low_rank.splits,
+        "R_PAD": call.r_pad,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        **call.after_another(blocks),
+    }
+    grid = (Count(blocks.m, ceil_div(call.N, blocks.n)),)
+    return Step(_low_rank_add_kernel, grid, arguments)
+
+
 @triton.jit(do_not_specialize=["row_blocks"])
 def _split_kernel(
     a_ptr,
@@ -168,18 +231,19 @@ def forward_recipe(call: Call) -> Recipe:
         if plan.path == "fused":
             split, made = _split(call, plan.gemm)
             h = call.h._replace(shape=(1, *call.h.shape))
-            term = (LowRank(h, call.B, None, call.R, 1, call.R), call.e, NO_DROPOUT)
+            term = LowRank(h, call.B, None, call.R, 1, call.R)
             made_from = (Part(made.a_parts, -1), Part(made.ready, 0))
-            return Recipe(made_from, (split, gemm(call, plan.gemm, x, w, y, bias, *term, made)))
+            product = gemm(call, plan.gemm, x, w, y, bias, term, call.e, NO_DROPOUT, made)
+            return Recipe(made_from, (split, product))
     down, parts = _down(call)
     # The kernel of the low-rank term stores h, unless the one part is h itself.
     out_h = None if parts.name == "h" else call.h
     workspace = () if out_h is None else (Part(parts, -1),)
-    # The last three operands of a kernel with a low-rank term.
-    term = (LowRank(parts, call.B, out_h, call.R, 1, call.R), call.e, NO_DROPOUT)
+    term = LowRank(parts, call.B, out_h, call.R, 1, call.R)
     if plan is None:
-        return Recipe(workspace, (down, low_rank_add(call, call.base, y, None, *term)))
+        return Recipe(workspace, (down, _low_rank_add(call, call.base, None, term)))
     if plan.path == "two_pass":
-        return Recipe(workspace, (down, gemm(call, plan.gemm, x, w, y, bias, *term)))
+        product = gemm(call, plan.gemm, x, w, y, bias, term, call.e, NO_DROPOUT)
+        return Recipe(workspace, (down, product))
     cublas = Step(None, (), {"x": x, "w": w, "out": y})
-    return Recipe(workspace, (down, low_rank_add(call, None, y, bias, *term), cublas))
+    return Recipe(workspace, (down, _low_rank_add(call, None, bias, term), cublas))

@@ -1,8 +1,7 @@
-"""These kernels compute y in the forward and dx in the backward, with their low-rank terms.
+"""This kernel computes y in the forward and dx in the backward, with their low-rank terms.
 
 Both are out (M, N) = x (M, K)·w (K, N) + bias + dropout'((left ⊙ e)·right); dropout' is that of dx,
-the mask and scale of dropout itself. Either `gemm` does all of it, or `low_rank_add` adds the
-low-rank term to what cuBLAS, or an opaque base layer, has computed.
+the mask and scale of dropout itself.
 """
 
 from typing import NamedTuple
@@ -33,7 +32,7 @@ _GROUP_M = 8
 # Ranks that are added at a time: the fewest that `tl.dot` takes, for they lie in registers beside a
 # whole tile.
 _RANKS = tl.constexpr(16)
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Made(NamedTuple):
@@ -49,14 +48,14 @@ class Made(NamedTuple):
 
 
 @triton.jit
-def _rows_and_columns(acc, tile_m, tile_n):
+def rows_and_columns(acc, tile_m, tile_n):
     """Tell which rows and columns the tile `acc` holds."""
     rows = tile_m * acc.shape[0] + tl.arange(0, acc.shape[0])
     return rows, tile_n * acc.shape[1] + tl.arange(0, acc.shape[1])
 
 
 @triton.jit
-def _low_rank_product(
+def low_rank_product(
     acc,
     low_rank,
     e,
@@ -70,7 +69,7 @@ def _low_rank_product(
     R_PAD: tl.constexpr,
 ):
     """Return acc + (Σ_s left[s] ⊙ e)·right for a tile; the first tile of its rows stores Σ."""
-    rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+    rows, columns = rows_and_columns(acc, tile_m, tile_n)
     for first in tl.range(0, R_PAD, _RANKS, num_stages=1):
         ranks = first + tl.arange(0, _RANKS)
         inside = (rows[:, None] < M) & (ranks[None, :] < low_rank.R)
@@ -92,9 +91,9 @@ def _low_rank_product(
 
 
 @triton.jit
-def _drop(acc, dropout, tile_m, tile_n, N, ALIGNED: tl.constexpr):
+def drop(acc, dropout, tile_m, tile_n, N, ALIGNED: tl.constexpr):
     """Apply dropout' to one tile."""
-    rows, _ = _rows_and_columns(acc, tile_m, tile_n)
+    rows, _ = rows_and_columns(acc, tile_m, tile_n)
     keep = keep_mask(dropout, rows, tile_n * acc.shape[1], N, acc.shape[1], ALIGNED)
     return tl.where(keep, acc * dropout.keep_scale, 0.0)
 
@@ -109,7 +108,7 @@ def _tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.constexpr):
+def store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.constexpr):
     """Write one tile of out (M, N), which is a descriptor of half as many columns if TMA."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
@@ -120,7 +119,7 @@ def _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE: tl.constexpr, TMA: tl.con
         out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], first.to(DTYPE))
         out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], second.to(DTYPE))
     else:
-        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+        rows, columns = rows_and_columns(acc, tile_m, tile_n)
         inside = (rows[:, None] < M) & (columns[None, :] < N)
         tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=inside)
 
@@ -231,11 +230,11 @@ def _gemm_kernel(
         FIRST: tl.constexpr = dropout.seed_ptr is not None and HALF
         if FIRST:
             wait_for_previous(PDL)
-            acc = _low_rank_product(
+            acc = low_rank_product(
                 acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
-            acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
-        rows, columns = _rows_and_columns(acc, tile_m, tile_n)
+            acc = drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
+        rows, columns = rows_and_columns(acc, tile_m, tile_n)
         if not TMA:
             reduced = tl.arange(0, BLOCK_K)
             x_tiles = x + rows.to(tl.int64)[:, None] * x_strides[0]
@@ -259,19 +258,19 @@ def _gemm_kernel(
             if a is not None:
                 while tl.atomic_add(ready_ptr + tile_m, 0, sem="acquire") == 0:
                     pass
-            acc = _low_rank_product(
+            acc = low_rank_product(
                 acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
         elif not FIRST:
             wait_for_previous(PDL)
             term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            term = _low_rank_product(
+            term = low_rank_product(
                 term, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD
             )
-            acc += _drop(term, dropout, tile_m, tile_n, N, ALIGNED)
+            acc += drop(term, dropout, tile_m, tile_n, N, ALIGNED)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        _store_tile(acc, out, tile_m, tile_n, M, N, DTYPE, TMA)
+        store_tile(acc, out, tile_m, tile_n, M, N, DTYPE, TMA)
 
 
 def gemm(
@@ -314,7 +313,7 @@ def gemm(
         "x_strides": x.strides,
         "w_strides": w.strides,
         "ALIGNED": dropout.is_aligned(n),
-        "DTYPE": _TYPES[x.dtype],
+        "DTYPE": TYPES[x.dtype],
         "PRECISION": call.precision(x),
         "PDL": call.pdl,
         "TMA": blocks.tma,
@@ -334,82 +333,3 @@ def gemm(
     elif blocks.is_large:
         programs = programs._replace(most=call.device.sms)
     return Step(_gemm_kernel, (programs,), arguments)
-
-
-@triton.jit(do_not_specialize=["M", "dropout"])
-def _low_rank_add_kernel(
-    base_ptr,
-    out_ptr,
-    bias_ptr,
-    low_rank,
-    e,
-    dropout,
-    M,
-    N,
-    base_strides,
-    ALIGNED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-    SPLITS: tl.constexpr,
-    R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Program i computes tile i of out = base + bias + dropout'((Σ_s left[s] ⊙ e)·right)."""
-    wait_for_previous(PDL)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _low_rank_product(acc, low_rank, e, tile_m, tile_n, M, N, DTYPE, PRECISION, SPLITS, R_PAD)
-    if dropout.seed_ptr is not None:
-        acc = _drop(acc, dropout, tile_m, tile_n, N, ALIGNED)
-    rows, columns = _rows_and_columns(acc, tile_m, tile_n)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if base_ptr is not None:
-        base = base_ptr + rows.to(tl.int64)[:, None] * base_strides[0]
-        base += columns.to(tl.int64)[None, :] * base_strides[1]
-        inside = (rows[:, None] < M) & (columns[None, :] < N)
-        acc += tl.load(base, mask=inside, other=0.0).to(tl.float32)
-    _store_tile(acc, out_ptr, tile_m, tile_n, M, N, DTYPE, False)
-
-
-def low_rank_add(
-    call: Call,
-    base: Array | None,
-    out: Array,
-    bias: Array | None,
-    low_rank: LowRank,
-    e: EffectiveE,
-    dropout: Dropout,
-) -> Step:
-    """Compute out (M, n) = base + bias + dropout'((Σ_s left[s] ⊙ e)·right).
-
-    It comes after a step that makes left.
-    """
-    blocks = call.blocks("low_rank_add", base or out)
-    _, n = out.of(call.M)
-    arguments = {
-        "base_ptr": base,
-        "out_ptr": out,
-        "bias_ptr": bias,
-        "low_rank": low_rank,
-        "e": e,
-        "dropout": dropout,
-        "M": ROWS,
-        "N": n,
-        "base_strides": (0, 0) if base is None else base.strides,
-        "ALIGNED": dropout.is_aligned(n),
-        "DTYPE": _TYPES[out.dtype],
-        "PRECISION": call.precision(out),
-        "PDL": call.pdl,
-        "SPLITS": low_rank.splits,
-        "R_PAD": call.r_pad,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        **call.after_another(blocks),
-    }
-    grid = (Count(blocks.m, ceil_div(n, blocks.n)),)
-    return Step(_low_rank_add_kernel, grid, arguments)

@@ -140,6 +140,8 @@ PASSES = {
     ),
     "g_reduce": (Blocks(16, 0, 0, 4, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
 }
+# For r_pad up to 16 on sm_90, where two warpgroups of 64 rows each read their own.
+SM_90_PASSES = {"g_pass": Blocks(128, 256, 0, 8, 2)}
 # For at most MOST_FEW_ROWS and r_pad up to 16: one block of rows, and many parts of its columns. So
 # the sums of tensor cores are short; what these cut off counts more where few sums are added.
 FEW_ROWS_PASSES = {"down": Blocks(64, 0, 128, 4, 4), "g_pass": Blocks(64, 128, 0, 4, 3, programs=2)}
@@ -157,27 +159,35 @@ def pass_blocks(
     """
     classes = zip(PASSES[kernel], _RANK_CLASSES, strict=True)
     blocks = next(b for b, most in classes if r_pad <= most)
-    if M <= MOST_FEW_ROWS and r_pad <= _RANK_CLASSES[0]:
-        blocks = FEW_ROWS_PASSES.get(kernel, blocks)
+    # Before sm_90 operands are kept in registers.
+    in_registers = device.family in ("sm_80", "sm_86")
     # Tiles of float32 take twice the registers, and without TF32 are not for tensor cores; those of
-    # float16 under a float32 adapter become TF32. Before sm_90 operands are kept in registers.
+    # float16 under a float32 adapter become TF32.
     wide = wide and kernel != "low_rank_add"
-    if dtype == torch.float32 or (wide and r_pad > 16 and device.family in ("sm_80", "sm_86")):
+    if dtype == torch.float32 or (wide and r_pad > 16 and in_registers):
         narrow = 4
     else:
         narrow = 2 if wide and dtype == torch.float16 else 1
+    if r_pad <= _RANK_CLASSES[0]:
+        if M <= MOST_FEW_ROWS:
+            blocks = FEW_ROWS_PASSES.get(kernel, blocks)
+        elif device.family == "sm_90" and narrow == 1:
+            blocks = SM_90_PASSES.get(kernel, blocks)
     # Unaligned, every entry has its own address.
-    most = 256 if aligned else 32
+    most, most_rows = (256, 256) if aligned else (32, 64)
+    # What x_pass writes to dx takes registers, too.
+    crowded = narrow == 4 and (wide or kernel == "x_pass")
+    m = min(blocks.m, 32 if crowded else most_rows)
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
-    # Four warps have too few registers for the products of g_pass in TF32, without tensor cores, or
-    # before sm_90, and on sm_100 for the widest blocks of few rows.
-    if kernel == "g_pass":
-        crowded = narrow > 1 or device.family in ("sm_80", "sm_86")
-    else:
-        crowded = blocks.k == 128 and device.family == "sm_100"
-    warps = 8 if crowded else blocks.warps
-    m = min(blocks.m, most, 32 if wide and narrow == 4 else 256)
+    warps = blocks.warps
+    # Four warps have too few registers for products in TF32, or without tensor cores.
+    if kernel == "g_pass" and (narrow > 1 or in_registers):
+        warps = 8
+    elif kernel == "x_pass" and (in_registers or (device.family == "sm_100" and r_pad > 16)):
+        k = min(k, 64)
+    elif blocks.k == 128 and device.family == "sm_100":
+        warps = 8
     if narrow == 2:
         # TF32 adds eight terms at a time; more than four such sums, each cut off, would be worse
         # than eager's.
@@ -304,8 +314,11 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
         return (down if M > MOST_FEW_ROWS else 0) + ours
-    # It is written, and read by the product that adds to it.
-    write = max(2 * y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
+    # It is written, by a kernel of its own or by the pass over x, and read by the product that
+    # adds to it.
+    write = 2 * y / bandwidth + 2 * M * N * r_pad / flops
+    if product == "y":
+        write = max(write, _PASS_SECONDS) + _LAUNCH_SECONDS
     return down + write + gemm(0)
 
 
