@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality import methods, tasks
+from benchmarks.quality.plan import Spec
 from benchmarks.quality.tasks import DEVICE, Task
 from benchmarks.results import environment
 
 POINTS = 25  # of a loss curve, each a mean over the steps up to it
 LOOKS = 12  # at which triplets would stay, before the pattern is fixed
-Spec = dict[str, Any]
-
-
-def file_of(spec: Spec) -> str:
-    """Where a run is kept, below the folder of results; all that it depends on by itself."""
-    rank = f"_r{spec['rank']}" if spec["rank"] else ""
-    name = f"{spec['method']}{rank}_{spec['rate']:g}_{spec['phase']}{spec['seed']}"
-    return f"{spec['task']}/{name}.json"
 
 
 def seconds() -> float:
@@ -197,3 +192,14 @@ def cost(spec: Spec, entry: dict[str, Any], method: dict[str, Any]) -> dict[str,
     }
 
 
+def begin_worker() -> None:
+    """Let this process have one thread, and stand behind everybody else."""
+    torch.set_num_threads(1)
+    os.nice(10)
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\b")
+
+
+def work(spec: Spec, study: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a run of a study, or measure a cost."""
+    call = cost if spec["phase"] == "cost" else train
+    return call(spec, study["tasks"][spec["task"]], study["methods"][spec["method"]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from typing import Any
 
@@ -189,6 +190,6 @@ def load(name: str, config: str) -> Task:
     """The task of this name, from its entry of study.json as text; once per process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    entry = data.json.loads(config)
+    entry = json.loads(config)
     kinds = {"classification": Classification, "planted": Planted, "language": LanguageModel}
     return kinds[entry["kind"]](entry)
