@@ -37,7 +37,7 @@ def pool_of(processes: int) -> ProcessPoolExecutor:
 
 def run_missing(study: dict[str, Any], folder: Path, processes: int, until: float) -> None:
     """Carry out what is missing, and begin nothing after the time `until`."""
-    results, running = read(folder), dict[Future, Spec]()
+    results, running = read(folder, study), dict[Future, Spec]()
     with pool_of(processes) as pool:
         while True:
             claimed = {file_of(spec) for spec in running.values()}
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         from benchmarks.quality.report import write
 
-        return write(study, read(args.results), args.page)
+        return write(study, read(args.results, study), args.page)
     if args.quick:
         study = quick(study)
     if args.cost:

@@ -98,14 +98,18 @@ def score_by(allocator: RankAllocator, importance: str, reviving: bool) -> None:
     """Let the allocator score otherwise; these variants are the study's, not the package's.
 
     Args:
-        importance: "paper", or "abs_E" (|lora_E|), or "sensitivity" (the averages of |w ∂L/∂w|
-            alone, without those of their uncertainty).
+        importance: "paper"; "abs_E" (|lora_E|); "sensitivity" (the averages of |w ∂L/∂w| alone,
+            without those of their uncertainty). And what shows whether the pattern matters, at the
+            same schedule: "uniform" (the paper's, but each matrix keeps equally many), "random" (a
+            number drawn once for each triplet).
         reviving: whether a triplet that has been pruned may come back.
     """
     state = allocator._state
     learn = state.learn
-    if importance not in ("paper", "abs_E", "sensitivity"):
-        raise ValueError(f"importance must be paper, abs_E or sensitivity, got {importance!r}")
+    known = ("paper", "abs_E", "sensitivity", "uniform", "random")
+    if importance not in known:
+        raise ValueError(f"importance must be one of {', '.join(known)}, got {importance!r}")
+    drawn = torch.rand_like(state.scores)
 
     def learn_and_score(parameters: list[Tensor], *arguments: Any) -> None:
         learn(parameters, *arguments)
@@ -117,6 +121,11 @@ def score_by(allocator: RankAllocator, importance: str, reviving: bool) -> None:
             parts = zip(ipt[::3], ipt[1::3], ipt[2::3], strict=True)
             scores = [A.mean(1) + E.squeeze(1) + B.mean(0) for A, E, B in parts]
             state.scores.copy_(torch.cat(scores))
+        elif importance == "uniform":
+            better = (s.argsort(descending=True).argsort() for s in state.split(state.scores))
+            state.scores.copy_(-torch.cat(list(better)))
+        elif importance == "random":
+            state.scores.copy_(drawn)
         if not reviving:
             state.scores.masked_fill_(~state.mask, -math.inf)
 

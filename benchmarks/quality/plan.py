@@ -62,12 +62,23 @@ def jobs(study: dict[str, Any], results: Results) -> Iterator[Spec]:
                     yield {**spec, "rate": rate, "seed": seed, "phase": "test"}
 
 
-def read(folder: Path) -> Results:
-    """Every run that is kept below a folder, by its file."""
-    return {
-        path.relative_to(folder).as_posix(): json.loads(path.read_text())
-        for path in sorted(folder.glob("*/*.json"))
-    }
+def config_of(spec: Spec, study: dict[str, Any]) -> dict[str, Any]:
+    """The task and the method of a run, without the rates to choose from."""
+    parts = {"task": study["tasks"][spec["task"]], "method": study["methods"][spec["method"]]}
+    left_out = ("rates", "title")
+    return {k: {n: v for n, v in part.items() if n not in left_out} for k, part in parts.items()}
+
+
+def read(folder: Path, study: dict[str, Any]) -> Results:
+    """Every run that is kept below a folder and is of this study as it now stands, by its file."""
+    found = {}
+    for path in sorted(folder.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        spec, name = result["spec"], path.relative_to(folder).as_posix()
+        known = spec["task"] in study["tasks"] and spec["method"] in study["methods"]
+        if known and result["config"] == config_of(spec, study) and file_of(spec) == name:
+            found[name] = result
+    return found
 
 
 def keep(folder: Path, name: str, result: dict[str, Any]) -> None:

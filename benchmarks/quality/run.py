@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality import methods, tasks
-from benchmarks.quality.plan import Spec
+from benchmarks.quality.plan import Spec, config_of
 from benchmarks.quality.tasks import DEVICE, Task
 from benchmarks.results import environment
 
@@ -86,18 +86,19 @@ class Training:
         return loss.detach()
 
 
-def train(spec: Spec, entry: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+def train(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     """Carry out one run.
 
     Args:
         spec: which: `task`, `method`, `rank` and `init_r` (0 for methods without), `rate`, `seed`,
             and `phase`: "tune" looks at the dev split only, "test" at both.
-        entry, method: those of study.json for the task and the method.
+        config: the entries of study.json for the task and the method; `plan.config_of`.
 
     Returns:
         What is kept of it; see the files below benchmarks/results/quality.
     """
-    task = tasks.load(spec["task"], json.dumps(entry, sort_keys=True))
+    entry, method = config["task"], config["method"]
+    task = tasks.load(json.dumps(entry, sort_keys=True))
     steps = entry["steps"]
     forget_peak()
     training = Training(task, method, spec, steps)
@@ -121,7 +122,7 @@ def train(spec: Spec, entry: dict[str, Any], method: dict[str, Any]) -> dict[str
     curve = [[i + size, sum(losses[i : i + size]) / size] for i in range(0, len(losses), size)]
     result = {
         "spec": spec,
-        "config": {"task": entry, "method": method},
+        "config": config,
         **rounded({**metrics, "curve": [p for p in curve if p[0] <= len(losses)]}),
         "trainable_parameters": training.parameters,
         "seconds_per_step": rounded(statistics.median(times)),
@@ -167,13 +168,14 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def cost(spec: Spec, entry: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+def cost(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     """Time some steps of a method in a process that has done nothing else.
 
     The schedule of AdaLoRA is one that prunes at every other step. Returns the median of the
     seconds of a step, and by how much the process grew over what it was with the model loaded.
     """
-    task = tasks.load(spec["task"], json.dumps(entry, sort_keys=True))
+    entry, method = config["task"], config["method"]
+    task = tasks.load(json.dumps(entry, sort_keys=True))
     rows = next(task.parts["train"].shuffled(0, entry["batch"]))
     steps, fractions = 1000, {"tinit": 1e-3, "tfinal": 1e-3, "deltaT": 2e-3}
     forget_peak()
@@ -185,6 +187,7 @@ def cost(spec: Spec, entry: dict[str, Any], method: dict[str, Any]) -> dict[str,
         times.append(seconds() - start)
     return {
         "spec": spec,
+        "config": config,
         "trainable_parameters": training.parameters,
         "seconds_per_step": rounded(statistics.median(times[3:])),
         "grown_bytes": peak_bytes() - before,
@@ -201,5 +204,5 @@ def begin_worker() -> None:
 
 def work(spec: Spec, study: dict[str, Any]) -> dict[str, Any]:
     """Carry out a run of a study, or measure a cost."""
-    call = cost if spec["phase"] == "cost" else train
-    return call(spec, study["tasks"][spec["task"]], study["methods"][spec["method"]])
+    config = config_of(spec, study)
+    return (cost if spec["phase"] == "cost" else train)(spec, config)

@@ -21,10 +21,16 @@ from examples.data import Batches
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Those of an encoder like BERT, and of a decoder like Llama.
 KINDS = {
-    "minilm": ["query", "key", "value", "attention.output.dense", "intermediate.dense"],
+    "minilm": [
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ],
     "smollm2": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
 }
-KINDS["minilm"].append("output.dense")
 
 
 class Task:
@@ -186,8 +192,8 @@ class LanguageModel(Task):
 
 
 @functools.cache
-def load(name: str, config: str) -> Task:
-    """The task of this name, from its entry of study.json as text; once per process."""
+def load(config: str) -> Task:
+    """The task of an entry of study.json, given as text; made once per process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     entry = json.loads(config)
