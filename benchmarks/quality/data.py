@@ -23,8 +23,8 @@ Texts = dict[str, list[tuple[str, int]]]
 
 def parse_table(text: str) -> list[tuple[str, str]]:
     """Read Orange's table of a class and a text per line, below three lines that describe it."""
-    lines = (line.split("\t", 1) for line in text.splitlines()[3:])
-    return [(label, words) for label, words in lines if label and words]
+    lines = (line.partition("\t") for line in text.split("\n")[3:])
+    return [(label, words) for label, _, words in lines if label and words.strip()]
 
 
 def tables(name: str, archive: Path | None = None) -> Texts:
