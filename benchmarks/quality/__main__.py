@@ -78,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small, for the tests")
     parser.add_argument("--cost", action="store_true", help="measure seconds and memory")
     parser.add_argument("--report", action="store_true", help="write the page and its pictures")
+    parser.add_argument("--check", action="store_true", help="with --report: write nothing")
     parser.add_argument("--page", type=Path, help="default: docs/quality.md")
     args = parser.parse_args(argv)
     study = json.loads(args.study.read_text())
     if args.report:
         from benchmarks.quality.report import write
 
-        return write(study, read(args.results, study), args.page)
+        return write(study, read(args.results, study), args.page, args.check)
     if args.quick:
         study = quick(study)
     if args.cost:

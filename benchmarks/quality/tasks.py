@@ -133,6 +133,7 @@ class Planted(Task):
 
     Attributes:
         planted: the names of these matrices.
+        deltas: the ΔW of each.
     """
 
     def prepare(self) -> None:
@@ -144,7 +145,7 @@ class Planted(Task):
             if isinstance(module, nn.Linear) and name.endswith(tuple(self.kinds))
         }
         order = torch.randperm(len(linear), generator=generator)[: config["matrices"]]
-        self.planted = [list(linear)[i] for i in sorted(order.tolist())]
+        self.planted, self.deltas = [list(linear)[i] for i in sorted(order.tolist())], {}
         for name in self.planted:
             weight = linear[name].weight
             left, right = (
@@ -152,7 +153,8 @@ class Planted(Task):
                 for size in weight.shape
             )
             norm = config["strength"] * weight.norm() / math.sqrt(config["rank"])
-            weight += norm * (left @ right.T).to(DEVICE)
+            self.deltas[name] = norm * (left @ right.T).to(DEVICE)
+            weight += self.deltas[name]
         self.targets, self.unit = {}, 1.0
         for name, part in self.parts.items():
             rows = list(range(len(part.lengths)))
