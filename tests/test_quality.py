@@ -31,7 +31,7 @@ needs_smollm2 = pytest.mark.skipif(
 def small(task, names, rank=2, init_r=3, seeds=1, **changes):
     """A study of one entry, small; `changes` are of its task."""
     entry = {"task": task, "methods": names, "rank": rank, "init_r": init_r, "seeds": seeds}
-    study = plan.quick({**STUDY, "plan": [entry], "costs": []})
+    study = {**plan.quick(STUDY), "plan": [entry], "costs": []}
     study["tasks"][task].update(changes)
     return study
 
@@ -98,6 +98,7 @@ def test_what_is_planted_is_the_whole_error():
     assert task.evaluate(changed, nn.Identity(), "test")["loss"] < 1e-8
 
 
+@pytest.mark.full
 @needs_smollm2
 def test_a_language_model():
     result = one(small("smollm2", ["ada-lora"], least=16, steps=4), "ada-lora")
