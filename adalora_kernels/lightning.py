@@ -58,20 +58,29 @@ class AdaLoraCallback(AllocatingCallback, _Callback):  # type: ignore[misc]
             (with a warning), because the target budget would not be reached. Needed where the
             config has None and nobody knows the training's steps: with an iterable dataset of
             unknown length, or several optimizers that are stepped by hand.
+        start: "lora" gives PEFT's adapter, if it is new, LoRA's start in place of PEFT's, as
+            `peft.apply` does, when `fit` begins. A training that is resumed, or that follows
+            another one of the same model, goes on with the values that are there.
 
     Raises:
         TypeError: allocator is not a RankAllocator, or total_step no number.
-        ValueError: total_step is not a whole number of at least 1; or when the training begins: a
-            LightningModule without a trainable adapter, or with several PEFT models that have one,
-            a schedule that does not fit into the training, or as `RankAllocator.attach`. When a
-            checkpoint is loaded: it is of another model.
+        ValueError: total_step is not a whole number of at least 1; start is another one, or "lora"
+            beside an allocator; or when the training begins: a LightningModule without a trainable
+            adapter, or with several PEFT models that have one, or whose adapter has been trained or
+            loaded before it could get start "lora"; a schedule that does not fit into the
+            training, or as `RankAllocator.attach`. When a checkpoint is loaded: it is of another
+            model.
         RuntimeError: when a training goes on from a checkpoint without the allocator's state.
     """
 
     def __init__(
-        self, allocator: RankAllocator | None = None, *, total_step: int | None = None
+        self,
+        allocator: RankAllocator | None = None,
+        *,
+        total_step: int | None = None,
+        start: str = "paper",
     ) -> None:
-        super().__init__(allocator, total_step)
+        super().__init__(allocator, total_step, start)
         # The allocator of the latest training, for checkpoints that are saved after it.
         self._latest: weakref.ref[RankAllocator] | None = None
         self._is_loaded = False

@@ -14,6 +14,7 @@ from .functional import svd_delta, svd_linear
 from .fusing import fused_dropout_p, is_exporting, is_plain_tensor, parameter_of
 from .merging import Merge
 from .reference import effective_E
+from .starts import check_start, start_
 
 
 class SVDLinear(nn.Linear):
@@ -47,6 +48,10 @@ class SVDLinear(nn.Linear):
         fan_in_fan_out: the weight is stored (in, out), as in GPT-2's Conv1D.
         merge_weights: merge in evaluation mode.
         bias, device, dtype: as in `nn.Linear`, for all parameters.
+        start: what `reset_parameters` makes of the adapter. "paper" is loralib's: lora_E is 0,
+            lora_A and lora_B are normal with deviation 0.02. "lora" is LoRA's: lora_A is
+            Kaiming-uniform, lora_B is 0, lora_E is 1. The adapter adds exactly 0 with either
+            (docs/recipe.md).
 
     Numbers may be NumPy's or 0-d tensors.
 
@@ -55,11 +60,14 @@ class SVDLinear(nn.Linear):
         ranknum: the rank that `scaling` is for. Never changes, so neither does the function.
         scaling: the factor of the low-rank term, a float.
         merged: whether `weight` holds the adapter, too.
+        start: "paper" or "lora".
 
     Raises:
         TypeError, ValueError: r is not a whole number ≥ 0, lora_alpha is not a number, or
-            lora_dropout is not in [0, 1).
+            lora_dropout is not in [0, 1), or start is neither "paper" nor "lora".
     """
+
+    start = "paper"  # of layers that an earlier version has pickled
 
     def __init__(
         self,
@@ -73,11 +81,13 @@ class SVDLinear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        start: str = "paper",
     ) -> None:
+        start = check_start(start)
         r, lora_alpha, lora_dropout = _adapter_options(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.fan_in_fan_out = fan_in_fan_out
-        self._add_adapter(r, lora_alpha, lora_dropout, merge_weights, self.weight.dtype)
+        self._add_adapter(r, lora_alpha, lora_dropout, merge_weights, self.weight.dtype, start)
         # A second time, now with the adapter: this is loralib's order, so equal seeds give equal
         # parameters.
         self.reset_parameters()
@@ -93,13 +103,14 @@ class SVDLinear(nn.Linear):
         lora_dropout: float = 0.0,
         merge_weights: bool = True,
         adapter_dtype: torch.dtype | None = None,
+        start: str = "paper",
     ) -> SVDLinear:
         """Make an SVDLinear over the very weight and bias of `linear`; nothing large is copied.
 
         Args:
             linear: a floating point `nn.Linear`, also one whose weight is of a tensor subclass
                 with a floating dtype; its weight is frozen if r > 0.
-            r, lora_alpha, lora_dropout, merge_weights: as in the constructor.
+            r, lora_alpha, lora_dropout, merge_weights, start: as in the constructor.
             adapter_dtype: dtype of lora_A, lora_E, lora_B; that of the weight by default.
 
         Raises:
@@ -110,14 +121,14 @@ class SVDLinear(nn.Linear):
             raise TypeError(f"linear must be a plain torch.nn.Linear, got {type(linear).__name__}")
         if not linear.weight.is_floating_point():
             raise TypeError(f"linear must have a floating point weight, got {linear.weight.dtype}")
+        start = check_start(start)
         r, lora_alpha, lora_dropout = _adapter_options(r, lora_alpha, lora_dropout)
         layer = cls.__new__(cls)
         nn.Linear.__init__(layer, linear.in_features, linear.out_features, False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.fan_in_fan_out = False
-        layer._add_adapter(
-            r, lora_alpha, lora_dropout, merge_weights, adapter_dtype or linear.weight.dtype
-        )
+        dtype = adapter_dtype or linear.weight.dtype
+        layer._add_adapter(r, lora_alpha, lora_dropout, merge_weights, dtype, start)
         layer._reset_adapter()
         return layer.train(linear.training)
 
@@ -128,8 +139,9 @@ class SVDLinear(nn.Linear):
         lora_dropout: float,
         merge_weights: bool,
         dtype: torch.dtype,
+        start: str,
     ) -> None:
-        self.r = r
+        self.r, self.start = r, start
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
         self.merge_weights = merge_weights
@@ -151,15 +163,13 @@ class SVDLinear(nn.Linear):
         self.scaling = numerator / (ranknum + 1e-5)
 
     def reset_parameters(self) -> None:
-        """Initialise as loralib: lora_E zero, lora_A and lora_B normal with deviation 0.02."""
+        """Initialise the weight as `nn.Linear`, and the adapter by its `start`."""
         super().reset_parameters()
         self._reset_adapter()
 
     def _reset_adapter(self) -> None:
         if hasattr(self, "lora_A"):
-            nn.init.zeros_(self.lora_E)
-            nn.init.normal_(self.lora_A, mean=0.0, std=0.02)
-            nn.init.normal_(self.lora_B, mean=0.0, std=0.02)
+            start_(*self._factors, self.start)
 
     @property
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,12 +59,17 @@ class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc
         resume_from: the checkpoint folder that is given to `train(resume_from_checkpoint=...)`.
             Only needed if that folder has been moved or renamed, or comes from a version that did
             not yet mark its checkpoints. A training from the start does not look at it.
+        start: "lora" gives PEFT's adapter, if it is new, LoRA's start in place of PEFT's, as
+            `peft.apply` does, when the Trainer is made. A training that is resumed, or that follows
+            another one of the same model, goes on with the values that are there.
 
     Raises:
         TypeError: allocator is not a RankAllocator, total_step no number, or resume_from no path.
-        ValueError: total_step is not a whole number of at least 1; or when the training begins: a
-            model without a trainable adapter, or with several PEFT models that have one, a schedule
-            that does not fit into the training, a malformed state, or as `RankAllocator.attach`.
+        ValueError: total_step is not a whole number of at least 1; start is another one, or "lora"
+            beside an allocator; or when the training begins: a model without a trainable adapter,
+            or with several PEFT models that have one, or whose adapter has been trained or loaded
+            before it could get start "lora"; a schedule that does not fit into the training, a
+            malformed state, or as `RankAllocator.attach`.
         RuntimeError: when a training is resumed, and the allocator's state of its checkpoint is not
             found, or resume_from has that of another one.
     """
@@ -75,8 +80,9 @@ class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc
         *,
         total_step: int | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        start: str = "paper",
     ) -> None:
-        super().__init__(allocator, total_step)
+        super().__init__(allocator, total_step, start)
         if not isinstance(resume_from, str | os.PathLike | None):
             raise TypeError(f"resume_from must be a path, got {type(resume_from).__name__}")
         self.resume_from = resume_from

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from . import peft
+from .adapters import Adapter
 from .allocator import LOG_PREFIX, RankAllocator
 from .checks import as_int
+from .starts import check_start, start_adapters_, start_of
 
 # The total_step that a callback has put into an allocator's schedule, and what its user had there.
 _replaced: weakref.WeakKeyDictionary[RankAllocator, tuple[int, int | None]] = (
@@ -26,19 +28,27 @@ class AllocatingCallback:
     Args:
         allocator: for models that are not PEFT's; by default the model's own, from its config.
         total_step: the steps of the schedule; by default as `fit_schedule` finds it.
+        start: "lora" to give new adapters of PEFT's the start of LoRA, "paper" to leave them.
 
     Raises:
         TypeError: allocator is not a RankAllocator, or total_step no number.
-        ValueError: total_step is not a whole number of at least 1.
+        ValueError: total_step is not a whole number of at least 1; or start is another one, or
+            "lora" beside an allocator.
     """
 
-    def __init__(self, allocator: RankAllocator | None, total_step: int | None) -> None:
+    def __init__(self, allocator: RankAllocator | None, total_step: int | None, start: str) -> None:
         if isinstance(allocator, peft.ApplyReport):
             raise TypeError("allocator is an ApplyReport: give AdaLoraCallback(report.allocator)")
         if allocator is not None and not isinstance(allocator, RankAllocator):
             raise TypeError(f"allocator must be a RankAllocator, got {type(allocator).__name__}")
         self.allocator = allocator
         self.total_step = None if total_step is None else as_int("total_step", total_step, 1)
+        self.start = check_start(start)
+        if allocator is not None and start != "paper":
+            raise ValueError(
+                f"start={start!r} is for a PEFT model that the callback takes over: where there is "
+                "an allocator, give start to SVDLinear or to peft.apply"
+            )
         self._training: RankAllocator | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -52,7 +62,12 @@ class AllocatingCallback:
     def _take_over(self, model: nn.Module) -> None:
         """Make a PEFT model ours on which nobody has called `peft.apply`."""
         if self.allocator is None and peft.is_adalora(model):
-            peft.apply(model)
+            allocator = peft.apply(model).allocator
+            if allocator is None or self.start == "paper":
+                return
+            adapters = _pefts_adapters(allocator)
+            if start_of(adapters) is not None:  # Otherwise it may be resumed: `_begin` knows.
+                start_adapters_(adapters, self.start)
 
     def _allocator_for(self, model: nn.Module) -> RankAllocator:
         """The allocator for `model`, which is taken over if nobody has done so."""
@@ -87,6 +102,8 @@ class AllocatingCallback:
             state: the allocator's state to go on from.
             continues: whether the allocator is already where the training goes on.
         """
+        if state is None and not continues:
+            self._give_start(allocator)
         allocator.detach()  # from an optimizer of another training, or one that a user has chosen
         if state is None and not continues and allocator.shrunk:
             warnings.warn(
@@ -110,6 +127,18 @@ class AllocatingCallback:
         if isinstance(allocator, peft.PeftRankAllocator):
             allocator.saves_all = True
 
+    def _give_start(self, allocator: RankAllocator) -> None:
+        """Give a run that begins its start, unless it goes on with what the run before has left.
+
+        Raises:
+            ValueError: the adapters have been trained or loaded, and not in a run before this.
+        """
+        if self.start == "paper":
+            return
+        adapters = _pefts_adapters(allocator)
+        if not (allocator.begun and start_of(adapters) is None):
+            start_adapters_(adapters, self.start)
+
     def _catch_up(self, step: int) -> None:
         """Count a step that did not reach the optimizer, because gradients overflowed."""
         if self._training is not None and self._training.global_step < step:
@@ -122,6 +151,11 @@ class AllocatingCallback:
             allocator.detach()
             if isinstance(allocator, peft.PeftRankAllocator):
                 allocator.saves_all = False
+
+
+def _pefts_adapters(allocator: RankAllocator) -> list[Adapter]:
+    """Those of PEFT's adapter. Layers of the user's own beside them have a start of their own."""
+    return [adapter for adapter in allocator.adapters_left if adapter.key is not None]
 
 
 def logs_of(allocator: RankAllocator) -> dict[str, int | float]:

@@ -24,7 +24,7 @@ LAYERS = [
     {"short"},
     {"ops"},
     {"cpu", "importance", "launching"},
-    {"reference", "adapters", "checks", "fusing", "merging", "kernels", "_extension"},
+    {"reference", "adapters", "checks", "starts", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},
@@ -35,7 +35,7 @@ ALLOCATOR = [
     {"members", "steps"},
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
-PEFT = [{"model"}, {"allocator"}, {"config", "layers"}, {"saving"}]
+PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 

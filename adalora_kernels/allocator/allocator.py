@@ -361,6 +361,6 @@ class RankAllocator(FollowsOptimizers):
 
     def _shrink(self, kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         optimizers = [] if optimizer is None else chain(optimizer)
-        shrink_(self.adapters, self._state.split(kept), [*optimizers, *self._followed()])
+        shrink_(self.adapters, self._state.split(kept), [*optimizers, *self.followed])
         self._state.keep(kept)
         self.shrunk = True

@@ -53,7 +53,9 @@ class FollowsOptimizers(BeginsRuns):
         """Whether there is an optimizer that steps this; see `attach`."""
         return len(self._hooks) > 0
 
-    def _followed(self) -> list[torch.optim.Optimizer]:
+    @property
+    def followed(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that this is attached to, and what wraps them."""
         return list(self._hooks)
 
     def follows(self, optimizer: torch.optim.Optimizer) -> bool:

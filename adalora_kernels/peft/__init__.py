@@ -9,18 +9,19 @@ of its own beside it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
+from ..starts import check_can_start, check_start, start_, start_adapters_
 from .allocator import PeftRankAllocator
 from .config import refuse_lora_ranks
 from .layers import FusedLayer, adalora_layers, swap_forward
 from .model import AdaptedModel, the_trained
+from .report import ApplyReport
 
 __all__ = [
     "ApplyReport",
@@ -33,84 +34,7 @@ __all__ = [
 ]
 
 
-@dataclass
-class ApplyReport:
-    """What `apply` did.
-
-    Attributes:
-        swapped: names of the layers that now run our forward. Where there are several adapted
-            models, their names come first.
-        left: names of the AdaLoRA layers that keep PEFT's forward, each with the reason. They
-            take part in the allocation all the same.
-        allocator: the allocator that `update_and_allocate` steps; None for an inference adapter.
-    """
-
-    swapped: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-    allocator: PeftRankAllocator | None = None
-    _bypasses_regulariser: bool = False
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Attach the allocator to `optimizer`; see `RankAllocator.attach`.
-
-        Raises:
-            ValueError: there is no allocator, because no adapter is trainable.
-            TypeError, ValueError, RuntimeError: as `RankAllocator.attach`.
-        """
-        if self.allocator is None:
-            raise ValueError(
-                "there is no allocator to attach: the model has no trainable AdaLoRA adapter"
-            )
-        self.allocator.attach(optimizer)
-
-    @property
-    def notes(self) -> list[str]:
-        """What one should know before the training, as it is now. Reads the device."""
-        if self.allocator is None:
-            return []
-        notes, config, summary = [], self.allocator.config, self.allocator.summary()
-        if summary["init_budget"] <= summary["target_budget"]:
-            numbers = f"target_r is {config.target_r}, init_r {config.init_r}"
-            swapped = ": are they swapped?" if config.target_r > config.init_r else ""
-            notes.append(f"nothing will be pruned, {numbers}{swapped}")
-        if summary["untrained"]:
-            notes.append(
-                "these are not trained, and have no share in the budget: "
-                + ", ".join(summary["untrained"])
-            )
-        if config.total_step is None:
-            notes.append(
-                "total_step is not known yet: AdaLoraCallback takes the Trainer's; elsewhere set "
-                "total_step on the config, or call allocator.set_total_step, before the first step"
-            )
-        if (
-            self._bypasses_regulariser
-            and not self.allocator.attached
-            and config.orth_reg_weight > 0
-        ):
-            notes.append(
-                "in a hand-written loop, without a task_type, PEFT's model(...) bypasses the "
-                "regulariser in the loss: call report.attach(optimizer), or model.base_model(...), "
-                "or add orth_reg(model, weight)"
-            )
-        return notes
-
-    def __str__(self) -> str:
-        lines = [f"adalora_kernels: {len(self.swapped)} AdaLoRA layers swapped"]
-        if self.allocator is None:
-            lines.append("no trainable adapter: nothing to allocate")
-        else:
-            lines.append(
-                "budget {init_budget} -> {target_budget} triplets over {matrices} matrices".format(
-                    **self.allocator.summary()
-                )
-            )
-        lines += [f"left to PEFT: {name} ({reason})" for name, reason in self.left.items()]
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-
-def apply(peft_model: nn.Module) -> ApplyReport:
+def apply(peft_model: nn.Module, start: str = "paper") -> ApplyReport:
     """Swap an AdaLoRA model's forward, allocator and regulariser for ours, in place.
 
     Parameters, their names, the `state_dict`, hooks and the training loop stay as they are.
@@ -131,6 +55,11 @@ def apply(peft_model: nn.Module) -> ApplyReport:
             (`inject_adapter_in_model`, `model.add_adapter`), which then gets the
             `update_and_allocate` that PEFT does not give it; or a module that holds such models,
             one of which is trained.
+        start: "paper" leaves the adapters as they are, which is PEFT's start if they are new.
+            "lora" gives the trainable adapter LoRA's: lora_A Kaiming-uniform, lora_B 0, lora_E 1;
+            what it adds is exactly 0 with either (docs/recipe.md). It draws from torch's global
+            random numbers: processes that train together need the same seed here. This reads the
+            device.
 
     Returns:
         An `ApplyReport`.
@@ -138,8 +67,11 @@ def apply(peft_model: nn.Module) -> ApplyReport:
     Raises:
         TypeError: not a model with AdaLoRA adapters of PEFT.
         ValueError: no AdaLoRA layer in it, several trainable AdaLoRA adapters or models, a
-            rank_pattern of ranks, or as `RankAllocator`. Nothing has been changed then.
+            rank_pattern of ranks, or as `RankAllocator`; start is another one, or "lora" where
+            no adapter is trainable, or where it has been trained or loaded. Nothing has been
+            changed then.
     """
+    start = check_start(start)
     adapted = AdaptedModel.find_all(peft_model)
     if not adapted:
         raise TypeError(_why_not_ours(peft_model))
@@ -147,7 +79,12 @@ def apply(peft_model: nn.Module) -> ApplyReport:
     trained = the_trained(trainable)
     for one in adapted.values():
         one.check()
+    new = [] if trained is None else trained.trainable_adapters()
+    check_can_start(new, start)
+    if start != "paper" and not new:
+        raise ValueError(f"start={start!r} needs a trainable adapter, and peft_model has none")
     allocators = [one.make_allocator() for one in adapted.values()]
+    start_adapters_(new, start)
     report = ApplyReport()
     for (name, one), allocator in zip(adapted.items(), allocators, strict=True):
         one.take_over(allocator)
@@ -200,23 +137,28 @@ def allocator_of(model: nn.Module) -> PeftRankAllocator | None:
     return None if trained is None else trained.allocator
 
 
-# The attributes of PEFT's AdaLoraModel that enable() replaces, as they were.
-_originals: dict[str, Any] = {}
+# What enable() replaces in PEFT's classes, as it was.
+_originals: dict[tuple[type, str], Any] = {}
 
 
-def enable() -> None:
+def enable(start: str = "paper") -> None:
     """Make every AdaLoRA model ours that PEFT creates from now on, as by `apply`.
 
     That is: by `get_peft_model`, `PeftModel.from_pretrained`, `inject_adapter_in_model`,
     `model.add_adapter`, or `AdaLoraModel` itself. In mixed models the layers are; `apply` gives
-    them an allocator, which PEFT has none of. Without effect if called twice.
+    them an allocator, which PEFT has none of. If called twice, only the later `start` counts.
+
+    Args:
+        start: what every adapter is that PEFT initialises: "paper" for PEFT's own start, "lora"
+            for LoRA's, as in `apply`. Values that PEFT loads come in their place.
+
+    Raises:
+        ValueError: start is another one.
     """
-    if _originals:
-        return
-    for name in ("__init__", "_create_new_module"):
-        _originals[name] = AdaLoraModel.__dict__[name]
-    make_model = AdaLoraModel.__init__
-    make_layer = AdaLoraModel._create_new_module
+    start = check_start(start)
+    disable()
+    make_model = _original(AdaLoraModel, "__init__")
+    make_layer = _original(AdaLoraModel, "_create_new_module")
 
     @functools.wraps(make_model)
     def __init__(
@@ -236,10 +178,27 @@ def enable() -> None:
 
     AdaLoraModel.__init__ = __init__
     AdaLoraModel._create_new_module = staticmethod(_create_new_module)
+    if start == "paper":
+        return
+    reset = _original(AdaLoraLayer, "reset_lora_parameters")
+
+    @functools.wraps(reset)
+    def reset_lora_parameters(self: AdaLoraLayer, adapter_name: str) -> None:
+        if adapter_name in self.lora_A:
+            A, E, B = (getattr(self, name)[adapter_name] for name in ("lora_A", "lora_E", "lora_B"))
+            start_(A, E, B, start)
+
+    AdaLoraLayer.reset_lora_parameters = reset_lora_parameters
+
+
+def _original(of: type, name: str) -> Any:
+    """A function of PEFT's that is about to be replaced; `disable` puts it back."""
+    original = _originals[of, name] = vars(of)[name]
+    return original.__func__ if isinstance(original, staticmethod) else original
 
 
 def disable() -> None:
     """Undo `enable`. Models that have been created in between stay ours."""
-    for name, original in _originals.items():
-        setattr(AdaLoraModel, name, original)
+    for (of, name), original in _originals.items():
+        setattr(of, name, original)
     _originals.clear()

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .. import functional
-from ..adapters import find_adapters
+from ..adapters import Adapter, find_adapters
 from ..allocator import RankAllocator
 from ..checks import as_int
 from .allocator import PeftRankAllocator
@@ -88,6 +88,14 @@ class AdaptedModel:
         if len(names) > 1:
             raise ValueError(f"peft_model has several trainable AdaLoRA adapters: {names}")
         return names[0] if names else None
+
+    def trainable_adapters(self) -> list[Adapter]:
+        """What the adapter to allocate has in each layer; nothing if there is none."""
+        name = self.trainable_adapter()
+        if name is None:
+            return []
+        # Not an SVDLinear of the user's own, which has no name.
+        return [a for a in find_adapters(self.root, name) if a.key == name]
 
     def pefts_allocator(self) -> Any:
         """PEFT's own allocator, if it has made one and we have not replaced it."""
