@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import adalora_kernels.peft
 from adalora_kernels import RankAllocator
-from adalora_kernels.adapters import find_adapters
 from benchmarks.quality.tasks import Task
 
 # Of all steps: when pruning begins, how many follow the last one, and how far apart they are.
@@ -61,20 +60,9 @@ def adapt(
     adapted = get_peft_model(model, config).train()
     if method.get("plain"):
         return adapted, None
-    report = adalora_kernels.peft.apply(adapted)
-    if method["start"] == "lora":
-        start_like_lora(adapted)
+    report = adalora_kernels.peft.apply(adapted, start=method["start"])
     score_by(report.allocator, method.get("importance", "paper"), method.get("reviving", True))
     return adapted, report
-
-
-@torch.no_grad()
-def start_like_lora(model: nn.Module) -> None:
-    for adapter in find_adapters(model):
-        lora_A, lora_E, lora_B = adapter.parameters
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        lora_E.fill_(1)
-        lora_B.zero_()
 
 
 def _pattern(task: Task, model: nn.Module, pattern: str, rank: int) -> dict[str, int]:
