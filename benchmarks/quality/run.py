@@ -198,7 +198,7 @@ def cost(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
 def begin_worker() -> None:
     """Let this process have one thread, and stand behind everybody else."""
     torch.set_num_threads(1)
-    os.nice(5)
+    os.nice(2)
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\b")
 
 
