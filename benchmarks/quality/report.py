@@ -102,7 +102,8 @@ def patterns(found: list[Cell], titles: dict[str, str]) -> str:
             "matrices without": _of((r.count(0) for r in ranks), 1),
             "correlation between seeds": _of([correlation([run["ranks"] for run in runs])], 2),
             "nine tenths of it ahead from step": _of((settled_at(r["settled"]) for r in runs), 0),
-            "fixed at step": _of((float(r["settled"][-1][0]) for r in runs), 0),
+            "last look at step": _of((float(r["settled"][-1][0]) for r in runs), 0),
+            "most triplets in": _extremes(runs),
         }
         if "planted" in runs[0]:
             shares = (
@@ -112,6 +113,15 @@ def patterns(found: list[Cell], titles: dict[str, str]) -> str:
             row["share in the planted matrices"] = _of(shares, 2)
         rows.append(row)
     return _markdown(rows) if rows else "Nothing yet.\n"
+
+
+def _extremes(runs: list[dict[str, Any]]) -> str:
+    """The kind of matrix with the most triplets and that with the fewest, per matrix."""
+    pairs = ((name, rank) for run in runs for name, rank in run["ranks"].items())
+    ranks = pd.DataFrame(pairs, columns=["name", "rank"])
+    kinds = ranks.name.str.replace(r"^.*\.\d+\.", "", regex=True)
+    means = ranks["rank"].groupby(kinds).mean().sort_values()
+    return f"{means.index[-1]} ({means.iloc[-1]:.1f}), least {means.index[0]} ({means.iloc[0]:.1f})"
 
 
 def plateaus(found: list[Cell], titles: dict[str, str]) -> str:

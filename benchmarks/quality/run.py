@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from benchmarks.results import environment
 
 POINTS = 25  # of a loss curve, each a mean over the steps up to it
 LOOKS = 12  # at which triplets would stay, before the pattern is fixed
+_environment = functools.cache(environment)  # It takes a second.
 
 
 def seconds() -> float:
@@ -128,7 +130,7 @@ def train(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
         "seconds_per_step": rounded(statistics.median(times)),
         "peak_bytes": peak_bytes(),
         "wall_seconds": round(time.perf_counter() - begun, 1),
-        "environment": environment(DEVICE),
+        "environment": _environment(DEVICE),
     }
     if allocator and allocator.frozen:
         result |= pattern_of(allocator, looks)
@@ -191,7 +193,7 @@ def cost(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
         "trainable_parameters": training.parameters,
         "seconds_per_step": rounded(statistics.median(times[3:])),
         "grown_bytes": peak_bytes() - before,
-        "environment": environment(DEVICE),
+        "environment": _environment(DEVICE),
     }
 
 
