@@ -13,16 +13,20 @@ from matplotlib.patches import Rectangle
 from benchmarks.quality.figures import Cell, mean_and_error
 
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
+_COLUMNS = 2
 _SHOWN = ("lora", "ada-paper", "ada-lora")
 ByTask = dict[str, list[Cell]]
 
 
 def _figure(panels: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     # Not by pyplot: no window system is touched and no global state is left behind.
-    figure = Figure(figsize=(5.2 * panels, height), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False).flat)
+    lines, columns = -(-panels // _COLUMNS), min(max(1, panels), _COLUMNS)
+    figure = Figure(figsize=(5.2 * columns, height * max(1, lines)), layout="constrained")
+    axes = list(figure.subplots(max(1, lines), columns, squeeze=False).flat)
     for one in axes:
-        one.tick_params(labelsize=7)
+        one.tick_params(which="both", labelsize=7)
+    for unused in axes[panels:]:
+        unused.set_axis_off()
     return figure, axes
 
 
@@ -38,7 +42,7 @@ def _draw_curves(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
         for cell in found:
             if cell.runs and cell.spec["method"] in _SHOWN:
                 panels.setdefault((task, cell.spec["rank"]), []).append(cell)
-    figure, axes = _figure(max(1, len(panels)))
+    figure, axes = _figure(len(panels))
     for one, ((task, rank), found) in zip(axes, panels.items(), strict=False):
         for cell in found:
             steps, losses = cell.curve()
@@ -54,7 +58,7 @@ def _draw_curves(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
 def _draw_budgets(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
     """Draw the test loss with standard errors over the budget, and over the rates on dev."""
     shown = {task: [c for c in found if c.spec["rank"]] for task, found in by_task.items()}
-    figure, axes = _figure(2 * max(1, len(shown)), 3.6)
+    figure, axes = _figure(2 * len(shown), 3.6)
     for i, (task, found) in enumerate(shown.items()):
         budgets, rates = axes[2 * i : 2 * i + 2]
         for method in dict.fromkeys(cell.spec["method"] for cell in found):
@@ -78,7 +82,9 @@ def _draw_budgets(by_task: ByTask, titles: dict[str, str], folder: Path) -> None
                     rates.plot([*known], [*known.values()], marker="o", label=label)
         budgets.set_title(f"{task}: test loss over r", fontsize=8)
         rates.set_title(f"{task}: dev loss over the learning rate", fontsize=8)
-        rates.set_xscale("log")
+        rates.loglog()
+        rates.xaxis.set_minor_formatter("")
+        rates.yaxis.set_minor_formatter("{x:g}")
         for one in (budgets, rates):
             one.legend(fontsize=6, frameon=False)
     _save(figure, folder, "budgets")
@@ -93,7 +99,7 @@ def _draw_ranks(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
         if cell.spec["method"] in ("ada-paper", "ada-lora")
         and any(run.get("ranks") for run in cell.runs.values())
     ]
-    figure, axes = _figure(max(1, len(shown)), 2.8)
+    figure, axes = _figure(len(shown), 2.8)
     for one, cell in zip(axes, shown, strict=False):
         runs = [run for run in cell.runs.values() if run.get("ranks")]
         places = {name: _LAYER.search(name).groups() for name in runs[0]["ranks"]}
