@@ -120,7 +120,7 @@ def test_a_table_of_texts(tmp_path):
 
 
 @needs_minilm
-@pytest.mark.parametrize("importance", ["abs_E", "sensitivity", "uniform", "random"])
+@pytest.mark.parametrize("importance", ["abs_E", "norm", "sensitivity", "uniform", "random"])
 def test_importance(importance):
     study = small("snippets", ["ada-lora"])
     config = plan.config_of({"task": "snippets", "method": "ada-lora"}, study)
@@ -136,9 +136,13 @@ def test_importance(importance):
         mine = scores[adapter.name]
         if importance == "uniform":
             assert sorted(mine.tolist()) == [-2, -1, 0]
-        elif importance == "abs_E":
+        elif importance in ("abs_E", "norm"):
             alive = torch.tensor(allocator.rank_pattern[adapter.name])
-            assert torch.equal(mine[alive], adapter.lora_E.abs().squeeze(1)[alive])
+            expected = adapter.lora_E.abs().squeeze(1)
+            if importance == "norm":
+                triples = zip(adapter.lora_B.T, adapter.lora_E, adapter.lora_A, strict=True)
+                expected = torch.stack([(E * torch.outer(B, A)).norm() for B, E, A in triples])
+            torch.testing.assert_close(mine[alive], expected.detach()[alive])
         elif importance == "random":
             assert ((mine >= 0) & (mine < 1)).all()
     spread = max(ranks.values()) - min(ranks.values())

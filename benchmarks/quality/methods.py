@@ -87,14 +87,14 @@ def score_by(allocator: RankAllocator, importance: str, reviving: bool) -> None:
 
     Args:
         importance: "paper"; "abs_E" (|lora_E|); "sensitivity" (the averages of |w ∂L/∂w| alone,
-            without those of their uncertainty). And what shows whether the pattern matters, at the
+            without those of their uncertainty); "norm" (that of the triplet's ΔW). And what shows whether the pattern matters, at the
             same schedule: "uniform" (the paper's, but each matrix keeps equally many), "random" (a
             number drawn once for each triplet).
         reviving: whether a triplet that has been pruned may come back.
     """
     state = allocator._state
     learn = state.learn
-    known = ("paper", "abs_E", "sensitivity", "uniform", "random")
+    known = ("paper", "abs_E", "norm", "sensitivity", "uniform", "random")
     if importance not in known:
         raise ValueError(f"importance must be one of {', '.join(known)}, got {importance!r}")
     drawn = torch.rand_like(state.scores)
@@ -104,6 +104,10 @@ def score_by(allocator: RankAllocator, importance: str, reviving: bool) -> None:
         if importance == "abs_E":
             scores = [lora_E.detach().abs().squeeze(1) for lora_E in parameters[1::3]]
             state.scores.copy_(torch.cat(scores))
+        elif importance == "norm":
+            parts = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
+            norms = [A.norm(dim=1) * E.abs().squeeze(1) * B.norm(dim=0) for A, E, B in parts]
+            state.scores.copy_(torch.cat(norms))
         elif importance == "sensitivity":
             ipt = state._averages()[0]
             parts = zip(ipt[::3], ipt[1::3], ipt[2::3], strict=True)
