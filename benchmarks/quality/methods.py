@@ -86,10 +86,10 @@ def score_by(allocator: RankAllocator, importance: str, reviving: bool) -> None:
     """Let the allocator score otherwise; these variants are the study's, not the package's.
 
     Args:
-        importance: "paper"; "abs_E" (|lora_E|); "sensitivity" (the averages of |w ∂L/∂w| alone,
-            without those of their uncertainty); "norm" (that of the triplet's ΔW). And what shows whether the pattern matters, at the
-            same schedule: "uniform" (the paper's, but each matrix keeps equally many), "random" (a
-            number drawn once for each triplet).
+        importance: "paper"; "abs_E" (|lora_E|); "norm" (that of the triplet's ΔW); "sensitivity"
+            (the averages of |w ∂L/∂w| alone, without those of their uncertainty). And what shows
+            whether the pattern matters, at the same schedule: "uniform" (the paper's, but each
+            matrix keeps equally many), "random" (a number drawn once for each triplet).
         reviving: whether a triplet that has been pruned may come back.
     """
     state = allocator._state
