@@ -132,10 +132,16 @@ def test_importance(importance):
     for step in range(1, 5):
         training.step(step, [0, 1, 2, 3])
     scores, ranks = allocator.scores(), allocator.ranks()
-    for adapter in allocator.adapters:
+    ipt, unc = allocator._state._averages()
+    for i, adapter in enumerate(allocator.adapters):
         mine = scores[adapter.name]
+        A, E, B = ipt[3 * i : 3 * i + 3]
+        if importance == "sensitivity":
+            torch.testing.assert_close(mine, A.mean(1) + E.squeeze(1) + B.mean(0))
+        A, E, B = (x * y for x, y in zip((A, E, B), unc[3 * i : 3 * i + 3], strict=True))
         if importance == "uniform":
-            assert sorted(mine.tolist()) == [-2, -1, 0]
+            best_first = (A.mean(1) + E.squeeze(1) + B.mean(0)).argsort(descending=True)
+            assert mine[best_first].tolist() == [0, -1, -2]
         elif importance in ("abs_E", "norm"):
             alive = torch.tensor(allocator.rank_pattern[adapter.name])
             expected = adapter.lora_E.abs().squeeze(1)
