@@ -14,11 +14,10 @@ the norm of ΔW by
     "paper":  scaling · η · √r · σ² · √(in · out)
     "lora":   scaling · η · √r · √(out / 3)
 
-which is 1 / (σ² · √(3 · in)) times as much: 74 times for in = 384, 23 times for in = 4096. Before
-that the gradients of lora_A and lora_B are small, too, because lora_E is. So with "paper" the loss
-stands still at first, and then falls faster and faster. Once the entries have moved by u in all,
-those of lora_A and lora_B are about √(σ² + u²) in size. The two starts then move ΔW equally fast if
-σ² + u² = 1 / √(3 · in), that is, after
+which is 1 / (σ² · √(3 · in)) times as much: 74 times for in = 384, 23 times for in = 4096. So
+with "paper" the loss stands still at first. Then it falls faster and faster: once the entries have
+moved by u in all, those of lora_A and lora_B are about √(σ² + u²) in size, and lora_E is u. So both
+starts have moved ΔW equally far when σ² + u² = 1 / √(3 · in), that is, after
 
     u / η = √(1 / √(3 · in) - σ²) / η
 
@@ -73,49 +72,47 @@ def start_of(adapters: Sequence[Adapter]) -> str | None:
     Returns:
         "lora" if every lora_E is 1 and every lora_B 0; "paper" if every lora_E is 0, or some
         adapters stand at the one and some at the other start; None if any is at neither, because
-        it has been trained or loaded, or has no values yet (on the meta device).
+        it has been trained or loaded, or has no values yet (on the meta device), or there is none.
     """
-    if any(p.is_meta for adapter in adapters for p in adapter.parameters):
+    if not adapters or any(p.is_meta for adapter in adapters for p in adapter.parameters):
         return None
-    starts = {_start_of(*adapter.parameters) for adapter in adapters}
+    # One of rank 0 stands at both.
+    starts = {_start_of(*a.parameters) for a in adapters if len(a.lora_E) > 0}
     if None in starts:
         return None
     return "lora" if starts == {"lora"} else "paper"
 
 
 def start_adapters_(adapters: Sequence[Adapter], start: str) -> None:
-    """Give the adapters of a model a start.
+    """Give the adapters of a model a start. Reads the device.
 
     "paper" leaves them as they are: whoever has made them has given them that start. "lora"
     leaves those alone that stand at it already, so that doing it twice changes nothing.
 
     Raises:
-        ValueError: as `check_can_start`. Nothing has been changed then.
+        ValueError: start is "lora", and an adapter has been trained or loaded, or is on the meta
+            device. Nothing has been changed then.
     """
-    check_can_start(adapters, start)
     if start == "paper":
         return
     # All are looked at before any is written to: parameters may be tied.
-    fresh = [adapter for adapter in adapters if _start_of(*adapter.parameters) == "paper"]
-    for adapter in fresh:
-        start_(*adapter.parameters, start)
-
-
-def check_can_start(adapters: Sequence[Adapter], start: str) -> None:
-    """Raise ValueError if an adapter that is to get start "lora" stands at no start any more."""
-    if start == "paper":
-        return
+    fresh = []
     for adapter in adapters:
         if any(p.is_meta for p in adapter.parameters):
             raise ValueError(
                 f"start={start!r} needs adapters with values, and {adapter.name} is on the meta "
                 "device: give it the start when it has been moved to another one"
             )
-        if _start_of(*adapter.parameters) is None:
+        stands_at = _start_of(*adapter.parameters)
+        if stands_at is None:
             raise ValueError(
                 f"start={start!r} is for adapters that are new, and {adapter.name} has been "
                 "trained or loaded: leave start out to go on with its values"
             )
+        if stands_at != start:
+            fresh.append(adapter)
+    for adapter in fresh:
+        start_(*adapter.parameters, start)
 
 
 def _start_of(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> str | None:
@@ -125,7 +122,7 @@ def _start_of(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> str | None:
 
 
 def slow_path(in_features: int) -> float:
-    """By how much Adam has to move each entry until "paper" moves ΔW as fast as "lora".
+    """By how much Adam has to move each entry until "paper" has moved ΔW as far as "lora" has.
 
     Divided by the learning rate it is a number of steps; see the arithmetic above.
 

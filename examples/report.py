@@ -13,7 +13,8 @@ from data import Batches
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PLAIN = "AdaLoRA, plain PEFT"
+PLAIN, OURS = "AdaLoRA, plain PEFT", "AdaLoRA, paper's start"
+STARTS = {"LoRA": "lora", PLAIN: "paper", OURS: "paper", "AdaLoRA, LoRA's start": "lora"}
 
 
 @torch.no_grad()
@@ -49,9 +50,9 @@ def frozen_with_head(folder: Path, parts: dict[str, Batches], seed: int) -> dict
 
 
 def time_steps(adapted_model: Any, training_step: Any, run: dict[str, Any], rows: Batches) -> Any:
-    """Time the steps of all methods in turn, as both AdaLoRAs mask at every other step."""
+    """Time the steps of all methods in turn, as all AdaLoRAs mask at every other step."""
     schedule = {"total_step": 1000, "tinit": 1, "tfinal": 1, "deltaT": 2}
-    models = {k: adapted_model(k, run["seed"], **schedule) for k in ("LoRA", PLAIN, "AdaLoRA")}
+    models = {name: adapted_model(name, run["seed"], **schedule) for name in STARTS}
     batch = rows.gather(next(rows.shuffled(run["seed"], run["batch"])))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for step in tqdm(range(1, run["rounds"] + 3), desc="timing"):
@@ -64,26 +65,23 @@ def time_steps(adapted_model: Any, training_step: Any, run: dict[str, Any], rows
 
 def table(run: dict[str, Any]) -> str:
     """Lay out the figures for a person to read."""
-    frozen, lora, adalora, seconds = (run[k] for k in ("frozen", "LoRA", "AdaLoRA", "seconds"))
-    count = [f"{method['trainable_parameters']:,}" for method in (frozen, lora, adalora)]
-    right = [f"{method['test_accuracy']:.1%}" for method in (frozen, lora, adalora)]
-    step = {name: f"{median(values):.4f}" for name, values in seconds.items()}
-    ranks, texts, share = [*adalora["ranks"].values()], lora["test_texts"], lora["test_accuracy"]
-    n, rank, kept = len(ranks), lora["rank"], f"{adalora['kept_parameters']:,}"
-    spread = f"{sum(ranks)} = {n} x {min(ranks)}..{max(ranks)}"
+    seconds, texts, share = run["seconds"], run["LoRA"]["test_texts"], run["LoRA"]["test_accuracy"]
+    rows = [("", "trainable parameters", "final ranks", "test accuracy", "s/step")]
+    for name in ("frozen", *STARTS):
+        method, spread = run.get(name, {}), ""  # Plain PEFT is only timed.
+        count = f"{method['trainable_parameters']:,}" if method else ""
+        if ranks := [*method.get("ranks", {}).values()]:
+            count += f" -> {method['kept_parameters']:,}"
+            spread = f"{sum(ranks)} = {len(ranks)} x {min(ranks)}..{max(ranks)}"
+        right = f"{method['test_accuracy']:.1%}" if method else ""
+        step = f"{median(seconds[name]):.4f}" if name in seconds else ""
+        rows.append((name, count, spread or method.get("rank", ""), right, step))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    rows = [
-        ("", "trainable parameters", "final ranks", "test accuracy", "s/step"),
-        ("frozen + head", count[0], "", right[0], ""),
-        ("LoRA", count[1], f"{n * rank} = {n} x {rank}", right[1], step["LoRA"]),
-        ("AdaLoRA", f"{count[2]} -> {kept}", spread, right[2], step["AdaLoRA"]),
-        (PLAIN, "", "", "", step[PLAIN]),
-    ]
     # Ratios are taken round by round: a neighbour on the machine then slows both.
-    peft, lora = (median(map(truediv, seconds["AdaLoRA"], seconds[k])) for k in (PLAIN, "LoRA"))
-    return "\n".join("{:<20} {:>22} {:>16} {:>14} {:>9}".format(*row) for row in rows) + (
+    peft, lora = (median(map(truediv, seconds[OURS], seconds[k])) for k in (PLAIN, "LoRA"))
+    return "\n".join("{:<22} {:>22} {:>16} {:>14} {:>9}".format(*row) for row in rows) + (
         f"\n\n{run['steps']} steps, one seed; the standard error of an accuracy on {texts:,} test "
         f"texts is {(share * (1 - share) / texts) ** 0.5:.1%}.\nAn AdaLoRA step takes {peft:.2f} x "
         f"the time of plain PEFT's and {lora:.2f} x that of LoRA's\n(medians over "
-        f"{run['rounds']} rounds, the three in turn; {device}, {torch.get_num_threads()} threads)."
+        f"{run['rounds']} rounds, all in turn; {device}, {torch.get_num_threads()} threads)."
     )

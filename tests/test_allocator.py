@@ -339,11 +339,12 @@ def test_summary():
     assert all(s.shape == (6,) for s in allocator.scores().values())
 
 
-def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(tmp_path):
+@pytest.mark.parametrize("start", ["paper", "lora"])
+def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(start, tmp_path):
     script = Path(__file__).with_name("ddp_training.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "rendezvous"],
+            [sys.executable, script, str(rank), tmp_path / "rendezvous", start],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

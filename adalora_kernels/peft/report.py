@@ -111,8 +111,8 @@ class ApplyReport:
             if steps > schedule.tinit:
                 yield (
                     f"pruning begins after tinit = {schedule.tinit} steps, but {whose} rate of "
-                    f"{rate:g} the adapter moves more slowly than LoRA's for about {steps} steps, "
-                    "and scores from so early say little: raise tinit or the rate, or "
+                    f"{rate:g} it takes about {steps} until the adapter has moved as far as LoRA's "
+                    "would, and scores from before say little: raise tinit or the rate, or "
                     "apply(model, start='lora')"
                 )
 
