@@ -39,22 +39,26 @@ def _of(values: Iterable[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
 
 
-def _beside(ours: Cell, theirs: Cell | None, metric: str) -> str:
+def _beside(ours: Cell, theirs: Cell | None, metric: str, unit: float, digits: int) -> str:
     if theirs is None or theirs is ours:
         return "–"
     count, mean, error, p = paired(ours.metric(metric), theirs.metric(metric))
-    if not np.isfinite(error):
-        return "–" if count == 0 else f"{mean:+.4f}"
-    return f"{mean:+.4f} ± {error:.4f}" + (f", p = {p:.2g}" if np.isfinite(p) else "")
+    if count == 0:
+        return "–"
+    difference = f"{mean / unit:+.{digits}f}"
+    if np.isfinite(error):
+        difference += f" ± {error / unit:.{digits}f}"
+    return difference + (f", p = {p:.2g}" if np.isfinite(p) else "")
 
 
 def outcomes(found: list[Cell], titles: dict[str, str]) -> str:
-    """Tabulate the test metrics of a task, and the loss beside LoRA's of the same budget."""
+    """Tabulate the test metrics of a task, and both beside LoRA's of the same budget."""
     has_accuracy = any(cell.metric("accuracy") for cell in found)
     rows = []
     for cell in found:
         rank = cell.spec["rank"]
-        same = (c for c in found if c.spec["method"] == "lora" and c.spec["rank"] == rank)
+        lora = (c for c in found if c.spec["method"] == "lora" and c.spec["rank"] == rank)
+        same = next(lora, None)
         row = {
             "method": titles[cell.spec["method"]],
             "r": f"{cell.spec['init_r']} → {rank}" if cell.spec["init_r"] else rank or "–",
@@ -63,8 +67,9 @@ def outcomes(found: list[Cell], titles: dict[str, str]) -> str:
         }
         if has_accuracy:
             row["accuracy, %"] = _of((100 * v for v in cell.metric("accuracy").values()), 2)
+            row["accuracy - LoRA's"] = _beside(cell, same, "accuracy", 0.01, 2)
         row["loss"] = _of(cell.metric("loss").values(), 4)
-        row["loss - LoRA's"] = _beside(cell, next(same, None), "loss")
+        row["loss - LoRA's"] = _beside(cell, same, "loss", 1, 4)
         if any(cell.runs.values()):
             rows.append(row)
     return _markdown(rows) if rows else "Nothing yet.\n"
