@@ -77,7 +77,7 @@ def _draw_budgets(by_task: ByTask, titles: dict[str, str], folder: Path) -> None
                 known = {
                     r: run["dev"]["loss"] for r, run in sorted(cell.tuned.items()) if run["dev"]
                 }
-                if method in _SHOWN:
+                if method in _SHOWN and known:
                     label = f"{titles[method]}, r = {cell.spec['rank']}"
                     rates.plot([*known], [*known.values()], marker="o", label=label)
         budgets.set_title(f"{task}: test loss over r", fontsize=8)
