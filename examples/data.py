@@ -39,9 +39,16 @@ def load_splits(archive: Path) -> dict[str, list[tuple[str, int]]]:
 class Batches:
     """The token ids and labels of one split, in batches padded to their own longest text."""
 
-    def __init__(self, snippets: Sequence[tuple[str, int]], tokenizer: Any, device: torch.device):
+    def __init__(
+        self,
+        snippets: Sequence[tuple[str, int]],
+        tokenizer: Any,
+        device: torch.device,
+        longest: int = 64,
+    ):
         texts, labels = map(list, zip(*snippets, strict=True))
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(texts, max_length=longest, **options)
         self.ids, self.mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.labels, self.lengths = torch.tensor(labels, device=device), self.mask.sum(1).tolist()
 

