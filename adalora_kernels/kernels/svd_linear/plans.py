@@ -138,7 +138,7 @@ PASSES = {
         Blocks(64, 0, 128, 8, 3),
         Blocks(32, 0, 64, 8, 2),
     ),
-    "g_reduce": (Blocks(16, 0, 0, 4, 1), Blocks(32, 0, 0, 4, 1), Blocks(16, 0, 0, 4, 1)),
+    "g_reduce": (Blocks(16, 0, 0, 4, 1),) * 3,
 }
 # For r_pad up to 16 on sm_90, where two warpgroups of 64 rows each read their own.
 SM_90_PASSES = {"g_pass": Blocks(128, 256, 0, 8, 2)}
@@ -175,16 +175,17 @@ def pass_blocks(
             blocks = SM_90_PASSES.get(kernel, blocks)
     # Unaligned, every entry has its own address.
     most, most_rows = (256, 256) if aligned else (32, 64)
-    # What x_pass writes to dx takes registers, too.
-    crowded = narrow == 4 and (wide or kernel == "x_pass")
-    m = min(blocks.m, 32 if crowded else most_rows)
+    m = min(blocks.m, 32 if wide and narrow == 4 else most_rows)
+    if kernel == "x_pass" and (narrow == 4 or (device.family == "sm_100" and r_pad > 16)):
+        # What it writes to dx takes registers, too.
+        m = min(m, 16 if device.family == "sm_86" else 32)
     n, k = (min(max(size // narrow, 16), most) if size else 0 for size in (blocks.n, blocks.k))
     stages = min(blocks.stages, 2) if device.family == "sm_86" else blocks.stages
     warps = blocks.warps
     # Four warps have too few registers for products in TF32, or without tensor cores.
     if kernel == "g_pass" and (narrow > 1 or in_registers):
         warps = 8
-    elif kernel == "x_pass" and (in_registers or (device.family == "sm_100" and r_pad > 16)):
+    elif kernel == "x_pass" and in_registers:
         k = min(k, 64)
     elif blocks.k == 128 and device.family == "sm_100":
         warps = 8
