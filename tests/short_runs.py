@@ -406,7 +406,7 @@ def a_watcher_of_tritons_launches_sees_them():
     seen.clear()
     y.sum().backward()
     layer(x)
-    assert not seen and len(expected) == 7
+    assert not seen and len(expected) == 6
 
 
 def where_triton_cannot_run_nothing_is_launched():
