@@ -315,11 +315,9 @@ def predicted_seconds(plan: Plan, device: Device, problem: Problem) -> float:
     if plan.path == "two_pass":
         # With few rows the GEMM needs h as late as it is there.
         return (down if M > MOST_FEW_ROWS else 0) + ours
-    # It is written, by a kernel of its own or by the pass over x, and read by the product that
-    # adds to it.
-    write = 2 * y / bandwidth + 2 * M * N * r_pad / flops
-    if product == "y":
-        write = max(write, _PASS_SECONDS) + _LAUNCH_SECONDS
+    # It is written, and read by the product that adds to it. (In the backward the pass over x
+    # writes it. What that saves has not been measured, and so is not counted.)
+    write = max(2 * y / bandwidth, _PASS_SECONDS) + 2 * M * N * r_pad / flops + _LAUNCH_SECONDS
     return down + write + gemm(0)
 
 
