@@ -191,11 +191,20 @@ def unfinished(study: dict[str, Any], results: Results) -> str:
     return _markdown(rows) if rows else "Nothing: all runs of the plan are done.\n"
 
 
+def begun_cells(study: dict[str, Any], results: Results) -> dict[str, list[Cell]]:
+    """The cells of the tasks of which there is a run."""
+    by_task = all_cells(study, results)
+    return {task: found for task, found in by_task.items() if any(cell.tuned for cell in found)}
+
+
+def titles_of(study: dict[str, Any]) -> dict[str, str]:
+    """What the methods are called on the page."""
+    return {name: method["title"] for name, method in study["methods"].items()}
+
+
 def tables(study: dict[str, Any], results: Results) -> str:
     """Everything between the markers of the page."""
-    titles = {name: method["title"] for name, method in study["methods"].items()}
-    by_task, parts = all_cells(study, results), []
-    begun = {task: found for task, found in by_task.items() if any(cell.tuned for cell in found)}
+    titles, begun, parts = titles_of(study), begun_cells(study, results), []
     for task, found in begun.items():
         parts += [f"### {task}\n", outcomes(found, titles)]
     for heading, make in (
@@ -224,12 +233,6 @@ def write(study: dict[str, Any], results: Results, page: Path | None, check: boo
             print(f"{page} is not what the results give: run python -m benchmarks.quality --report")
         return int(text != page.read_text())
     page.write_text(text)
-    by_task = {
-        task: found
-        for task, found in all_cells(study, results).items()
-        if any(cell.tuned for cell in found)
-    }
     folder = CHARTS if page == PAGE else page.parent
-    titles = {name: method["title"] for name, method in study["methods"].items()}
-    pictures.draw(by_task, titles, folder)
+    pictures.draw(begun_cells(study, results), titles_of(study), folder)
     return 0
