@@ -102,6 +102,7 @@ class RankAllocator(FollowsOptimizers):
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
         refuse_sharded(self.adapters)
         self._look_up_places()
+        self._start_following()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(self._parameters(), state_dtype)
         self.schedule = BudgetSchedule(
@@ -120,7 +121,6 @@ class RankAllocator(FollowsOptimizers):
         self.orth_reg_weight = orth_reg_weight
         self.orth_reg: Tensor | None = None
         self._final_budget = None
-        self._start_following()
         self.reminder = Reminder()
         self.count_triplets()
         expect_steps(self)
@@ -279,8 +279,13 @@ class RankAllocator(FollowsOptimizers):
         return False
 
     def _prune(self, parameters: list[nn.Parameter]) -> None:
-        if not self.shrunk:
-            self._state.prune(parameters[1::3], again=self.frozen)
+        if self.shrunk:
+            return
+        if self._copies is not None:
+            self._copies.read_values((1,))
+        self._state.prune(parameters[1::3], again=self.frozen)
+        if self._copies is not None:
+            self._copies.write_lora_E()
 
     def _freeze(self) -> None:
         """Fix the pattern, whose zeros are written in every step; the averages are of no use."""
@@ -342,12 +347,17 @@ class RankAllocator(FollowsOptimizers):
 
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
-            RuntimeError: the pattern is not frozen yet.
+            RuntimeError: the pattern is not frozen yet; or attached to a DeepSpeed engine.
             ValueError: the optimizer holds state that can't be cut to a subset of the triplets.
                 Of torch's these are, once they have stepped, Adafactor (averages over rows and
                 columns), LBFGS (all parameters in one vector) and Muon (each update depends on
                 the whole matrix). Nothing is changed.
         """
+        if self._copies is not None:
+            raise RuntimeError(
+                "shrink() can't cut parameters that are in DeepSpeed's flat buffers: save the "
+                "adapter, or detach() and shrink a model without an engine"
+            )
         if optimizer is not None:
             check_is_optimizer(optimizer)
         if not self.frozen:

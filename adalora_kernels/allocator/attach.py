@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
+from ..distributed.deepspeed import optimizer_of
 from ..orthogonality import orth_reg_grad_
-from .begin import BeginsRuns
+from .engine import FollowsEngines
 from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
@@ -24,7 +25,7 @@ Closure: TypeAlias = Callable[[], Any]
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers(BeginsRuns):
+class FollowsOptimizers(FollowsEngines):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
@@ -34,7 +35,7 @@ class FollowsOptimizers(BeginsRuns):
     orth_reg_weight: float
     # A copy has no optimizer that would step it.
     _NOT_COPIED = (
-        *("_hooks", "_steps", "_loses_gradients", "was_attached"),
+        *("_hooks", "_steps", "_loses_gradients", "was_attached", "_copies"),
         *("_places", "_gone", "_layers"),
     )
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
@@ -45,6 +46,7 @@ class FollowsOptimizers(BeginsRuns):
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]]
         self._hooks = weakref.WeakKeyDictionary()
         self._steps = Steps()
+        self._copies = None
         self._loses_gradients = False  # what the step in progress would be warned of
         self.was_attached = False
 
@@ -94,12 +96,17 @@ class FollowsOptimizers(BeginsRuns):
                 are sharded or flattened (FSDP).
             RuntimeError: already attached to this one.
         """
+        optimizer = optimizer_of(optimizer)
+        zero = self.look_through(optimizer)
+        if zero is not None:
+            self._attach_engine(zero)
+            return
         *wrappers, inner = unwrapped(optimizer, self.adapters_left)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
         self.count_triplets()
         self._warn_if_over()
-        allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
+        allocator = self._reference()
         for wrapper in wrappers:
             # Not all of them have torch's hooks; that which computes has. Some make the table of
             # hooks themselves, as a plain dict, which has no handles.
@@ -115,6 +122,18 @@ class FollowsOptimizers(BeginsRuns):
             inner.register_step_post_hook(_hook(allocator, "_after_optimizer_step")),
         ]
         self.was_attached = True
+
+    def _attach_engine(self, zero: Any) -> None:
+        if self.follows(zero):
+            raise RuntimeError("attached to this engine already: call detach() first")
+        self.count_triplets()
+        self._warn_if_over()
+        self._hooks[zero] = [self._hook_engine(zero, self._reference())]
+        self.was_attached = True
+
+    def _reference(self) -> Callable[[], FollowsOptimizers | None]:
+        """What hooks have of this: weak where the model keeps it alive."""
+        return weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
 
     def detach(self) -> None:
         """End what `attach` began, for all optimizers. Without effect if there is nothing."""
@@ -176,10 +195,6 @@ class FollowsOptimizers(BeginsRuns):
                 "pattern is final: call restart() if a new run is to begin",
                 stacklevel=3,
             )
-
-    def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
-        """What `RankAllocator.step` does when its arguments have been checked."""
-        raise NotImplementedError
 
 
 def _strong_ref(allocator: FollowsOptimizers) -> Callable[[], FollowsOptimizers]:

@@ -42,6 +42,8 @@ class BeginsRuns(Reports):
         self._count_triplets(restarted=restarted)
 
     def _count_triplets(self, *, restarted: bool) -> None:
+        if self._copies is not None:
+            self._copies.read_values()
         parameters = self._parameters()
         self._state.follow(parameters)
         self._state.count_triplets(parameters, restarted=restarted)

@@ -26,6 +26,8 @@ class Reports:
     _places: list[tuple[Any, str]]
     # Not empty once a layer is gone.
     _gone: list[Any]
+    # What stands for the parameters while they are in parts; see `FollowsEngines`.
+    _copies: Any
 
     def _look_up_places(self) -> None:
         """To be called when the adapters are others."""
@@ -35,6 +37,9 @@ class Reports:
         self._layers = [adapter.watch(self._gone.append) for adapter in self.adapters]
 
     def _parameters(self) -> list[nn.Parameter]:
+        if self._copies is not None:
+            copies: list[nn.Parameter] = self._copies.parameters
+            return copies
         return parameters_of(self.adapters, self._places)
 
     @property
@@ -53,9 +58,11 @@ class Reports:
 
     @property
     def _device(self) -> torch.device:
-        return self.adapters[0].lora_E.device
+        return self.adapters[0].lora_E.device if self._copies is None else self._copies.device
 
     def _has_gradients(self) -> bool:
+        if self._copies is not None:
+            return any(p.grad is not None for p in self._copies.parameters)
         # Without a list of all: as a rule the first one answers it.
         return any(
             p.grad is not None and p.requires_grad

@@ -1,0 +1,1 @@
+"""What crosses processes where the adapters, or their optimizer, lie on several."""

@@ -1,0 +1,338 @@
+"""Adapters under DeepSpeed's ZeRO: whole copies of what each process has a part of.
+
+Stages 1 and 2 keep the parameters of the model whole, and cut their float32 masters, gradients and
+optimizer state; stage 3 cuts all of them. All of it is read and written through DeepSpeed's public
+functions (`deepspeed.utils.safe_get_full_grad` and the like); for what has none, a comment says why.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+
+
+def optimizer_of(engine: Any) -> Any:
+    """What takes the steps of a DeepSpeed engine; anything else is returned as it is.
+
+    Raises:
+        ValueError: an engine of a pipeline, or one without an optimizer.
+    """
+    if "deepspeed" not in sys.modules:
+        return engine
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    if isinstance(engine, PipelineEngine):
+        raise ValueError("optimizer is a PipelineEngine of DeepSpeed, which is not supported")
+    if not isinstance(engine, DeepSpeedEngine):
+        return engine
+    optimizer = engine.optimizer
+    if optimizer is None or not hasattr(optimizer, "step"):
+        raise ValueError(
+            "optimizer is a DeepSpeedEngine that has no optimizer: give one to "
+            "deepspeed.initialize, or a section 'optimizer' in its config"
+        )
+    return optimizer
+
+
+def zero_optimizer_of(optimizer: Any) -> Any | None:
+    """The ZeRO optimizer that `optimizer` is or stands for; None if it is another one.
+
+    Args:
+        optimizer: what `optimizer_of` returns, or Accelerate's wrapper around that, which is the
+            optimizer of a Trainer.
+
+    Raises:
+        ValueError: DeepSpeed is set up so that the adapters can't be allocated; the message names
+            the setting.
+    """
+    if "deepspeed" not in sys.modules:
+        return None
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, DeepSpeedOptimizer):
+        return None
+    _refuse_unsupported(optimizer)
+    return optimizer
+
+
+def _refuse_unsupported(optimizer: Any) -> None:
+    """Raise ValueError if this optimizer of DeepSpeed's can't be followed."""
+    kind = type(optimizer).__name__
+    if kind not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        fixes = {
+            "BF16_Optimizer": "ZeRO stage 1 in bf16 with data_types.grad_accum_dtype fp32: use "
+            "stage 2 or 3, or leave grad_accum_dtype out",
+            "FP16_Optimizer": "ZeRO stage 0 in half precision: use stage 1, 2 or 3",
+            "FP16_UnfusedOptimizer": "ZeRO stage 0 in half precision: use stage 1, 2 or 3",
+        }
+        fix = fixes.get(kind, "use ZeRO stage 1, 2 or 3 without zenflow and super_offload")
+        raise ValueError(f"DeepSpeed's {kind} is not supported, which is {fix}")
+    if getattr(optimizer, "swap_optimizer", False):
+        raise ValueError(
+            "DeepSpeed's offload_optimizer to device 'nvme' is not supported: use 'cpu' or none"
+        )
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        raise ValueError(
+            "DeepSpeed's torch_autocast with dtype float16 is not supported: use bfloat16, or the "
+            "fp16 section of its config"
+        )
+    if getattr(optimizer, "use_muon", False):
+        raise ValueError("DeepSpeed's Muon optimizer is not supported: it changes the gradients")
+
+
+class ZeroStep:
+    """Calls `before` and `after` around every step of a ZeRO optimizer, until `remove`.
+
+    Both get the optimizer, and `after` the loss scale of the step.
+
+    DeepSpeed's engine, and so Accelerate and the Trainer, call `optimizer.step()` at the boundary of
+    the gradient accumulation only. It has no hooks, so the method is replaced on the object.
+    """
+
+    def __init__(
+        self, optimizer: Any, before: Callable[[Any], Any], after: Callable[[Any, float], Any]
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._is_removed = False
+        inner = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self._is_removed:
+                return inner(*args, **kwargs)
+            before(optimizer)
+            loss_scale = float(optimizer.loss_scale)  # It may be another one after the step.
+            result = inner(*args, **kwargs)
+            after(optimizer, loss_scale)
+            return result
+
+        self._step = step
+        optimizer.step = step
+
+    def remove(self) -> None:
+        """Put the method back, or let it pass where somebody else has replaced it since."""
+        self._is_removed = True
+        optimizer = self._optimizer()
+        if optimizer is not None and vars(optimizer).get("step") is self._step:
+            del optimizer.step
+
+
+def gradient_scale(optimizer: Any, loss_scale: float, device: torch.device) -> Tensor:
+    """What DeepSpeed's last step has multiplied the gradients by, from `read_gradients` on.
+
+    That undoes the loss scale, and clips by the norm. One float32 on `device`; nothing is read.
+    """
+    clip = torch.ones(1, dtype=torch.float32, device=device)
+    if optimizer.clip_grad > 0.0:
+        # What the engine's get_global_grad_norm() returns, which an optimizer does not have.
+        clip = (clip * optimizer._global_grad_norm + 1e-6) / optimizer.clip_grad
+    return 1.0 / (loss_scale * clip.clamp(min=1.0))
+
+
+class WholeCopies:
+    """Whole float32 copies of the adapters' parameters, the same on all processes.
+
+    The allocator works on them as on the parameters of one process. Nothing is sent but in `read`,
+    which all processes have to call together.
+
+    Args:
+        adapters: their parameters; all of them trained by the ZeRO optimizer, or frozen.
+
+    Attributes:
+        parameters: lora_A, lora_E and lora_B of each adapter in turn. They have gradients between
+            `read_gradients` and `drop_gradients`.
+
+    Raises:
+        ValueError: a trainable one is not trained by DeepSpeed, or has float64 values, for which
+            DeepSpeed has no masters.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        import deepspeed
+
+        self._of = [p for adapter in adapters for p in adapter.parameters]
+        for adapter in adapters:
+            for p in adapter.parameters:
+                if p.dtype == torch.float64:
+                    raise ValueError(f"{adapter.name} is float64, and DeepSpeed's masters float32")
+                if p.requires_grad and not (_is_cut(p) or hasattr(p, "_hp_mapping")):
+                    raise ValueError(
+                        f"optimizer must have all trainable adapter parameters, and DeepSpeed does "
+                        f"not train one of those beside {adapter.name}: give model_parameters to "
+                        "deepspeed.initialize, after the adapters have been made"
+                    )
+        self.parameters: list[nn.Parameter] = []
+        with deepspeed.zero.GatheredParameters(self._of), torch.no_grad():
+            for p in self._of:
+                copy = p.detach().to(torch.float32, copy=True)
+                self.parameters.append(nn.Parameter(copy, p.requires_grad))
+        self.read_values()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the copies lie: on this process's accelerator."""
+        return self.parameters[0].device
+
+    def follow(self) -> None:
+        """See which parameters need a gradient now."""
+        for p, copy in zip(self._of, self.parameters, strict=True):
+            copy.requires_grad_(p.requires_grad)
+
+    def read_values(self, factors: Sequence[int] = (0, 1, 2)) -> None:
+        """Read the float32 masters. Frozen parameters, which have none, stay as they are.
+
+        Args:
+            factors: of which factors: 0 for lora_A, 1 for lora_E, 2 for lora_B.
+        """
+        chosen = [i for i, p in enumerate(self._of) if p.requires_grad and i % 3 in factors]
+        values = _whole_values([self._of[i] for i in chosen])
+        for i, value in zip(chosen, values, strict=True):
+            self.parameters[i].data.copy_(value)
+
+    def read_gradients(self, had_gradient: Sequence[bool]) -> None:
+        """Read what the engine has accumulated, averaged over processes and times the loss scale.
+
+        DeepSpeed does not tell a gradient of 0 from none. An adapter that has had no gradient yet
+        has none while all of its entries are 0; this reads the device while there is such an
+        adapter.
+
+        Args:
+            had_gradient: whether each adapter has had a gradient.
+        """
+        chosen = [i for i, p in enumerate(self._of) if p.requires_grad]
+        gradients = _whole_gradients([self._of[i] for i in chosen])
+        for i, gradient in zip(chosen, gradients, strict=True):
+            self.parameters[i].grad = gradient
+        new = [i for i in chosen if not had_gradient[i // 3]]
+        if new:
+            flags = torch.stack([_some(self.parameters[i].grad) for i in new]).tolist()
+            used = {i // 3 for i, flag in zip(new, flags, strict=True) if flag}
+            for i in new:
+                if i // 3 not in used:
+                    self.parameters[i].grad = None
+
+    def drop_gradients(self) -> None:
+        """Free the copies' gradients."""
+        for copy in self.parameters:
+            copy.grad = None
+
+    @torch.no_grad()
+    def write_gradients(self, factors: Sequence[int]) -> None:
+        """Let DeepSpeed's step use the copies' gradients of these factors. Sends nothing."""
+        for i, (p, copy) in enumerate(zip(self._of, self.parameters, strict=True)):
+            if copy.grad is not None and i % 3 in factors:
+                _write_gradient(p, copy.grad)
+
+    @torch.no_grad()
+    def write_lora_E(self) -> None:
+        """Let each lora_E have the values of its copy. Sends nothing."""
+        for p, copy in zip(self._of[1::3], self.parameters[1::3], strict=True):
+            if p.requires_grad:
+                _write_value(p, copy.detach())
+
+
+def _some(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None  # for mypy: it has just been read
+    return (gradient != 0).any()
+
+
+def _is_cut(parameter: Tensor) -> bool:
+    """Whether the parameter itself is cut into parts (stage 3), by the mark DeepSpeed looks for."""
+    return hasattr(parameter, "ds_id")
+
+
+def _whole_values(parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+    if parameters and _is_cut(parameters[0]):
+        yield from _gathered(parameters, safe_get_local_fp32_param)
+        return
+    for p in parameters:
+        # Stages 1 and 2 write the masters into the parameters after each step.
+        yield p.detach() if p.dtype == torch.float32 else safe_get_full_fp32_param(p)
+
+
+def _whole_gradients(parameters: Sequence[Tensor]) -> Iterator[Tensor]:
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    if parameters and _is_cut(parameters[0]):
+        yield from _gathered(parameters, safe_get_local_grad)
+        return
+    for p in parameters:
+        gradient = safe_get_full_grad(p)
+        yield gradient.clone() if gradient is p.grad else gradient
+
+
+@torch.no_grad()
+def _gathered(parameters: Sequence[Tensor], part_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The whole of what each process has a part of, in one all-gather for all parameters.
+
+    DeepSpeed's own functions for the whole take one for each. A part is the rank's share of the
+    flattened parameter, whose length is rounded up to a multiple of the number of ranks.
+    """
+    from deepspeed import comm
+
+    # The group has no public name; deepspeed.zero.GatheredParameters sends within it.
+    group: Any = getattr(parameters[0], "ds_process_group")  # noqa: B009
+    parts = [part_of(p).reshape(-1) for p in parameters]
+    mine = torch.cat(parts)
+    world = comm.get_world_size(group=group)
+    everyone = mine.new_empty(world * mine.numel())
+    comm.all_gather_into_tensor(everyone, mine, group=group)
+    columns = everyone.view(world, -1).split([part.numel() for part in parts], dim=1)
+    wholes = []
+    for p, column in zip(parameters, columns, strict=True):
+        shape = _shape_of(p)
+        wholes.append(column.reshape(-1)[: shape.numel()].view(shape))
+    return wholes
+
+
+def _shape_of(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter; a cut one has no entries of its own."""
+    return torch.Size(parameter.ds_shape) if _is_cut(parameter) else parameter.shape
+
+
+def _part(parameter: Any, whole: Tensor) -> Tensor:
+    """This process's part of `whole`, as `_gathered` has put it together."""
+    from deepspeed import comm
+
+    length = parameter.ds_tensor.numel()
+    rank = comm.get_rank(group=parameter.ds_process_group)
+    part = whole.reshape(-1)[rank * length : (rank + 1) * length]
+    return nn.functional.pad(part, (0, length - part.numel()))
+
+
+def _write_gradient(parameter: Any, gradient: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+    if _is_cut(parameter):
+        # Not safe_set_full_grad, which fails where the parts are not of one length.
+        safe_set_local_grad(parameter, _part(parameter, gradient))
+    else:
+        safe_set_full_grad(parameter, gradient)
+
+
+def _write_value(parameter: Any, value: Tensor) -> None:
+    """Write the master, and the parameter that the next forward sees."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not _is_cut(parameter):
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+        return
+    part = _part(parameter, value)
+    safe_set_local_fp32_param(parameter, part)
+    # deepspeed.zero.GatheredParameters, which is public, would gather and broadcast for each
+    # parameter what all processes have already. Small parameters are kept whole beside their part.
+    parameter.ds_tensor.data.copy_(part)
+    if parameter.numel() == value.numel():
+        parameter.data.copy_(value)
