@@ -178,6 +178,12 @@ def refuse_sharded(adapters: Sequence[Adapter]) -> None:
     """
     for adapter in adapters:
         lora_A, lora_E, lora_B = adapter.parameters
+        if hasattr(lora_A, "ds_id"):
+            raise ValueError(
+                f"the parameters of {adapter.name} are cut into parts by DeepSpeed's ZeRO stage 3: "
+                "make the allocator before deepspeed.initialize and outside deepspeed.zero.Init, "
+                "and then attach(engine) before anything else"
+            )
         rank = lora_A.shape[0] if lora_A.dim() == 2 else -1
         if (
             lora_E.shape != (rank, 1)

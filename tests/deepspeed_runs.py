@@ -50,6 +50,9 @@ def optimizer_of(model):
 
 
 def start(model, config):
+    if "fp16" in config:
+        # DeepSpeed trusts no CPU with it; ours can.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer_of(model), config=copy.deepcopy(config)
     )
@@ -101,6 +104,7 @@ def report(model, allocator, expected=None):
     digest = hashlib.sha256(values.numpy().tobytes() + bytes(pattern))
     digest.update(averages["scores"].numpy().tobytes())
     result = {
+        "step": allocator.global_step,
         "digest": digest.hexdigest(),
         "ranks": allocator.ranks(),
         "summary": allocator.summary(),
@@ -129,4 +133,26 @@ def train(stage, accumulate=1, clip=None, weight=0.1, compare=True, **more):
     expected = None
     if compare:
         expected = alone(dist.get_world_size(), accumulate, clip, weight)
-    return report(model, allocator, expected)
+    return report(model, allocator, expected) | {"skipped": engine.skipped_steps}
+
+
+def resume(stage, folder, at=15, **more):
+    """Train to step `at`, save through the engine, and let new objects go on from there."""
+    config = config_of(stage, **more)
+    results = []
+    for _ in ("saved", "resumed"):
+        model = make_model()
+        allocator = RankAllocator(model, orth_reg_weight=0.1, **SCHEDULE)
+        engine = start(model, config)
+        if not results:
+            allocator.attach(engine)
+            run(engine, 1, at)
+            engine.save_checkpoint(folder, client_state={"allocator": allocator.state_dict()})
+            run(engine, at + 1, STEPS)
+        else:
+            allocator.attach(engine)
+            _, client_state = engine.load_checkpoint(folder)
+            allocator.load_state_dict(client_state["allocator"])
+            run(engine, at + 1, STEPS)
+        results.append(report(model, allocator))
+    return results

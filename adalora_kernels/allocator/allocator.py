@@ -315,11 +315,13 @@ class RankAllocator(FollowsOptimizers):
         Raises:
             TypeError: `state` is not a dict.
             ValueError: it is not from an allocator, or one of another model; nothing is changed.
+                Under ZeRO stage 3, before `attach(engine)`.
         """
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict, got {type(state).__name__}")
-        self._state.check(state, self.state_dict(), self._parameters())
-        self._state.load(state, self._parameters())
+        parameters = self._whole_parameters()
+        self._state.check(state, self.state_dict(), parameters)
+        self._state.load(state, parameters)
         self._begin_with(sum(self._state.members.counts))
         self.global_step = state["global_step"]
         self.frozen, self._final_budget = state["frozen"], None

@@ -81,6 +81,11 @@ def _refuse_unsupported(optimizer: Any) -> None:
         raise ValueError(
             "DeepSpeed's offload_optimizer to device 'nvme' is not supported: use 'cpu' or none"
         )
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise ValueError(
+            "DeepSpeed's round_robin_gradients is not supported: its functions that read gradients "
+            "take those of other parameters then. Leave it out of zero_optimization"
+        )
     if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
         raise ValueError(
             "DeepSpeed's torch_autocast with dtype float16 is not supported: use bfloat16, or the "
@@ -193,7 +198,7 @@ class WholeCopies:
         Args:
             factors: of which factors: 0 for lora_A, 1 for lora_E, 2 for lora_B.
         """
-        chosen = [i for i, p in enumerate(self._of) if p.requires_grad and i % 3 in factors]
+        chosen = [i for i in self._trained() if i % 3 in factors]
         values = _whole_values([self._of[i] for i in chosen])
         for i, value in zip(chosen, values, strict=True):
             self.parameters[i].data.copy_(value)
@@ -208,7 +213,7 @@ class WholeCopies:
         Args:
             had_gradient: whether each adapter has had a gradient.
         """
-        chosen = [i for i, p in enumerate(self._of) if p.requires_grad]
+        chosen = self._trained()
         gradients = _whole_gradients([self._of[i] for i in chosen])
         for i, gradient in zip(chosen, gradients, strict=True):
             self.parameters[i].grad = gradient
@@ -235,9 +240,14 @@ class WholeCopies:
     @torch.no_grad()
     def write_lora_E(self) -> None:
         """Let each lora_E have the values of its copy. Sends nothing."""
-        for p, copy in zip(self._of[1::3], self.parameters[1::3], strict=True):
-            if p.requires_grad:
-                _write_value(p, copy.detach())
+        for i in self._trained():
+            if i % 3 == 1:
+                _write_value(self._of[i], self.parameters[i].detach())
+
+    def _trained(self) -> list[int]:
+        """Which parameters DeepSpeed trains now. Those of rank 0 have nothing to read or write."""
+        pairs = enumerate(zip(self._of, self.parameters, strict=True))
+        return [i for i, (p, copy) in pairs if p.requires_grad and copy.numel() > 0]
 
 
 def _some(gradient: Tensor | None) -> Tensor:
