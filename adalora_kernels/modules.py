@@ -312,7 +312,8 @@ class SVDLinear(nn.Linear):
         merged = self.merged
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.r > 0 and not self.ranknum.is_meta:
+        # DeepSpeed's ZeRO stage 3 leaves nothing of it here, and no values in a state.
+        if self.r > 0 and not self.ranknum.is_meta and self.ranknum.numel() == 1:
             self._set_scaling(float(self.ranknum))
         if merged:
             self.merge()

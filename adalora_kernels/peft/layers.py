@@ -107,7 +107,8 @@ class FusedLayer(ReadingLayer):
     ) -> None:
         for adapter_name, own in self.ranknum.items():
             ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
-            if ranknum is not None and not ranknum.is_meta:
+            # In a state of DeepSpeed's ZeRO stage 3 there are no values.
+            if ranknum is not None and not ranknum.is_meta and ranknum.numel() == 1:
                 self._ranknums[adapter_name] = float(ranknum.to(own.dtype)) + 1e-5
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
