@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -113,6 +114,14 @@ class Adapter:
     def lora_B(self) -> nn.Parameter:
         """The left singular vectors, (out, r)."""
         return self.parameters[2]
+
+    @property
+    def rank(self) -> int:
+        """The number of triplets, also where DeepSpeed's ZeRO has left no entry of them here."""
+        lora_E = self.lora_E
+        # transformers and accelerate read ds_shape, too.
+        shape: torch.Size = getattr(lora_E, "ds_shape", lora_E.shape)
+        return shape[0]
 
     def set_rank(self, rank: int) -> None:
         """Tell the layer the number of triplets that its parameters now hold."""

@@ -102,9 +102,12 @@ class AllocatingCallback:
             state: the allocator's state to go on from.
             continues: whether the allocator is already where the training goes on.
         """
-        if state is None and not continues:
-            self._give_start(allocator)
+        optimizers = list(optimizers)
         allocator.detach()  # from an optimizer of another training, or one that a user has chosen
+        if not any([allocator.look_through(optimizer) for optimizer in optimizers]):
+            # DeepSpeed has taken over the values that the model had before.
+            if state is None and not continues:
+                self._give_start(allocator)
         if state is None and not continues and allocator.shrunk:
             warnings.warn(
                 f"AdaLoRA's ranks are final ({sum(allocator.ranks().values())} triplets), because "

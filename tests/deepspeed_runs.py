@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import Mlp, batch, trainable
 
-from adalora_kernels import RankAllocator, orth_reg_grad_
+from adalora_kernels import RankAllocator
 
 STEPS = 30
 SCHEDULE = {"target_r": 3, "total_step": STEPS, "tinit": 6, "tfinal": 8, "deltaT": 2}
@@ -72,20 +72,18 @@ def run(engine, first, last, accumulate=1):
 
 
 def alone(world, accumulate=1, clip=None, weight=0.1, steps=STEPS):
-    """The same training in one process; DeepSpeed's order: regulariser, clipping, step."""
+    """The same training in one process."""
     model = make_model()
     optimizer = optimizer_of(model)
-    allocator = RankAllocator(model, **SCHEDULE)
+    allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE)
+    allocator.attach(optimizer)
     for step in range(1, steps + 1):
         parts = micro_batches(step, world * accumulate)
         for x, target in parts:
             ((model(x) - target).square().mean() / len(parts)).backward()
-        if weight:
-            orth_reg_grad_(model, weight)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(trainable(model), clip)
         optimizer.step()
-        allocator.step(step)
         optimizer.zero_grad()
     return model, allocator
 
@@ -156,3 +154,35 @@ def resume(stage, folder, at=15, **more):
             run(engine, at + 1, STEPS)
         results.append(report(model, allocator))
     return results
+
+
+def hf(stage, folder, steps=12, resume_at=None, precision=None, plain=False, **options):
+    """A Trainer with the callback; returns the run's report, and what it has saved."""
+    import trainer_runs
+    from adalora_kernels.peft import allocator_of
+    from transformers import TrainingArguments, Trainer, default_data_collator
+    from adalora_kernels.trainer import AdaLoraCallback
+
+    world = dist.get_world_size()
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": str(world)}
+    def trainer():
+        args = TrainingArguments(
+            output_dir=folder, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2,
+            max_steps=steps, learning_rate=1e-2, lr_scheduler_type="constant",
+            train_sampling_strategy="sequential", logging_steps=1, report_to="none", deepspeed=config,
+            dataloader_pin_memory=False, **options)
+        model = trainer_runs.make(total_step=None)
+        return Trainer(model, args, train_dataset=trainer_runs.rows(steps * 2 * world),
+            data_collator=default_data_collator, callbacks=[AdaLoraCallback()])
+    t = trainer()
+    t.train(**({"resume_from_checkpoint": f"{folder}/checkpoint-{resume_at}"} if resume_at else {}))
+    t.save_model(folder + "/final")
+    return report(t.model, allocator_of(t.model)) | {"logs": t.state.log_history[-3:]}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_sharded
-from ..distributed.deepspeed import optimizer_of
+from ..distributed.deepspeed import ZeroStep, optimizer_of
 from ..orthogonality import orth_reg_grad_
 from .engine import FollowsEngines
 from .steps import Steps
@@ -43,7 +43,7 @@ class FollowsOptimizers(FollowsEngines):
 
     def _start_following(self) -> None:
         # Weak: an allocator that waits for an optimizer that is gone is not attached.
-        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]]
+        self._hooks: weakref.WeakKeyDictionary[Any, list[RemovableHandle | ZeroStep]]
         self._hooks = weakref.WeakKeyDictionary()
         self._steps = Steps()
         self._copies = None

@@ -51,37 +51,39 @@ class FollowsEngines(BeginsRuns):
             if (alive := allocator()) is not None:
                 alive._before_engine_step(optimizer)
 
+        def within(flat: Tensor) -> None:
+            if (alive := allocator()) is not None:
+                alive._copies.add_to(flat)
+
         def after(optimizer: Any, loss_scale: float) -> None:
             if (alive := allocator()) is not None:
                 alive._after_engine_step(optimizer, loss_scale)
 
-        return ZeroStep(zero, before, after)
+        return ZeroStep(zero, before, within, after)
 
     @torch.no_grad()
     def _before_engine_step(self, zero: Any) -> None:
-        """Read the gradients, which DeepSpeed's step frees, and add the regulariser's to them."""
-        copies = self._copies
+        """Read the gradients, which DeepSpeed's step frees, and make the regulariser's."""
+        copies, learns = self._copies, self._learns_next()
         copies.follow()
-        weight = self.orth_reg_weight
-        if not (self._learns_next() or weight > 0.0):
-            return
-        copies.read_gradients(self._state.members.had_gradient)
-        if weight > 0.0 and self._has_gradients():
+        copies.drop_gradients()  # of a step that has failed
+        if learns:
+            copies.read_gradients(self._state.members.had_gradient)
+        if self.orth_reg_weight > 0.0 and (copies.have_gradients or not learns):
             copies.read_values((0, 2))
-            self.orth_reg = orth_reg_grad_(
-                self._pairs(), weight, grad_scale=1.0 / float(zero.loss_scale)
-            )
-            copies.write_gradients((0, 2))
+            self.orth_reg = orth_reg_grad_(self._pairs(), self.orth_reg_weight)
+            copies.take_additions(zero)
 
     @torch.no_grad()
     def _after_engine_step(self, zero: Any, loss_scale: float) -> None:
-        """Take the step that DeepSpeed has taken, from the gradients of before and new values."""
+        """Take the step that DeepSpeed has taken, from its gradients and the new values."""
         copies, learns = self._copies, self._learns_next()
         # A step that DeepSpeed skips does not count, like one that a GradScaler skips.
-        if not zero.overflow and (self._has_gradients() or not learns):
+        if not zero.overflow and (copies.have_gradients or not learns):
             if learns:
+                copies.set_gradients(gradient_scale(zero, loss_scale, copies.device))
                 copies.read_values()
-            self._step(self.global_step + 1, gradient_scale(zero, loss_scale, copies.device))
+            self._step(self.global_step + 1, None)
         copies.drop_gradients()
 
     def _learns_next(self) -> bool:

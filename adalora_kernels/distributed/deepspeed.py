@@ -1,8 +1,20 @@
 """Adapters under DeepSpeed's ZeRO: whole copies of what each process has a part of.
 
 Stages 1 and 2 keep the parameters of the model whole, and cut their float32 masters, gradients and
-optimizer state; stage 3 cuts all of them. All of it is read and written through DeepSpeed's public
-functions (`deepspeed.utils.safe_get_full_grad` and the like); for what has none, a comment says why.
+optimizer state; stage 3 cuts all of them. They are read and written through DeepSpeed's public
+functions (`deepspeed.utils.safe_get_full_grad` and the like). Where there is none for what is
+needed, a comment says so.
+
+What is sent in an optimizer step, with P = Σ r·(in + out + 1) entries in all trained adapters,
+n = Σ r triplets, and W processes, is sent by each of them in float32:
+
+- before the final phase, the gradients, P; and after the step the new masters, P
+- with the regulariser also the masters of lora_A and lora_B before the step, P - n
+- in steps that prune, and all of the final phase, lora_E's masters, n
+
+In stage 3, each is one all-gather of P / W entries a process. In stages 1 and 2 it is DeepSpeed's
+all-reduce of each parameter; masters of float32 parameters are read from the parameters, and
+nothing is sent. What is written is written by each process to its own part.
 """
 
 from __future__ import annotations
@@ -96,16 +108,26 @@ def _refuse_unsupported(optimizer: Any) -> None:
 
 
 class ZeroStep:
-    """Calls `before` and `after` around every step of a ZeRO optimizer, until `remove`.
+    """Calls functions in every step of a ZeRO optimizer, until `remove`.
 
-    Both get the optimizer, and `after` the loss scale of the step.
+    DeepSpeed's engine, and so Accelerate and the Trainer, call `optimizer.step()` only at the end
+    of a gradient accumulation. It has no hooks, so the method is replaced on the object. The torch
+    optimizer in it, which has hooks, steps once for each of DeepSpeed's flat tensors, when their
+    gradients have been clipped.
 
-    DeepSpeed's engine, and so Accelerate and the Trainer, call `optimizer.step()` at the boundary of
-    the gradient accumulation only. It has no hooks, so the method is replaced on the object.
+    Args:
+        optimizer: the ZeRO optimizer.
+        before: gets it before the step.
+        within: gets each flat tensor of masters before torch's step. It has its gradient.
+        after: gets the optimizer after the step, and the loss scale that the step has begun with.
     """
 
     def __init__(
-        self, optimizer: Any, before: Callable[[Any], Any], after: Callable[[Any, float], Any]
+        self,
+        optimizer: Any,
+        before: Callable[[Any], Any],
+        within: Callable[[Tensor], Any],
+        after: Callable[[Any, float], Any],
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._is_removed = False
@@ -115,17 +137,31 @@ class ZeroStep:
             if self._is_removed:
                 return inner(*args, **kwargs)
             before(optimizer)
-            loss_scale = float(optimizer.loss_scale)  # It may be another one after the step.
+            loss_scale = float(optimizer.loss_scale)
             result = inner(*args, **kwargs)
             after(optimizer, loss_scale)
             return result
 
+        def hook(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            for group in stepping.param_groups:
+                for flat in group["params"]:
+                    within(flat)
+
         self._step = step
         optimizer.step = step
+        # The second is for what offload_optimizer.ratio leaves on the accelerator.
+        inside = (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None))
+        self._handles = [
+            each.register_step_pre_hook(hook)
+            for each in inside
+            if isinstance(each, torch.optim.Optimizer)
+        ]
 
     def remove(self) -> None:
         """Put the method back, or let it pass where somebody else has replaced it since."""
         self._is_removed = True
+        for handle in self._handles:
+            handle.remove()
         optimizer = self._optimizer()
         if optimizer is not None and vars(optimizer).get("step") is self._step:
             del optimizer.step
@@ -154,7 +190,7 @@ class WholeCopies:
 
     Attributes:
         parameters: lora_A, lora_E and lora_B of each adapter in turn. They have gradients between
-            `read_gradients` and `drop_gradients`.
+            `set_gradients` and `drop_gradients`.
 
     Raises:
         ValueError: a trainable one is not trained by DeepSpeed, or has float64 values, for which
@@ -176,6 +212,10 @@ class WholeCopies:
                         "deepspeed.initialize, after the adapters have been made"
                     )
         self.parameters: list[nn.Parameter] = []
+        # By the number of the parameter: as they were read, and what comes to them.
+        self._gradients: dict[int, Tensor] = {}
+        self._additions: dict[int, Tensor] = {}
+        self._fragments: dict[int, list[tuple[int, Tensor]]] = {}
         with deepspeed.zero.GatheredParameters(self._of), torch.no_grad():
             for p in self._of:
                 copy = p.detach().to(torch.float32, copy=True)
@@ -214,28 +254,56 @@ class WholeCopies:
             had_gradient: whether each adapter has had a gradient.
         """
         chosen = self._trained()
-        gradients = _whole_gradients([self._of[i] for i in chosen])
-        for i, gradient in zip(chosen, gradients, strict=True):
-            self.parameters[i].grad = gradient
-        new = [i for i in chosen if not had_gradient[i // 3]]
+        gradients = list(_whole_gradients([self._of[i] for i in chosen]))
+        new = [n for n, i in enumerate(chosen) if not had_gradient[i // 3]]
         if new:
-            flags = torch.stack([_some(self.parameters[i].grad) for i in new]).tolist()
-            used = {i // 3 for i, flag in zip(new, flags, strict=True) if flag}
-            for i in new:
-                if i // 3 not in used:
-                    self.parameters[i].grad = None
+            flags = torch.stack([(gradients[n] != 0).any() for n in new]).tolist()
+            used = {chosen[n] // 3 for n, flag in zip(new, flags, strict=True) if flag}
+            unused = {i for i in chosen if not had_gradient[i // 3] and i // 3 not in used}
+        else:
+            unused = set()
+        self._gradients = {i: g for i, g in zip(chosen, gradients, strict=True) if i not in unused}
 
-    def drop_gradients(self) -> None:
-        """Free the copies' gradients."""
-        for copy in self.parameters:
-            copy.grad = None
+    @property
+    def have_gradients(self) -> bool:
+        """Whether `read_gradients` has found any."""
+        return len(self._gradients) > 0
+
+    def take_additions(self, optimizer: Any) -> None:
+        """Let `add_to` add the copies' gradients, which are none then."""
+        for i, copy in enumerate(self.parameters):
+            if copy.grad is not None:
+                self._additions[i] = copy.grad
+                copy.grad = None
+        self._fragments = _fragments(
+            optimizer, [(self._of[i], addition) for i, addition in self._additions.items()]
+        )
 
     @torch.no_grad()
-    def write_gradients(self, factors: Sequence[int]) -> None:
-        """Let DeepSpeed's step use the copies' gradients of these factors. Sends nothing."""
-        for i, (p, copy) in enumerate(zip(self._of, self.parameters, strict=True)):
-            if copy.grad is not None and i % 3 in factors:
-                _write_gradient(p, copy.grad)
+    def add_to(self, flat: Tensor) -> None:
+        """Add to the gradient of a flat tensor of masters what belongs there."""
+        gradient = flat.grad
+        for start, addition in self._fragments.pop(id(flat), ()):
+            if gradient is not None:
+                gradient.view(-1)[start : start + addition.numel()].add_(addition)
+
+    @torch.no_grad()
+    def set_gradients(self, scale: Tensor) -> None:
+        """Give the copies the gradients that DeepSpeed's step has used.
+
+        Args:
+            scale: what that has multiplied the gradients by, one float32.
+        """
+        for i, gradient in self._gradients.items():
+            gradient = gradient * scale
+            addition = self._additions.get(i)
+            self.parameters[i].grad = gradient if addition is None else gradient.add_(addition)
+
+    def drop_gradients(self) -> None:
+        """Free everything about gradients."""
+        self._gradients, self._additions, self._fragments = {}, {}, {}
+        for copy in self.parameters:
+            copy.grad = None
 
     @torch.no_grad()
     def write_lora_E(self) -> None:
@@ -248,11 +316,6 @@ class WholeCopies:
         """Which parameters DeepSpeed trains now. Those of rank 0 have nothing to read or write."""
         pairs = enumerate(zip(self._of, self.parameters, strict=True))
         return [i for i, (p, copy) in pairs if p.requires_grad and copy.numel() > 0]
-
-
-def _some(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None  # for mypy: it has just been read
-    return (gradient != 0).any()
 
 
 def _is_cut(parameter: Tensor) -> bool:
@@ -278,8 +341,7 @@ def _whole_gradients(parameters: Sequence[Tensor]) -> Iterator[Tensor]:
         yield from _gathered(parameters, safe_get_local_grad)
         return
     for p in parameters:
-        gradient = safe_get_full_grad(p)
-        yield gradient.clone() if gradient is p.grad else gradient
+        yield safe_get_full_grad(p)
 
 
 @torch.no_grad()
@@ -298,7 +360,7 @@ def _gathered(parameters: Sequence[Tensor], part_of: Callable[[Tensor], Tensor])
     world = comm.get_world_size(group=group)
     everyone = mine.new_empty(world * mine.numel())
     comm.all_gather_into_tensor(everyone, mine, group=group)
-    columns = everyone.view(world, -1).split([part.numel() for part in parts], dim=1)
+    columns = everyone.view(world, -1).split_with_sizes([part.numel() for part in parts], dim=1)
     wholes = []
     for p, column in zip(parameters, columns, strict=True):
         shape = _shape_of(p)
@@ -321,14 +383,28 @@ def _part(parameter: Any, whole: Tensor) -> Tensor:
     return nn.functional.pad(part, (0, length - part.numel()))
 
 
-def _write_gradient(parameter: Any, gradient: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+def _fragments(
+    optimizer: Any, additions: Sequence[tuple[Any, Tensor]]
+) -> dict[int, list[tuple[int, Tensor]]]:
+    """Where this process's part of each addition belongs, by the id of the flat tensor of masters.
 
-    if _is_cut(parameter):
-        # Not safe_set_full_grad, which fails where the parts are not of one length.
-        safe_set_local_grad(parameter, _part(parameter, gradient))
-    else:
-        safe_set_full_grad(parameter, gradient)
+    No public function reaches the gradients after clipping, so this reads where DeepSpeed has put
+    them: the table of stage 3 and, for stages 1 and 2, the mark that its public functions read.
+    """
+    result: dict[int, list[tuple[int, Tensor]]] = {}
+    for p, addition in additions:
+        if _is_cut(p):
+            group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+            flat, part = optimizer.fp32_partitioned_groups_flat[group], _part(p, addition)
+        else:
+            mapping = p._hp_mapping
+            if mapping is None:  # All of it belongs to other processes.
+                continue
+            own, start = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            part = addition.reshape(-1)[own.start : own.start + own.numel]
+        result.setdefault(id(flat), []).append((start, part.to(flat.device, flat.dtype)))
+    return result
 
 
 def _write_value(parameter: Any, value: Tensor) -> None:

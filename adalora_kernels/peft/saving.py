@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import AdaLoraConfig
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def adapted_layers(
         alive_rows = _alive_by_allocator(adapters, allocator)
     layers = []
     for adapter, alive in zip(adapters, alive_rows, strict=True):
-        name, rows, length = module_name(adapter.name, key), len(adapter.lora_E), len(alive)
+        name, rows, length = module_name(adapter.name, key), adapter.rank, len(alive)
         if length > init_r:
             raise ValueError(f"{name} has {length} triplets, its init_r is {init_r}")
         # After shrink() the parameters hold only what is alive.
@@ -175,7 +176,7 @@ def _alive_by_allocator(adapters: list[Adapter], allocator: RankAllocator) -> li
     if patterns.keys().isdisjoint(keys):
         raise ValueError("allocator is for another model or adapter")
     return [
-        patterns.get(key, _flags([False] * len(adapter.lora_E)))
+        patterns.get(key, _flags([False] * adapter.rank))
         for adapter, key in zip(adapters, keys, strict=True)
     ]
 
@@ -242,11 +243,30 @@ def state_for_file(
     for layer in layers:
         keys = [f"{layer.name}.{factor}.{layer.adapter.key}" for factor, _ in FACTORS]
         keys = [key if key in result else f"base_model.model.{key}" for key in keys]
+        if _is_elsewhere(layer, result[keys[1]]):
+            continue
         chosen = layer.chosen(result[keys[1]], checkpoint=checkpoint)
         for key, (_, dim) in zip(keys, FACTORS, strict=True):
             form = layer.compact if checkpoint else layer.whole
             result[key] = form(result[key], dim, chosen)
     return result
+
+
+def _is_elsewhere(layer: AdaptedLayer, lora_E: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO has left no entry of a layer here, which another process writes.
+
+    Raises:
+        ValueError: it is this process that writes.
+    """
+    if lora_E.numel() > 0 or len(layer.stored) == 0:
+        return False
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        raise ValueError(
+            f"the parameters of {layer.name} are cut into parts by DeepSpeed's ZeRO stage 3: save "
+            "by Trainer.save_model or, on all processes, give save_pretrained a state_dict from "
+            "accelerator.get_state_dict(engine)"
+        )
+    return True
 
 
 def module_name(name: str, adapter_name: str | None) -> str:
