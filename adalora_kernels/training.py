@@ -104,10 +104,10 @@ class AllocatingCallback:
         """
         optimizers = list(optimizers)
         allocator.detach()  # from an optimizer of another training, or one that a user has chosen
-        if not any([allocator.look_through(optimizer) for optimizer in optimizers]):
-            # DeepSpeed has taken over the values that the model had before.
-            if state is None and not continues:
-                self._give_start(allocator)
+        engines = [allocator.look_through(optimizer) for optimizer in optimizers]
+        # DeepSpeed has taken over the values that the model had when the engine was made.
+        if state is None and not continues and not any(engines):
+            self._give_start(allocator)
         if state is None and not continues and allocator.shrunk:
             warnings.warn(
                 f"AdaLoRA's ranks are final ({sum(allocator.ranks().values())} triplets), because "

@@ -1,6 +1,6 @@
 """What runs in the processes of test_distributed_deepspeed.py: trainings with DeepSpeed's engine.
 
-Each compares itself with a training in one process over the same micro-batches.
+Each compares itself with a training in one process over the same micro-batches, without DeepSpeed.
 """
 
 import copy
@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from helpers import Mlp, batch, trainable
 
-from adalora_kernels import RankAllocator
+from adalora_kernels import RankAllocator, SVDLinear
 
 STEPS = 30
 SCHEDULE = {"target_r": 3, "total_step": STEPS, "tinit": 6, "tfinal": 8, "deltaT": 2}
+# DeepSpeed compiles this for CPUs when it is first used; torch.distributed does the same.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def micro_batches(step, count):
@@ -26,58 +28,66 @@ def micro_batches(step, count):
     return list(zip(x.chunk(count), target.chunk(count), strict=True))
 
 
-def make_model(**options):
+def make_model(kind="plain"):
+    """Three layers of rank 6; "unused" has one more, and in "frozen" the second is not trained."""
     torch.manual_seed(0)
-    return Mlp(r=6, **options)
+    model = Mlp(r=6)
+    if kind == "unused":
+        model.unused = SVDLinear(8, 12, r=4)
+    if kind == "frozen":
+        model.layers[1].requires_grad_(False)
+    return model
 
 
-def config_of(stage, accumulate=1, **more):
+def make_optimizer(model):
+    """AdamW with two groups, so that DeepSpeed makes two flat tensors."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if ("lora_B" in n) == is_B], "lr": lr}
+        for is_B, lr in ((True, 2e-3), (False, 5e-3))
+    ]
+    return torch.optim.AdamW(groups)
+
+
+def config_of(stage, accumulate=1, zero=None, **more):
     world = dist.get_world_size()
-    config = {
+    return {
         "train_batch_size": world * accumulate,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+        "zero_optimization": {"stage": stage, **(zero or {})},
         **more,
     }
-    return config
-
-
-def optimizer_of(model):
-    return torch.optim.AdamW(trainable(model), lr=5e-3)
 
 
 def start(model, config):
     if "fp16" in config:
-        # DeepSpeed trusts no CPU with it; ours can.
+        # DeepSpeed takes no CPU to be able to do it.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer_of(model), config=copy.deepcopy(config)
-    )
-    return engine
+    optimizer = make_optimizer(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))[0]
 
 
 def run(engine, first, last, accumulate=1):
     """Take the steps from `first` to `last`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(first, last + 1):
-        parts = micro_batches(step, world * accumulate)
-        for x, target in parts[rank::world]:
+        for x, target in micro_batches(step, world * accumulate)[rank::world]:
             dtype = next(engine.module.parameters()).dtype
             loss = (engine(x.to(dtype)).float() - target).square().mean()
             engine.backward(loss)
             engine.step()
 
 
-def alone(world, accumulate=1, clip=None, weight=0.1, steps=STEPS):
-    """The same training in one process."""
-    model = make_model()
-    optimizer = optimizer_of(model)
+def alone(kind, world, accumulate, clip, weight, first=1):
+    """The same training in one process, which begins with the batch of step `first`."""
+    model = make_model(kind)
+    optimizer = make_optimizer(model)
     allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE)
     allocator.attach(optimizer)
-    for step in range(1, steps + 1):
+    for step in range(first, STEPS + 1):
         parts = micro_batches(step, world * accumulate)
         for x, target in parts:
             ((model(x) - target).square().mean() / len(parts)).backward()
@@ -96,93 +106,81 @@ def values_of(model):
 
 
 def report(model, allocator, expected=None):
-    values = values_of(model)
+    """How a training has ended: a digest of all values, ranks and scores, and what is expected."""
+    values, scores = values_of(model), allocator.state_dict()["scores"]
     pattern = [flag for flags in allocator.rank_pattern.values() for flag in flags]
-    averages = allocator.state_dict()
-    digest = hashlib.sha256(values.numpy().tobytes() + bytes(pattern))
-    digest.update(averages["scores"].numpy().tobytes())
+    content = values.numpy().tobytes() + bytes(pattern) + scores.numpy().tobytes()
     result = {
-        "step": allocator.global_step,
-        "digest": digest.hexdigest(),
+        "digest": hashlib.sha256(content).hexdigest(),
         "ranks": allocator.ranks(),
         "summary": allocator.summary(),
-        "finite": bool(values.isfinite().all()),
     }
     if expected is not None:
         other, reference = expected
-        theirs = values_of(other)
-        result["difference"] = ((values - theirs).norm() / theirs.norm()).item()
-        result["expected"] = reference.ranks()
-        mine, scores = averages["scores"], reference.state_dict()["scores"]
-        result["scores"] = ((mine - scores).norm() / scores.norm()).item()
+        theirs, their_scores = values_of(other), reference.state_dict()["scores"]
+        result["expected"] = reference.summary()
         result["same_pattern"] = reference.rank_pattern == allocator.rank_pattern
+        result["difference"] = ((values - theirs).norm() / theirs.norm()).item()
+        result["scores"] = ((scores - their_scores).norm() / their_scores.norm()).item()
+        result["orth_reg"] = (allocator.orth_reg or 0) - (reference.orth_reg or 0)
     return result
 
 
-def train(stage, accumulate=1, clip=None, weight=0.1, compare=True, **more):
+def train(stage, kind="plain", accumulate=1, clip=None, weight=0.1, **more):
     """A whole training; `more` is of DeepSpeed's config."""
-    model = make_model()
+    model = make_model(kind)
     allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE)
     if clip is not None:
         more["gradient_clipping"] = clip
     engine = start(model, config_of(stage, accumulate, **more))
     allocator.attach(engine)
     run(engine, 1, STEPS, accumulate)
-    expected = None
-    if compare:
-        expected = alone(dist.get_world_size(), accumulate, clip, weight)
-    return report(model, allocator, expected) | {"skipped": engine.skipped_steps}
+    skipped = engine.skipped_steps
+    expected = alone(kind, dist.get_world_size(), accumulate, clip, weight, 1 + skipped)
+    return report(model, allocator, expected) | {"skipped": skipped}
 
 
 def resume(stage, folder, at=15, **more):
-    """Train to step `at`, save through the engine, and let new objects go on from there."""
-    config = config_of(stage, **more)
+    """Train to step `at`, save through the engine, and let new objects go on from there, too."""
     results = []
-    for _ in ("saved", "resumed"):
+    for is_resumed in (False, True):
         model = make_model()
         allocator = RankAllocator(model, orth_reg_weight=0.1, **SCHEDULE)
-        engine = start(model, config)
-        if not results:
-            allocator.attach(engine)
-            run(engine, 1, at)
-            engine.save_checkpoint(folder, client_state={"allocator": allocator.state_dict()})
-            run(engine, at + 1, STEPS)
-        else:
-            allocator.attach(engine)
+        engine = start(model, config_of(stage, **more))
+        allocator.attach(engine)
+        if is_resumed:
             _, client_state = engine.load_checkpoint(folder)
             allocator.load_state_dict(client_state["allocator"])
-            run(engine, at + 1, STEPS)
+        else:
+            run(engine, 1, at)
+            engine.save_checkpoint(folder, client_state={"allocator": allocator.state_dict()})
+        run(engine, at + 1, STEPS)
         results.append(report(model, allocator))
     return results
 
 
-def hf(stage, folder, steps=12, resume_at=None, precision=None, plain=False, **options):
-    """A Trainer with the callback; returns the run's report, and what it has saved."""
-    import trainer_runs
-    from adalora_kernels.peft import allocator_of
-    from transformers import TrainingArguments, Trainer, default_data_collator
-    from adalora_kernels.trainer import AdaLoraCallback
-
-    world = dist.get_world_size()
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": str(world)}
-    def trainer():
-        args = TrainingArguments(
-            output_dir=folder, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2,
-            max_steps=steps, learning_rate=1e-2, lr_scheduler_type="constant",
-            train_sampling_strategy="sequential", logging_steps=1, report_to="none", deepspeed=config,
-            dataloader_pin_memory=False, **options)
-        model = trainer_runs.make(total_step=None)
-        return Trainer(model, args, train_dataset=trainer_runs.rows(steps * 2 * world),
-            data_collator=default_data_collator, callbacks=[AdaLoraCallback()])
-    t = trainer()
-    t.train(**({"resume_from_checkpoint": f"{folder}/checkpoint-{resume_at}"} if resume_at else {}))
-    t.save_model(folder + "/final")
-    return report(t.model, allocator_of(t.model)) | {"logs": t.state.log_history[-3:]}
+def sent(stage):
+    """What is sent in one step, as DeepSpeed counts it: [op, bytes, calls], ours and its own."""
+    counts = {}
+    for attached in (False, True):
+        model = make_model()
+        allocator = RankAllocator(model, orth_reg_weight=0.1, **SCHEDULE)
+        engine = start(model, config_of(stage))
+        if attached:
+            allocator.attach(engine)
+        run(engine, 1, 2)
+        for step in (3, 8, 24):  # not pruning, pruning, final
+            allocator.global_step = step - 1
+            if step == 24:
+                allocator.frozen = True
+                allocator._state.drop_averages()
+            deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
+            logger = deepspeed.comm.comm.comms_logger
+            logger.comms_dict.clear()
+            run(engine, step, step)
+            counts[attached, step] = {
+                (op, size): entry[0]
+                for op, sizes in logger.comms_dict.items()
+                for size, entry in sizes.items()
+            }
+    return counts

@@ -294,10 +294,12 @@ class WholeCopies:
         Args:
             scale: what that has multiplied the gradients by, one float32.
         """
+        for i, addition in self._additions.items():
+            self.parameters[i].grad = addition
         for i, gradient in self._gradients.items():
+            copy = self.parameters[i]
             gradient = gradient * scale
-            addition = self._additions.get(i)
-            self.parameters[i].grad = gradient if addition is None else gradient.add_(addition)
+            copy.grad = gradient if copy.grad is None else gradient.add_(copy.grad)
 
     def drop_gradients(self) -> None:
         """Free everything about gradients."""
