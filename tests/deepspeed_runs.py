@@ -46,7 +46,8 @@ def make_optimizer(model):
         {"params": [p for n, p in named if ("lora_B" in n) == is_B], "lr": lr}
         for is_B, lr in ((True, 2e-3), (False, 5e-3))
     ]
-    return torch.optim.AdamW(groups)
+    # DeepSpeed takes no gradient for one of 0, and so lets unused weights decay.
+    return torch.optim.AdamW(groups, weight_decay=0.0 if hasattr(model, "unused") else 0.01)
 
 
 def config_of(stage, accumulate=1, zero=None, **more):
