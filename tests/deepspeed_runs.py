@@ -7,8 +7,6 @@ import copy
 import hashlib
 import os
 
-os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -106,6 +104,14 @@ def values_of(model):
         return torch.cat([p.detach().float().flatten() for p in parameters])
 
 
+def live_in(model):
+    """How many triplets of what is trained are not 0, in the parameters themselves."""
+    named = model.named_parameters()
+    lora_E = [p for n, p in named if "lora_E" in n and p.requires_grad]
+    with deepspeed.zero.GatheredParameters(lora_E):
+        return sum(int((p != 0).sum()) for p in lora_E)
+
+
 def report(model, allocator, expected=None):
     """How a training has ended: a digest of all values, ranks and scores, and what is expected."""
     values, scores = values_of(model), allocator.state_dict()["scores"]
@@ -115,6 +121,7 @@ def report(model, allocator, expected=None):
         "digest": hashlib.sha256(content).hexdigest(),
         "ranks": allocator.ranks(),
         "summary": allocator.summary(),
+        "live": live_in(model),
     }
     if expected is not None:
         other, reference = expected
@@ -137,11 +144,23 @@ def train(stage, kind="plain", accumulate=1, clip=None, weight=0.1, **more):
     allocator.attach(engine)
     run(engine, 1, STEPS, accumulate)
     skipped = engine.skipped_steps
+    if skipped:
+        allocator.skip(allocator.global_step)  # As the Trainer's callback does after each.
     expected = alone(kind, dist.get_world_size(), accumulate, clip, weight, 1 + skipped)
     return report(model, allocator, expected) | {"skipped": skipped}
 
 
-def resume(stage, folder, at=15, **more):
+def train_each(cases):
+    """`train` for each (stage, options)."""
+    return {name: train(stage, **options) for name, (stage, options) in cases.items()}
+
+
+def resume(stages, folder, at=15, **more):
+    """`resume_one` for each stage."""
+    return {stage: resume_one(stage, f"{folder}/{stage}", at, **more) for stage in stages}
+
+
+def resume_one(stage, folder, at, **more):
     """Train to step `at`, save through the engine, and let new objects go on from there, too."""
     results = []
     for is_resumed in (False, True):
@@ -185,3 +204,77 @@ def sent(stage):
                 for size, entry in sizes.items()
             }
     return counts
+
+
+def refusals():
+    """What is said to setups that can't work, by name; and what the allocator is like after it."""
+    messages = {}
+
+    def note(name, function, *arguments):
+        try:
+            function(*arguments)
+        except (ValueError, RuntimeError, TypeError) as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+        else:
+            messages[name] = "no error"
+
+    def prepare(name, config, change=None):
+        model = make_model()
+        if change is not None:
+            change(model)
+        allocator = RankAllocator(model, **SCHEDULE)
+        engine = start(model, config)
+        note(name, allocator.attach, engine)
+        messages[name] += ", attached" if allocator.attached else ""
+        return allocator, engine
+
+    bf16 = {"bf16": {"enabled": True}}
+    prepare("stage 0 in half precision", config_of(0, **bf16))
+    prepare("BF16_Optimizer", config_of(1, **bf16, data_types={"grad_accum_dtype": "fp32"}))
+    prepare("round robin", config_of(2, zero={"round_robin_gradients": True}))
+    prepare("float64", config_of(2), lambda model: model.double())
+    prepare("stage 0", config_of(0))
+    allocator, engine = prepare("stage 3", config_of(3))
+    note("twice", allocator.attach, engine)
+    note("by hand", allocator.step, 1)
+    allocator.frozen = True
+    note("shrink", allocator.shrink)
+    note("too late", lambda: RankAllocator(engine.module, **SCHEDULE))
+    state = allocator.state_dict()
+    allocator.detach()
+    note("state before attach", allocator.load_state_dict, state)
+    note("no engine", allocator.attach, engine.module)
+    model = make_model()
+    allocator = RankAllocator(model, **SCHEDULE)
+    only = torch.optim.AdamW(trainable(model.layers[0]))
+    note(
+        "not all",
+        lambda: allocator.attach(
+            deepspeed.initialize(model=model, optimizer=only, config=config_of(2))[0]
+        ),
+    )
+    inference = deepspeed.initialize(model=make_model(), config=config_of(3))[0]
+    note("no optimizer", RankAllocator(make_model(), **SCHEDULE).attach, inference)
+    return messages
+
+
+def by_accelerate(stage):
+    """A hand-written loop with Accelerate, which gives what it has prepared to `attach`."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    model, rank, world = make_model(), dist.get_rank(), dist.get_world_size()
+    config = config_of(stage, 2, gradient_clipping=0.05)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    allocator = RankAllocator(model, orth_reg_weight=0.1, **SCHEDULE)
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(model))
+    allocator.attach(optimizer)
+    for step in range(1, STEPS + 1):
+        for x, target in micro_batches(step, 2 * world)[rank::world]:
+            with accelerator.accumulate(prepared):
+                accelerator.backward((prepared(x) - target).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    return report(model, allocator, alone("plain", world, 2, 0.05, 0.1))

@@ -41,7 +41,7 @@ class FollowsEngines(BeginsRuns):
                     "optimizer is DeepSpeed's, and the adapters have been cut by shrink(): make a "
                     "new RankAllocator before deepspeed.initialize"
                 )
-            self._copies = WholeCopies(self.adapters)
+            self._copies = WholeCopies(self.adapters, zero)
         return zero
 
     def _hook_engine(self, zero: Any, allocator: Callable[[], Any]) -> ZeroStep:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..adapters import Adapter
@@ -103,8 +104,13 @@ def _refuse_unsupported(optimizer: Any) -> None:
             "DeepSpeed's torch_autocast with dtype float16 is not supported: use bfloat16, or the "
             "fp16 section of its config"
         )
-    if getattr(optimizer, "use_muon", False):
+    if "muon" in type(optimizer.optimizer).__name__.lower():
         raise ValueError("DeepSpeed's Muon optimizer is not supported: it changes the gradients")
+    if getattr(optimizer, "has_moe_layers", False):
+        raise ValueError("DeepSpeed's MoE layers are not supported: each process has other experts")
+    group = getattr(optimizer, "model_parallel_group", None)
+    if group is not None and dist.get_world_size(group) > 1:
+        raise ValueError("DeepSpeed with tensor or model parallelism is not supported")
 
 
 class ZeroStep:
@@ -147,7 +153,8 @@ class ZeroStep:
                 for flat in group["params"]:
                     within(flat)
 
-        self._step = step
+        # Weak: the function holds the optimizer.
+        self._step = weakref.ref(step)
         optimizer.step = step
         # The second is for what offload_optimizer.ratio leaves on the accelerator.
         inside = (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None))
@@ -163,7 +170,7 @@ class ZeroStep:
         for handle in self._handles:
             handle.remove()
         optimizer = self._optimizer()
-        if optimizer is not None and vars(optimizer).get("step") is self._step:
+        if optimizer is not None and vars(optimizer).get("step") is self._step():
             del optimizer.step
 
 
@@ -182,11 +189,12 @@ def gradient_scale(optimizer: Any, loss_scale: float, device: torch.device) -> T
 class WholeCopies:
     """Whole float32 copies of the adapters' parameters, the same on all processes.
 
-    The allocator works on them as on the parameters of one process. Nothing is sent but in `read`,
-    which all processes have to call together.
+    The allocator works on them as on the parameters of one process. Something is sent only in
+    `read_values` and `read_gradients`, which all processes have to call together.
 
     Args:
-        adapters: their parameters; all of them trained by the ZeRO optimizer, or frozen.
+        adapters: whose parameters they are copies of.
+        optimizer: the ZeRO optimizer that trains all of them but frozen ones.
 
     Attributes:
         parameters: lora_A, lora_E and lora_B of each adapter in turn. They have gradients between
@@ -197,15 +205,18 @@ class WholeCopies:
             DeepSpeed has no masters.
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], optimizer: Any) -> None:
         import deepspeed
 
+        # What stages 1 and 2, and stage 3, call the groups of the model's parameters.
+        groups = getattr(optimizer, "bit16_groups", None) or optimizer.fp16_groups
+        trained = {id(p) for group in groups for p in group}
         self._of = [p for adapter in adapters for p in adapter.parameters]
         for adapter in adapters:
             for p in adapter.parameters:
                 if p.dtype == torch.float64:
                     raise ValueError(f"{adapter.name} is float64, and DeepSpeed's masters float32")
-                if p.requires_grad and not (_is_cut(p) or hasattr(p, "_hp_mapping")):
+                if p.requires_grad and id(p) not in trained:
                     raise ValueError(
                         f"optimizer must have all trainable adapter parameters, and DeepSpeed does "
                         f"not train one of those beside {adapter.name}: give model_parameters to "
