@@ -41,6 +41,7 @@ class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc
     - The logs hold adalora/budget, adalora/total_rank, adalora/skipped_steps and adalora/orth_reg.
       The Trainer puts the reporters of `report_to` before its user's callbacks: they get these keys
       after `before_reporters(trainer)`.
+    - With `deepspeed=…` in the TrainingArguments (ZeRO 1 to 3) all of this is the same.
     - Checkpoints hold all triplets and the allocator's state (`adalora_state.safetensors`), so that
       `train(resume_from_checkpoint=...)` goes on bitwise. What is saved afterwards is pruned.
 

@@ -50,7 +50,7 @@ def prepare(folder, stage, accumulation=1, **options):
     ), data
 
 
-def train(stage, folder, accumulation=1):
+def train(stage, folder, accumulation):
     """A training with checkpoints, beside one by hand; what is saved is read by plain PEFT."""
     world = dist.get_world_size()
     trainer, data = prepare(folder, stage, accumulation, save_strategy="steps", save_steps=5)
@@ -72,8 +72,8 @@ def train(stage, folder, accumulation=1):
     }
 
 
-def resume(stage, folder, step=5):
+def resume(stage, folder, accumulation, step=5):
     """What `train` has written at `step` goes on to the same end."""
-    trainer, _ = prepare(folder, stage)
+    trainer, _ = prepare(folder, stage, accumulation)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
     return report(trainer.model, allocator_of(trainer.model))

@@ -71,8 +71,7 @@ def assert_as_alone(reports, options):
         assert (r["skipped"] > 0) == ("fp16" in options)
         assert r["summary"] == r["expected"] and r["summary"]["step"] == 30 - r["skipped"]
         assert r["same_pattern"] and 0 < r["summary"]["total_rank"] < r["summary"]["init_budget"]
-        unused = 4 if options.get("kind") == "unused" else 0
-        assert r["live"] == r["summary"]["total_rank"] + unused
+        assert r["live"] == r["summary"]["total_rank"]
         for name in ("difference", "scores", "orth_reg"):
             assert abs(r[name]) <= bound, f"{name} is off by {r[name]:.1e}"
 
@@ -111,13 +110,10 @@ def test_a_training_goes_on_from_the_engines_checkpoint(tmp_path, world, stages)
 
 
 @full
-@pytest.mark.parametrize(
-    ("world", "stage", "accumulation"), [(2, 2, 1), (2, 3, 1), (4, 3, 2)], ids=str
-)
+@pytest.mark.parametrize(("world", "stage", "accumulation"), [(2, 2, 1), (4, 3, 2)], ids=str)
 def test_the_trainer_is_plain_peft_by_hand(tmp_path, world, stage, accumulation):
-    arguments = {"stage": stage, "folder": str(tmp_path)}
-    more = {"accumulation": accumulation}
-    reports = on_ranks(world, "deepspeed_trainer_runs:train", arguments | more)
+    arguments = {"stage": stage, "folder": str(tmp_path), "accumulation": accumulation}
+    reports = on_ranks(world, "deepspeed_trainer_runs:train", arguments)
     assert_same_everywhere(reports)
     for r in reports:
         assert r["pattern"] == r["expected"]
@@ -126,9 +122,8 @@ def test_the_trainer_is_plain_peft_by_hand(tmp_path, world, stage, accumulation)
     logs = reports[0]["logs"]
     assert [log["adalora/budget"] for log in logs][::11] == [32, 16]
     assert all(log["adalora/orth_reg"] > 0 for log in logs)
-    if accumulation == 1:
-        resumed = on_ranks(world, "deepspeed_trainer_runs:resume", arguments)
-        assert_same_everywhere(reports + resumed)
+    resumed = on_ranks(world, "deepspeed_trainer_runs:resume", arguments)
+    assert_same_everywhere(reports + resumed)
 
 
 @full

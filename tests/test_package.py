@@ -19,6 +19,7 @@ LAYERS = [
     {"training", "export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
+    {"distributed"},
     {"functional"},
     {"orthogonality"},
     {"short"},
@@ -29,6 +30,7 @@ LAYERS = [
 ALLOCATOR = [
     {"allocator"},
     {"attach"},
+    {"engine"},
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
@@ -43,7 +45,8 @@ SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"
 def test_imports_are_made_when_they_are_needed():
     code = (
         "import sys, adalora_kernels as a;"
-        "own = ('triton', 'peft', 'transformers', 'lightning', 'pytorch_lightning', 'matplotlib');"
+        "own = ('triton', 'peft', 'transformers', 'lightning', 'pytorch_lightning', 'matplotlib',"
+        " 'accelerate', 'deepspeed');"
         "print([m for m in own if m in sys.modules]);"
         "print(a.loralib.__name__, a.peft.apply.__name__, a.plot.rank_heatmap.__name__,"
         " a.trainer.AdaLoraCallback.__name__, a.lightning.AdaLoraCallback.__name__,"

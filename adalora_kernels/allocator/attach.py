@@ -64,7 +64,7 @@ class FollowsOptimizers(FollowsEngines):
         """Whether this is attached to that very optimizer, or to one that it wraps."""
         return optimizer in self._hooks
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer | torch.nn.Module) -> None:
         """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
 
         Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
@@ -86,22 +86,28 @@ class FollowsOptimizers(FollowsEngines):
         again after loading or copying. A step captured in a CUDA graph needs `advance` and
         `update` instead.
 
+        Under DeepSpeed's ZeRO all processes call this, after `deepspeed.initialize`; the steps are
+        those of its engine. Each process then keeps whole float32 copies of the adapters, until
+        `detach`. What is sent in each step stands in `distributed/deepspeed.py`: it is 4 bytes for
+        each entry of the adapters two or three times, and for each lora_E in the final phase.
+
         Args:
             optimizer: over all trainable adapter parameters; or a wrapper that has it in an
-                attribute, such as Accelerate's, Lightning's, or SAM.
+                attribute, such as Accelerate's, Lightning's, or SAM; or a DeepSpeedEngine.
 
         Raises:
             TypeError: not a torch optimizer.
-            ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
-                are sharded or flattened (FSDP).
+            ValueError: the optimizer lacks a trainable parameter of an adapter; or the adapters
+                are sharded or flattened (FSDP); or DeepSpeed has a setting that is not supported,
+                which the message names.
             RuntimeError: already attached to this one.
         """
-        optimizer = optimizer_of(optimizer)
-        zero = self.look_through(optimizer)
+        taking_steps = optimizer_of(optimizer)
+        zero = self.look_through(taking_steps)
         if zero is not None:
             self._attach_engine(zero)
             return
-        *wrappers, inner = unwrapped(optimizer, self.adapters_left)
+        *wrappers, inner = unwrapped(taking_steps, self.adapters_left)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
         self.count_triplets()

@@ -36,7 +36,7 @@ class ApplyReport:
     allocator: PeftRankAllocator | None = None
     _bypasses_regulariser: bool = False
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer | torch.nn.Module) -> None:
         """Attach the allocator to `optimizer`; see `RankAllocator.attach`.
 
         Raises:
