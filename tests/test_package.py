@@ -21,6 +21,7 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"orthogonality"},
+    {"distributed"},
     {"short"},
     {"ops"},
     {"cpu", "importance", "launching"},
@@ -36,6 +37,7 @@ ALLOCATOR = [
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
+DISTRIBUTED = [{"tensor_parallel", "local_layer"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 
@@ -77,11 +79,12 @@ def own_imports(path, folder):
         (PACKAGE, LAYERS),
         (PACKAGE / "allocator", ALLOCATOR),
         (PACKAGE / "peft", PEFT),
+        (PACKAGE / "distributed", DISTRIBUTED),
         (PACKAGE / "export", EXPORT),
         (PACKAGE / "kernels", KERNELS),
         (PACKAGE / "kernels" / "svd_linear", SVD_LINEAR),
     ],
-    ids=["", "allocator", "peft", "export", "kernels", "svd_linear"],
+    ids=["", "allocator", "peft", "distributed", "export", "kernels", "svd_linear"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}

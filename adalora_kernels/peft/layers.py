@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
+from ..fusing import fused_dropout_p, is_base_of_op, is_unhooked, parameter_of
 from .saving import fit_rows_
 
 
@@ -32,6 +32,7 @@ class FusedLayer(ReadingLayer):
 
     # ranknum + 1e-5 as floats: read from the device once, not in every forward.
     _ranknums: dict[str, float]
+    takes_dtensors = True  # so `distributed.ColwiseAdaLora` and RowwiseAdaLora may shard it
 
     def _scaling_of(self: Any, adapter_name: str) -> float:
         ranknums = self._ranknums
@@ -180,11 +181,12 @@ def _product_of(base: Any) -> tuple[Tensor, Tensor | None] | None:
     """Return weight (out, in) and bias of `base` if base(x) is nothing but their product with x.
 
     It is not where the layer is of a subclass, hooked or patched. Its weight must be plain, too:
-    what a tensor subclass (torchao's, DTensor, a user's) makes of x is for the subclass to say.
+    what a tensor subclass (torchao's, a user's) makes of x is for the subclass to say. A DTensor's
+    product `functional.svd_linear` knows.
     """
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
         return None
     weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not (is_plain_tensor(weight) and weight.is_floating_point()):
+    if not (is_base_of_op(weight) and weight.is_floating_point()):
         return None
     return weight.T if type(base) is Conv1D else weight, bias

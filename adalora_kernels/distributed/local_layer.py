@@ -1,0 +1,170 @@
+"""What a layer computes whose parameters are DTensors: one call of the op on the local shards.
+
+Two ways to shard a layer are known, those of tensor parallelism, on a mesh of one dimension:
+
+    column-wise: x whole, weight and lora_B in parts of out, so y comes in parts of out;
+    row-wise: x, weight and lora_A in parts of in, so y comes in partial sums.
+
+The low-rank term is linear in h = x·lora_Aᵀ, so the partial h of a row-wise layer makes its part of
+the sum. What each process finds as the gradient of a parameter that it has whole is one summand of
+the gradient: of lora_A and lora_E of a column-wise layer, because u = g·lora_B is a partial sum
+there; of lora_E and lora_B of a row-wise one, because h is. They are added up in the backward, in
+one all-reduce for both, so that all processes have the same gradient (placement Replicate). The
+gradient of x of a column-wise layer is left as a partial sum, for whoever has made a DTensor of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from .. import ops
+
+# Two seeds may not be the same on two processes; see `_seed`.
+_ODD = 0x9E3779B97F4A7C15 >> 1
+
+
+class _Whole(Function):
+    """The local tensors of replicated DTensors, whose gradients are summed up over the mesh."""
+
+    @staticmethod
+    def forward(ctx: Any, mesh: DeviceMesh, *tensors: DTensor) -> tuple[Tensor, ...]:
+        ctx.mesh = mesh
+        # Views: autograd would write what it knows of an output into the parameter's own tensor.
+        return tuple(local.view_as(local) for local in (t.to_local() for t in tensors))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        needed = [g for g, needs in zip(grads, ctx.needs_input_grad[1:], strict=True) if needs]
+        flat = torch.cat([g.flatten() for g in needed]) if len(needed) > 1 else needed[0].flatten()
+        flat = DTensor.from_local(flat, ctx.mesh, [Partial()], run_check=False).full_tensor()
+        parts = iter(flat.split([g.numel() for g in needed]))
+        return None, *(
+            _replicated(next(parts).view_as(g).to(g.dtype), ctx.mesh) if needs else None
+            for g, needs in zip(grads, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+def _replicated(local: Tensor, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+
+
+def on_shards(
+    layer: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor | None:
+    """Return y of `functional.svd_linear`, or, given the output of a base layer, of `svd_delta`.
+
+    Args:
+        layer: computes y on plain tensors. It takes all of the following arguments and a seed for
+            the dropout, an int64 (1,), or None where nothing is dropped.
+        x, weight, bias, base, A, E, B, mask, scaling, dropout_p: as in `short.layer`.
+
+    Returns:
+        y as a DTensor: Shard(-1) of a column-wise layer, Partial of a row-wise one. None if it is
+        neither of them, which is then for DTensor's own rules.
+    """
+    mesh = _mesh_of(x, weight, bias, base, A, E, B)
+    if mesh is None:
+        return None
+    placements = tuple(t.placements[0] for t in (A, E, B))  # type: ignore[attr-defined]
+    column = placements == (Replicate(), Replicate(), Shard(0))
+    row = placements == (Shard(1), Replicate(), Replicate())
+    if not (column or row):
+        return None
+    shard, of_x = (Shard(0), Replicate()) if column else (Shard(1), Shard(x.dim() - 1))
+    of_y: Placement = Shard(x.dim() - 1) if column else Partial()
+    of_bias = shard if column else Replicate()
+    for t, placement in ((weight, shard), (bias, of_bias), (base, of_y)):
+        if t is not None and t.placements[0] != placement:  # type: ignore[attr-defined]
+            return None
+    if mask is not None and isinstance(mask, DTensor):
+        mask = mask.full_tensor()
+    of_dx: Placement = Partial() if column else of_x
+    whole_x: Any = x
+    if whole_x.placements[0] != of_x:
+        whole_x = whole_x.redistribute(placements=[of_x])
+    local_x = whole_x.to_local(grad_placements=[of_dx])
+    seed = _seed(local_x, mesh, alike=column) if dropout_p > 0.0 else None
+    if column:
+        local_A, local_E = _whole(mesh, A, E)
+        local_B, local_bias = _part(B), _part(bias)
+    else:
+        local_E, local_B, local_bias = _whole(mesh, E, B, bias)
+        local_A = _part(A)
+        if local_bias is not None and mesh.get_local_rank() != 0:
+            # y is a sum over the processes. Where the bias learns, all of them have to take part.
+            local_bias = local_bias * 0.0 if local_bias.requires_grad else None
+    y = layer(
+        local_x,
+        _part(weight),
+        local_bias,
+        _part(base),
+        local_A,
+        local_E,
+        local_B,
+        mask,
+        scaling,
+        dropout_p,
+        seed,
+    )
+    shape = torch.Size((*x.shape[:-1], B.shape[0]))
+    # Said, and not concluded from the local shape: the parts may differ in size.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(y, mesh, [of_y], run_check=False, shape=shape, stride=stride)
+
+
+def _mesh_of(*tensors: Tensor | None) -> DeviceMesh | None:
+    """The mesh of one dimension of all the tensors; None if there is no such mesh."""
+    there = [t for t in tensors if t is not None]
+    if not all(isinstance(t, DTensor) for t in there):
+        return None
+    meshes = [t.device_mesh for t in there]  # type: ignore[attr-defined]
+    alike = all(mesh == meshes[0] for mesh in meshes[1:])
+    return meshes[0] if alike and meshes[0].ndim == 1 else None
+
+
+def _part(t: Any) -> Any:
+    """The local shard; its gradient is the local shard of the gradient."""
+    return None if t is None else t.to_local()
+
+
+def _whole(mesh: DeviceMesh, *tensors: Any) -> Sequence[Any]:
+    """The local tensors of what every process has, None of None; see `_Whole`."""
+    there = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in there):
+        local = iter(_Whole.apply(mesh, *there))
+    else:
+        local = iter([t.to_local() for t in there])
+    return [None if t is None else next(local) for t in tensors]
+
+
+def _seed(x: Tensor, mesh: DeviceMesh, alike: bool) -> Tensor:
+    """A seed of this call's dropout, which is an int64 (1,).
+
+    Where all processes have the same x (`alike`), they drop the same entries: the seed is that of
+    the first one, which sends it. Otherwise each has its own entries and drops its own. The seeds
+    then differ also where the generators are in the same state.
+    """
+    seed = ops.dropout_seed(x)
+    if not alike:
+        return (seed + mesh.get_local_rank() * _ODD % 2**63) & (2**63 - 1)
+    parts = DTensor.from_local(seed, mesh, [Shard(0)], run_check=False)
+    return parts.full_tensor()[:1]
