@@ -2,13 +2,16 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from peft import AdaLoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import adalora_kernels.peft
 from adalora_kernels import SVDLinear
-from adalora_kernels.distributed import ColwiseAdaLora, RowwiseAdaLora
+from adalora_kernels.distributed import ColwiseAdaLora, RowwiseAdaLora, adalora_plan
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
@@ -102,3 +105,100 @@ def _cuts(size, world):
     """Where torch cuts a dimension: into parts of equal size, and a smaller one."""
     part = -(-size // world)
     return [min(part * i, size) for i in range(1, world)]
+
+
+def dropout():
+    """What is dropped: whether it is the same everywhere, and what of x lies in parts."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    size, found = 8, {}
+    x = torch.randn(64, size, dtype=torch.float64)
+    for style in ("column", "row"):
+        layer = SVDLinear(size, size, r=size, lora_dropout=0.5, bias=False, dtype=x.dtype)
+        layer.scaling = 1.0
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.lora_E.fill_(1.0)
+            layer.lora_A.copy_(torch.eye(size))
+            # All columns of y are sums of what is left of x; or they are what is left of it.
+            layer.lora_B.copy_(torch.ones(size, size) if style == "column" else torch.eye(size))
+        layer = parallelize_module(layer, mesh, style_of(style))
+        # The worst for each: generators that differ, and generators that are in one state.
+        torch.manual_seed(rank if style == "column" else 0)
+        here = x if style == "column" else torch.ones_like(x).chunk(world, 1)[rank]
+        here = here.clone().requires_grad_()
+
+        def call(t, layer=layer):
+            return layer(t)
+
+        state = torch.get_rng_state()
+        y = call(here)
+        y.sum().backward()
+        torch.set_rng_state(state)
+        again = here.detach().clone().requires_grad_()
+        checkpoint(call, again, use_reentrant=False).sum().backward()
+        found[style] = {"y": y.detach(), "x": here.grad, "again": again.grad}
+    return found
+
+
+def a_llama(world):
+    """A Llama with PEFT's adapters in all its linear layers, taken over; the same everywhere."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=world,
+        attn_implementation="eager",
+    )
+    llama = LlamaForCausalLM(config)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    schedule = {"target_r": 3, "tinit": 4, "tfinal": 8, "deltaT": 3, "total_step": 30}
+    options = AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=6,
+        lora_alpha=12,
+        lora_dropout=0.0,
+        target_modules=names,
+        orth_reg_weight=0.1,
+        **schedule,
+    )
+    model = get_peft_model(llama, options).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_E" in name:
+                parameter.normal_(std=0.1)
+    return model, adalora_kernels.peft.apply(model).allocator
+
+
+def parallelize_llama(model, mesh):
+    llama = model.get_base_model()
+    plan = adalora_plan(llama.config.base_model_tp_plan)
+    return parallelize_module(llama.model, mesh, plan)
+
+
+def tokens(step, rows=4):
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(0, 64, (rows, 12), generator=generator)
+
+
+def llama_gradients():
+    """The relative errors of a Llama's loss and gradients from those of one process."""
+    world = dist.get_world_size()
+    single, parallel = a_llama(world)[0], a_llama(world)[0]
+    parallelize_llama(parallel, init_device_mesh("cpu", (world,)))
+    losses = []
+    for model in (single, parallel):
+        for step in (1, 2):  # The second one adds up.
+            loss = model.get_base_model()(tokens(step), labels=tokens(step)).loss
+            loss.backward()
+        losses.append(loss.item())
+    expected = dict(single.named_parameters())
+    errors = {
+        name: relative(whole(p.grad), expected[name].grad)
+        for name, p in parallel.named_parameters()
+        if p.requires_grad
+    }
+    return {"losses": losses, "errors": errors}

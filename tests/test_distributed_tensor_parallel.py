@@ -1,6 +1,7 @@
 """Column-wise and row-wise layers on several processes are those of one process."""
 
 import pytest
+import torch
 from ranks import on_ranks
 from torch.distributed.tensor import Replicate, Shard
 
@@ -31,3 +32,32 @@ def test_layers_are_those_of_one_process(world):
         for case, result in report.items():
             assert max(result["errors"].values()) < 1e-13, (case, result["errors"])
             assert result["grads"] == result["placements"], case
+
+
+@pytest.mark.full
+def test_dropout_is_one_mask_of_what_is_whole_and_several_of_what_lies_in_parts():
+    first, second = on_ranks(2, "tensor_parallel_runs:dropout")
+    # Column-wise: each column of y is the sum of the entries that are left.
+    y = torch.cat([first["column"]["y"], second["column"]["y"]], 1)
+    assert torch.equal(y, y[:, :1].expand_as(y)) and torch.equal(
+        first["column"]["x"], second["column"]["x"]
+    )
+    kept = first["column"]["x"] != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    # Row-wise: y is what is left of ones.
+    y, dx = first["row"]["y"], torch.cat([first["row"]["x"], second["row"]["x"]], 1)
+    assert torch.equal(y, second["row"]["y"]) and torch.equal(y, dx)
+    assert set(y.unique().tolist()) == {0.0, 2.0} and 0.4 < (y != 0).double().mean() < 0.6
+    assert not torch.equal(y[:, :4], y[:, 4:])
+    for result in (first, second):
+        for style in ("column", "row"):
+            assert torch.equal(result[style]["again"], result[style]["x"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_llama_has_the_gradients_of_one_process(world):
+    for result in on_ranks(world, "tensor_parallel_runs:llama_gradients"):
+        assert len(result["errors"]) == 2 * 7 * 3
+        assert max(result["errors"].values()) < 1e-12, result["errors"]
+        assert result["losses"][0] == pytest.approx(result["losses"][1], rel=1e-13)
