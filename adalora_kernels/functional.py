@@ -55,9 +55,9 @@ def svd_linear(
         dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
             applied when positive; a layer passes 0 in evaluation.
         impl: "auto" takes the fastest implementation for the device of x, and plain PyTorch
-            where no op can serve the call: for tensor subclasses (torchao's, NestedTensor;
-            DTensors, but for those of a column-wise or row-wise layer of tensor parallelism,
-            whose local shards the op takes), under transforms of `torch.func`, in forward-mode AD, and for
+            where no op can serve the call: for tensor subclasses (torchao's, NestedTensor; but of
+            the DTensors of tensor parallelism, column-wise or row-wise, the op takes the local
+            shards), under transforms of `torch.func`, in forward-mode AD, and for
             `torch.jit.trace` and `torch.export`, whose files then run without this package.
             "reference" is plain PyTorch recorded by autograd; its dropout is that of the kernels
             on every device, for equal seeds. "triton" is taken literally, backward included, and

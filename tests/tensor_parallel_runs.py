@@ -1,19 +1,33 @@
 """What test_distributed_tensor_parallel.py runs in several processes."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from peft import AdaLoraConfig, get_peft_model
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import adalora_kernels.peft
 from adalora_kernels import SVDLinear
-from adalora_kernels.distributed import ColwiseAdaLora, RowwiseAdaLora, adalora_plan
+from adalora_kernels.distributed import (
+    ColwiseAdaLora,
+    ReplicatedAdaLora,
+    RowwiseAdaLora,
+    adalora_plan,
+)
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
+
+
+def several(functions):
+    """The results of several functions of this file, by name: one start of processes for all."""
+    return {name: globals()[name](**arguments) for name, arguments in functions.items()}
 
 
 def whole(t):
@@ -48,13 +62,15 @@ def results(layer, x, weights):
 
 
 def style_of(name, **options):
-    return {"column": ColwiseAdaLora, "row": RowwiseAdaLora}[name](**options)
+    kinds = {"column": ColwiseAdaLora, "row": RowwiseAdaLora, "replicated": ReplicatedAdaLora}
+    return kinds[name](**options)
 
 
 def layers(cases):
     """By case, the relative errors of a layer on all processes from one process's, and placements.
 
-    A case is (style, options of a_layer, options of the style, whether the bias learns).
+    A case is (style, options of a_layer, options of the style, whether the bias learns, or
+    "hooked" for a hook on its dropout, which the op then leaves alone).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
@@ -68,7 +84,9 @@ def layers(cases):
                 for p in parallel.parameters():
                     p.add_(1.0)
         for layer in (single, parallel):
-            if learns:
+            if learns == "hooked":
+                layer.lora_dropout.register_forward_hook(lambda *_: None)
+            elif learns:
                 layer.bias.requires_grad_(True)
         x = torch.randn(2, 4 * world, single.in_features, dtype=single.weight.dtype)
         weights = torch.randn(2, 4 * world, single.out_features, dtype=x.dtype)
@@ -79,7 +97,8 @@ def layers(cases):
             dim = -1 if given is None else getattr(given, "dim", None)
             if dim is not None:
                 here_x = x.tensor_split(_cuts(x.shape[dim], world), dim)[rank]
-        out = layouts.get("output_layouts", Shard(-1) if style == "column" else Replicate())
+        default = Shard(-1) if style == "column" else Replicate()
+        out = layouts.get("output_layouts", default)
         if isinstance(out, Shard) and layouts.get("use_local_output", True):
             here_weights = weights.tensor_split(_cuts(weights.shape[out.dim], world), out.dim)[rank]
         elif not layouts.get("use_local_output", True):
@@ -91,9 +110,7 @@ def layers(cases):
         for key, value in found.items():
             wanted = expected[key]
             if not isinstance(value, DTensor) and value.shape != wanted.shape:
-                dim = next(
-                    d for d in range(value.dim()) if value.shape[d] != wanted.shape[d]
-                )
+                dim = next(d for d in range(value.dim()) if value.shape[d] != wanted.shape[d])
                 wanted = wanted.tensor_split(_cuts(wanted.shape[dim], world), dim)[rank]
             value = whole(value)
             errors[key] = relative(value, wanted) if wanted.numel() else 0.0
@@ -139,6 +156,106 @@ def dropout():
         checkpoint(call, again, use_reentrant=False).sum().backward()
         found[style] = {"y": y.detach(), "x": here.grad, "again": again.grad}
     return found
+
+
+class Pair(nn.Module):
+    """A column-wise and a row-wise layer, and two of GPT-2's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 14), nn.Linear(14, 10)
+        self.up_t, self.down_t = Conv1D(12, 10), Conv1D(10, 12)
+
+    def forward(self, x):
+        x = x + self.down(torch.tanh(self.up(x)))
+        return x + self.down_t(torch.tanh(self.up_t(x)))
+
+
+def a_pair():
+    torch.manual_seed(0)
+    names = ["up", "down", "up_t", "down_t"]
+    options = {"init_r": 6, "target_r": 3, "total_step": 30, "target_modules": names}
+    model = get_peft_model(Pair(), AdaLoraConfig(**options))
+    model.add_adapter("other", AdaLoraConfig(**options | {"inference_mode": True, "init_r": 2}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "bias" in name:
+                parameter.normal_()
+    adalora_kernels.peft.apply(model)
+    return model.double()
+
+
+def peft_layers():
+    """The relative errors of PEFT's layers from those of one process, in several states."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"up*": ColwiseAdaLora(), "down*": RowwiseAdaLora()}
+    x = torch.randn(3, 5, 10, dtype=torch.float64)
+
+    def plain(model):
+        return contextlib.nullcontext()
+
+    def disabled(model):
+        return model.disable_adapter()
+
+    def hooked(model):
+        for layer in model.get_base_model().children():
+            layer.base_layer.register_forward_hook(lambda *_: None)
+        return contextlib.nullcontext()
+
+    def both(model):
+        model.base_model.set_adapter(["default", "other"])
+        return contextlib.nullcontext()
+
+    report = {}
+    for state in (plain, disabled, hooked, both):
+        found = []
+        for is_parallel in (False, True):
+            model = a_pair()
+            if is_parallel:
+                parallelize_module(model.get_base_model(), mesh, plan)
+            model.requires_grad_(False)
+            here = x.clone().requires_grad_()
+            with state(model):
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_("lora_" in name)
+                y = model(here)
+                y.square().sum().backward()
+            grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            found.append({"y": y.detach(), "x": here.grad, **grads})
+        single, parallel = found
+        assert single.keys() == parallel.keys()
+        report[state.__name__] = {n: relative(parallel[n], single[n]) for n in single}
+    return report
+
+
+def refusals():
+    """By case, the error of sharding a layer that can't be."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    twice = parallelize_module(a_layer(), mesh, ColwiseAdaLora())
+    untaken = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)),
+        AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=9),
+    )
+    convolution = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 4, 1)),
+        AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=9),
+    )
+    adalora_kernels.peft.apply(convolution)
+    cases = {
+        "merged": a_layer().eval(),
+        "twice": twice,
+        "of PEFT": untaken.get_base_model()[0],
+        "convolution": convolution.get_base_model()[0],
+    }
+    report = {}
+    for name, layer in cases.items():
+        before = [(n, type(p)) for n, p in layer.named_parameters()]
+        try:
+            parallelize_module(layer, mesh, RowwiseAdaLora())
+        except (TypeError, ValueError) as error:
+            report[name] = f"{type(error).__name__}: {error}"
+        assert before == [(n, type(p)) for n, p in layer.named_parameters()]
+    return report
 
 
 def a_llama(world):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+from adalora_kernels.distributed import ColwiseAdaLora, RowwiseAdaLora, adalora_plan
 
 LAYERS = {
     "column": ("column", {}, {}, False),
@@ -22,16 +25,78 @@ LAYERS = {
     "row, y by tokens": ("row", {}, {"output_layouts": Shard(1)}, False),
     "column, y a DTensor": ("column", {}, {"use_local_output": False}, False),
     "row, y a DTensor": ("row", {}, {"use_local_output": False}, False),
+    "column, dropout hooked": ("column", {}, {}, "hooked"),
+    "row, dropout hooked": ("row", {}, {}, "hooked"),
+    "row, dropout hooked, no bias": ("row", {"bias": False}, {}, "hooked"),
+    "replicated": ("replicated", {}, {}, True),
+    "replicated, x and y by tokens": (
+        "replicated",
+        {},
+        {"input_layouts": Shard(1), "output_layouts": Shard(1)},
+        False,
+    ),
 }
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_layers_are_those_of_one_process(world):
-    for report in on_ranks(world, "tensor_parallel_runs:layers", {"cases": LAYERS}):
-        assert report.keys() == LAYERS.keys()
-        for case, result in report.items():
-            assert max(result["errors"].values()) < 1e-13, (case, result["errors"])
-            assert result["grads"] == result["placements"], case
+def check_layers(report):
+    assert report.keys() == LAYERS.keys()
+    for case, result in report.items():
+        assert max(result["errors"].values()) < 1e-13, (case, result["errors"])
+        assert result["grads"] == result["placements"], case
+
+
+def test_layers_are_those_of_one_process():
+    functions = {"layers": {"cases": LAYERS}, "peft_layers": {}, "refusals": {}}
+    for report in on_ranks(2, "tensor_parallel_runs:several", {"functions": functions}):
+        check_layers(report["layers"])
+        for state, errors in report["peft_layers"].items():
+            assert max(errors.values()) < 1e-13, (state, errors)
+        refused = report["refusals"]
+        assert refused["merged"].startswith("ValueError: this SVDLinear is merged")
+        assert "DTensor already" in refused["twice"]
+        assert "peft.apply(model)" in refused["of PEFT"]
+        assert (
+            refused["convolution"].startswith("TypeError: ")
+            and "SVDConv2d" in (refused["convolution"])
+        )
+
+
+@pytest.mark.full
+def test_layers_of_four_processes_some_of_which_have_nothing():
+    for report in on_ranks(4, "tensor_parallel_runs:layers", {"cases": LAYERS}):
+        check_layers(report)
+
+
+def test_plans():
+    plan = {
+        "layers.*.q_proj": "colwise",
+        "layers.*.o_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "layers.*.k_proj": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+        "lm_head": "colwise_gather_output",
+        "split": "rowwise_split_input",
+        "norm": (norm := SequenceParallel()),
+        "own": (own := ColwiseAdaLora()),
+    }
+    ours = adalora_plan(plan)
+    assert list(ours) == list(plan) and ours["norm"] is norm and ours["own"] is own
+    styles = [
+        (type(s), s.input_layouts, s.output_layouts, s.use_local_output)
+        for s in list(ours.values())[:5]
+    ]
+    whole, parts, by_tokens = (Replicate(),), (Shard(-1),), (Shard(1),)
+    assert styles == [
+        (ColwiseAdaLora, whole, parts, True),
+        (RowwiseAdaLora, parts, by_tokens, True),
+        (ColwiseAdaLora, by_tokens, parts, False),
+        (ColwiseAdaLora, whole, whole, True),
+        (RowwiseAdaLora, whole, whole, True),
+    ]
+    with pytest.raises(ValueError, match=r"'moe_tp_experts' for 'mlp'.*'colwise', "):
+        adalora_plan({"mlp": "moe_tp_experts"})
+    with pytest.raises(TypeError, match="plan has a Linear for 'mlp'"):
+        adalora_plan({"mlp": torch.nn.Linear(2, 2)})
+    with pytest.raises(TypeError, match="plan must be a dict of parallel styles, got str"):
+        adalora_plan("colwise")
 
 
 @pytest.mark.full

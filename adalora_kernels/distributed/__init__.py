@@ -1,5 +1,5 @@
 """What crosses processes. Nothing here is imported before somebody asks for it."""
 
-from .tensor_parallel import ColwiseAdaLora, RowwiseAdaLora, adalora_plan
+from .tensor_parallel import ColwiseAdaLora, ReplicatedAdaLora, RowwiseAdaLora, adalora_plan
 
-__all__ = ["ColwiseAdaLora", "RowwiseAdaLora", "adalora_plan"]
+__all__ = ["ColwiseAdaLora", "ReplicatedAdaLora", "RowwiseAdaLora", "adalora_plan"]

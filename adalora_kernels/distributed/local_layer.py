@@ -1,9 +1,10 @@
 """What a layer computes whose parameters are DTensors: one call of the op on the local shards.
 
-Two ways to shard a layer are known, those of tensor parallelism, on a mesh of one dimension:
+Three ways to lay out a layer are known, those of tensor parallelism, on a mesh of one dimension:
 
     column-wise: x whole, weight and lora_B in parts of out, so y comes in parts of out;
-    row-wise: x, weight and lora_A in parts of in, so y comes in partial sums.
+    row-wise: x, weight and lora_A in parts of in, so y comes in partial sums;
+    replicated: all whole, so all processes compute the same, and nothing is sent.
 
 The low-rank term is linear in h = x·lora_Aᵀ, so the partial h of a row-wise layer makes its part of
 the sum. What each process finds as the gradient of a parameter that it has whole is one summand of
@@ -15,7 +16,7 @@ gradient of x of a column-wise layer is left as a partial sum, for whoever has m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .. import ops
 
@@ -31,7 +32,7 @@ from .. import ops
 _ODD = 0x9E3779B97F4A7C15 >> 1
 
 
-class _Whole(Function):
+class _Summed(Function):
     """The local tensors of replicated DTensors, whose gradients are summed up over the mesh."""
 
     @staticmethod
@@ -41,12 +42,12 @@ class _Whole(Function):
         return tuple(local.view_as(local) for local in (t.to_local() for t in tensors))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         needed = [g for g, needs in zip(grads, ctx.needs_input_grad[1:], strict=True) if needs]
         flat = torch.cat([g.flatten() for g in needed]) if len(needed) > 1 else needed[0].flatten()
         flat = DTensor.from_local(flat, ctx.mesh, [Partial()], run_check=False).full_tensor()
-        parts = iter(flat.split([g.numel() for g in needed]))
+        parts = iter(flat.split_with_sizes([g.numel() for g in needed]))
         return None, *(
             _replicated(next(parts).view_as(g).to(g.dtype), ctx.mesh) if needs else None
             for g, needs in zip(grads, ctx.needs_input_grad[1:], strict=True)
@@ -78,52 +79,36 @@ def on_shards(
         x, weight, bias, base, A, E, B, mask, scaling, dropout_p: as in `short.layer`.
 
     Returns:
-        y as a DTensor: Shard(-1) of a column-wise layer, Partial of a row-wise one. None if it is
-        neither of them, which is then for DTensor's own rules.
+        y as a DTensor: Shard(-1) of a column-wise layer, Partial of a row-wise one, Replicate of a
+        replicated one. None if it is none of them, which is then for DTensor's own rules.
     """
     mesh = _mesh_of(x, weight, bias, base, A, E, B)
     if mesh is None:
         return None
-    placements = tuple(t.placements[0] for t in (A, E, B))  # type: ignore[attr-defined]
-    column = placements == (Replicate(), Replicate(), Shard(0))
-    row = placements == (Shard(1), Replicate(), Replicate())
-    if not (column or row):
+    kind = _kind_of(A, E, B)
+    if kind is None:
         return None
-    shard, of_x = (Shard(0), Replicate()) if column else (Shard(1), Shard(x.dim() - 1))
-    of_y: Placement = Shard(x.dim() - 1) if column else Partial()
-    of_bias = shard if column else Replicate()
-    for t, placement in ((weight, shard), (bias, of_bias), (base, of_y)):
+    whole, last = Replicate(), Shard(x.dim() - 1)
+    # Of x, the gradient of x, weight, bias and y.
+    of_x, of_dx, *expected = {
+        "column": (whole, Partial(), Shard(0), Shard(0), last),
+        "row": (last, last, Shard(1), whole, Partial()),
+        "replicated": (whole,) * 5,
+    }[kind]
+    *_, of_y = expected
+    for t, placement in zip((weight, bias, base), expected, strict=True):
         if t is not None and t.placements[0] != placement:  # type: ignore[attr-defined]
             return None
     if mask is not None and isinstance(mask, DTensor):
         mask = mask.full_tensor()
-    of_dx: Placement = Partial() if column else of_x
     whole_x: Any = x
     if whole_x.placements[0] != of_x:
         whole_x = whole_x.redistribute(placements=[of_x])
     local_x = whole_x.to_local(grad_placements=[of_dx])
-    seed = _seed(local_x, mesh, alike=column) if dropout_p > 0.0 else None
-    if column:
-        local_A, local_E = _whole(mesh, A, E)
-        local_B, local_bias = _part(B), _part(bias)
-    else:
-        local_E, local_B, local_bias = _whole(mesh, E, B, bias)
-        local_A = _part(A)
-        if local_bias is not None and mesh.get_local_rank() != 0:
-            # y is a sum over the processes. Where the bias learns, all of them have to take part.
-            local_bias = local_bias * 0.0 if local_bias.requires_grad else None
+    seed = _seed(local_x, mesh, alike=kind != "row") if dropout_p > 0.0 else None
+    local_bias, *factors = _parameters(kind, mesh, bias, A, E, B)
     y = layer(
-        local_x,
-        _part(weight),
-        local_bias,
-        _part(base),
-        local_A,
-        local_E,
-        local_B,
-        mask,
-        scaling,
-        dropout_p,
-        seed,
+        local_x, _part(weight), local_bias, _part(base), *factors, mask, scaling, dropout_p, seed
     )
     shape = torch.Size((*x.shape[:-1], B.shape[0]))
     # Said, and not concluded from the local shape: the parts may differ in size.
@@ -141,16 +126,42 @@ def _mesh_of(*tensors: Tensor | None) -> DeviceMesh | None:
     return meshes[0] if alike and meshes[0].ndim == 1 else None
 
 
+def _kind_of(A: Any, E: Any, B: Any) -> str | None:
+    """How a layer with these factors, on a mesh of one dimension, is laid out."""
+    if E.placements[0] != Replicate():
+        return None
+    placements = A.placements[0], B.placements[0]
+    kinds = {
+        (Replicate(), Shard(0)): "column",
+        (Shard(1), Replicate()): "row",
+        (Replicate(), Replicate()): "replicated",
+    }
+    return kinds.get(placements)
+
+
+def _parameters(kind: str, mesh: DeviceMesh, bias: Any, A: Any, E: Any, B: Any) -> list[Any]:
+    """What of bias, lora_A, lora_E and lora_B the layer takes here."""
+    if kind == "column":
+        return [_part(bias), *_summed(mesh, A, E), _part(B)]
+    if kind == "replicated":
+        return [_part(t) for t in (bias, A, E, B)]
+    bias, E, B = _summed(mesh, bias, E, B)
+    if bias is not None and mesh.get_local_rank() != 0:
+        # y is a sum over the processes. Where the bias learns, all of them have to take part.
+        bias = bias * 0.0 if bias.requires_grad else None
+    return [bias, _part(A), E, B]
+
+
 def _part(t: Any) -> Any:
     """The local shard; its gradient is the local shard of the gradient."""
     return None if t is None else t.to_local()
 
 
-def _whole(mesh: DeviceMesh, *tensors: Any) -> Sequence[Any]:
-    """The local tensors of what every process has, None of None; see `_Whole`."""
+def _summed(mesh: DeviceMesh, *tensors: Any) -> list[Any]:
+    """The local tensors of what every process has, None of None; see `_Summed`."""
     there = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in there):
-        local = iter(_Whole.apply(mesh, *there))
+        local = iter(_Summed.apply(mesh, *there))  # type: ignore[no-untyped-call]
     else:
         local = iter([t.to_local() for t in there])
     return [None if t is None else next(local) for t in tensors]
@@ -166,5 +177,4 @@ def _seed(x: Tensor, mesh: DeviceMesh, alike: bool) -> Tensor:
     seed = ops.dropout_seed(x)
     if not alike:
         return (seed + mesh.get_local_rank() * _ODD % 2**63) & (2**63 - 1)
-    parts = DTensor.from_local(seed, mesh, [Shard(0)], run_check=False)
-    return parts.full_tensor()[:1]
+    return DTensor.from_local(seed, mesh, [Shard(0)], run_check=False).full_tensor()[:1]

@@ -27,8 +27,8 @@ class ColwiseAdaLora(ColwiseParallel):
     The weight (out, in) and lora_B (out, r) lie in parts of `out` on the processes of the mesh,
     a bias too; lora_A (r, in) and lora_E (r, 1) are everywhere. All become DTensors. The layer
     computes on its local shards, by the same op as one without tensor parallelism. In the backward
-    the gradients of lora_A and lora_E are summed up in one all-reduce of r·(in + 1) numbers, so that
-    they are whole and equal everywhere; the gradient of x is summed up as with `ColwiseParallel`.
+    the gradients of lora_A and lora_E are summed up in one all-reduce of r·(in + 1) numbers, so
+    that they are whole and equal everywhere; that of x is summed up as with `ColwiseParallel`.
 
     lora_dropout drops the same entries of x on all processes: the seed, 8 bytes, comes from the
     first one in each forward. Without dropout nothing is sent for it.
@@ -58,11 +58,11 @@ class RowwiseAdaLora(RowwiseParallel):
     """`RowwiseParallel` for a layer with an AdaLoRA adapter: its inputs are shared out.
 
     The weight (out, in) and lora_A (r, in) lie in parts of `in` on the processes of the mesh;
-    lora_E (r, 1), lora_B (out, r) and a bias are everywhere. All become DTensors. The layer computes
-    a partial sum of y by the same op as one without tensor parallelism; the low-rank term is part
-    of it, so nothing more is sent for it in the forward. In the backward the gradients of lora_E and
-    lora_B are summed up in one all-reduce of r·(out + 1) numbers, so that they are whole and equal
-    everywhere.
+    lora_E (r, 1), lora_B (out, r) and a bias are everywhere. All become DTensors. The layer
+    computes a partial sum of y by the same op as one without tensor parallelism. The low-rank term
+    is part of it, so nothing more is sent for it in the forward. In the backward the gradients of
+    lora_E and lora_B are summed up in one all-reduce of r·(out + 1) numbers, so that they are whole
+    and equal everywhere.
 
     lora_dropout drops entries on each process from its own part of x, independently of the others.
 
@@ -80,7 +80,40 @@ class RowwiseAdaLora(RowwiseParallel):
         return _hook(module, device_mesh, self, Shard(-1))
 
 
-_NAMED: dict[str, tuple[type[ColwiseAdaLora | RowwiseAdaLora], dict[str, Placement]]] = {
+class ReplicatedAdaLora(ParallelStyle):
+    """For a layer with an AdaLoRA adapter that is not shared out, beside layers that are.
+
+    Its weight, bias and adapter become DTensors that all processes have whole, so that a model's
+    adapters are all of one kind, for the optimizer and the allocator. All processes compute the
+    same. Nothing is sent but 8 bytes for the seed of a lora_dropout.
+
+    Args:
+        input_layouts, output_layouts: of x and y; both are replicated by default.
+        use_local_output: whether y is a plain tensor.
+
+    What is raised: see `ColwiseAdaLora`. A layer without an adapter is left as it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_layouts = (input_layouts or Replicate(),)
+        self.output_layouts = (output_layouts or Replicate(),)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not _has_adapter(module):
+            return module
+        _shard_(module, device_mesh, None, self.src_data_rank)
+        return _hook(module, device_mesh, self, Replicate())
+
+
+_NAMED: dict[str, tuple[type[ColwiseAdaLora | RowwiseAdaLora], dict[str, Any]]] = {
     "colwise": (ColwiseAdaLora, {}),
     "colwise_rep": (ColwiseAdaLora, {"output_layouts": Replicate()}),
     "colwise_gather_output": (ColwiseAdaLora, {"output_layouts": Replicate()}),
@@ -143,24 +176,26 @@ def _has_adapter(module: nn.Module) -> bool:
     return "lora_A" in module._parameters or "lora_A" in module._modules
 
 
-def _shard_(module: Any, mesh: DeviceMesh, shard: Shard, src_data_rank: int | None) -> None:
-    """Make DTensors of a layer's weight, bias and adapters. `shard` is that of a weight (out, in).
+def _shard_(module: Any, mesh: DeviceMesh, shard: Shard | None, src_data_rank: int | None) -> None:
+    """Make DTensors of a layer's weight, bias and adapters.
 
-    Of PEFT's layers all adapters are sharded, also those that are not active.
+    Of PEFT's layers all adapters become DTensors, also those that are not active.
+
+    Args:
+        shard: that of a weight (out, in); None for a replicated layer.
     """
     base = module._modules.get("base_layer", module)
     is_transposed = _check(module, base)
-    column = shard.dim == 0
-    of_weight = Shard(1 - shard.dim) if is_transposed else shard
     whole = Replicate()
+    of_out: Placement = Shard(0) if shard == Shard(0) else whole
+    of_in: Placement = Shard(1) if shard == Shard(1) else whole
+    of_weight: Placement = shard or whole
+    if is_transposed and shard is not None:
+        of_weight = Shard(1 - shard.dim)
     placed: list[tuple[nn.Module, str, Placement]] = [(base, "weight", of_weight)]
     if base._parameters.get("bias") is not None:
-        placed.append((base, "bias", shard if column else whole))
-    of_factors = {
-        "lora_A": whole if column else shard,
-        "lora_E": whole,
-        "lora_B": shard if column else whole,
-    }
+        placed.append((base, "bias", of_out))
+    of_factors = {"lora_A": of_in, "lora_E": whole, "lora_B": of_out}
     for factor, placement in of_factors.items():
         if factor in module._parameters:
             placed.append((module, factor, placement))
@@ -169,9 +204,7 @@ def _shard_(module: Any, mesh: DeviceMesh, shard: Shard, src_data_rank: int | No
             placed += [(adapters, name, placement) for name in adapters._parameters]
     for owner, name, placement in placed:
         parameter: Any = owner._parameters[name]
-        part = distribute_tensor(
-            parameter.detach(), mesh, [placement], src_data_rank=src_data_rank
-        )
+        part = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=src_data_rank)
         owner.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
 
 
@@ -210,7 +243,7 @@ def _check(module: Any, base: Any) -> bool:
 def _hook(
     module: nn.Module,
     mesh: DeviceMesh,
-    style: ColwiseAdaLora | RowwiseAdaLora,
+    style: ColwiseAdaLora | RowwiseAdaLora | ReplicatedAdaLora,
     of_x: Placement,
 ) -> nn.Module:
     """Have x made a DTensor before the layer's forward, and y what the style wants after it."""
