@@ -285,7 +285,7 @@ def _on_shards(*arguments: Any) -> Tensor | None:
         return None
     from .distributed.local_layer import on_shards
 
-    return on_shards(_seeded, *arguments)
+    return on_shards(_seeded, ops.dropout_seed, *arguments)
 
 
 def _seeded(

@@ -21,10 +21,9 @@ LAYERS = [
     {"modules", "allocator"},
     {"functional"},
     {"orthogonality"},
-    {"distributed"},
     {"short"},
     {"ops"},
-    {"cpu", "importance", "launching"},
+    {"cpu", "importance", "launching", "distributed"},
     {"reference", "adapters", "checks", "starts", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [

@@ -26,9 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .. import ops
-
-# Two seeds may not be the same on two processes; see `_seed`.
+# Two seeds may not be the same on two processes; see `_agree`.
 _ODD = 0x9E3779B97F4A7C15 >> 1
 
 
@@ -60,6 +58,7 @@ def _replicated(local: Tensor, mesh: DeviceMesh) -> DTensor:
 
 def on_shards(
     layer: Callable[..., Tensor],
+    draw_seed: Callable[[Tensor], Tensor],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -76,6 +75,7 @@ def on_shards(
     Args:
         layer: computes y on plain tensors. It takes all of the following arguments and a seed for
             the dropout, an int64 (1,), or None where nothing is dropped.
+        draw_seed: `ops.dropout_seed`.
         x, weight, bias, base, A, E, B, mask, scaling, dropout_p: as in `short.layer`.
 
     Returns:
@@ -105,7 +105,9 @@ def on_shards(
     if whole_x.placements[0] != of_x:
         whole_x = whole_x.redistribute(placements=[of_x])
     local_x = whole_x.to_local(grad_placements=[of_dx])
-    seed = _seed(local_x, mesh, alike=kind != "row") if dropout_p > 0.0 else None
+    seed = None
+    if dropout_p > 0.0:
+        seed = _agree(draw_seed(local_x), mesh, alike=kind != "row")
     local_bias, *factors = _parameters(kind, mesh, bias, A, E, B)
     y = layer(
         local_x, _part(weight), local_bias, _part(base), *factors, mask, scaling, dropout_p, seed
@@ -167,14 +169,13 @@ def _summed(mesh: DeviceMesh, *tensors: Any) -> list[Any]:
     return [None if t is None else next(local) for t in tensors]
 
 
-def _seed(x: Tensor, mesh: DeviceMesh, alike: bool) -> Tensor:
-    """A seed of this call's dropout, which is an int64 (1,).
+def _agree(seed: Tensor, mesh: DeviceMesh, alike: bool) -> Tensor:
+    """The seed of this call's dropout, made of one that this process has drawn, an int64 (1,).
 
     Where all processes have the same x (`alike`), they drop the same entries: the seed is that of
     the first one, which sends it. Otherwise each has its own entries and drops its own. The seeds
     then differ also where the generators are in the same state.
     """
-    seed = ops.dropout_seed(x)
     if not alike:
         return (seed + mesh.get_local_rank() * _ODD % 2**63) & (2**63 - 1)
     return DTensor.from_local(seed, mesh, [Shard(0)], run_check=False).full_tensor()[:1]
