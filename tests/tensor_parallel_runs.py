@@ -1,12 +1,14 @@
 """What test_distributed_tensor_parallel.py runs in several processes."""
 
 import contextlib
+import hashlib
 
 import torch
 import torch.distributed as dist
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adalora_kernels.peft
-from adalora_kernels import SVDLinear
+from adalora_kernels import RankAllocator, SVDLinear
 from adalora_kernels.distributed import (
     ColwiseAdaLora,
     ReplicatedAdaLora,
@@ -22,6 +24,7 @@ from adalora_kernels.distributed import (
     adalora_plan,
 )
 
+STEPS = 30
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -258,7 +261,7 @@ def refusals():
     return report
 
 
-def a_llama(world):
+def a_llama():
     """A Llama with PEFT's adapters in all its linear layers, taken over; the same everywhere."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -267,12 +270,12 @@ def a_llama(world):
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=world,
+        num_key_value_heads=4,
         attn_implementation="eager",
     )
     llama = LlamaForCausalLM(config)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    schedule = {"target_r": 3, "tinit": 4, "tfinal": 8, "deltaT": 3, "total_step": 30}
+    schedule = {"target_r": 3, "tinit": 4, "tfinal": 8, "deltaT": 3, "total_step": STEPS}
     options = AdaLoraConfig(
         task_type="CAUSAL_LM",
         init_r=6,
@@ -304,7 +307,7 @@ def tokens(step, rows=4):
 def llama_gradients():
     """The relative errors of a Llama's loss and gradients from those of one process."""
     world = dist.get_world_size()
-    single, parallel = a_llama(world)[0], a_llama(world)[0]
+    single, parallel = a_llama()[0], a_llama()[0]
     parallelize_llama(parallel, init_device_mesh("cpu", (world,)))
     losses = []
     for model in (single, parallel):
@@ -319,3 +322,98 @@ def llama_gradients():
         if p.requires_grad
     }
     return {"losses": losses, "errors": errors}
+
+
+class Net(nn.Module):
+    """Layers of ours: column-wise, row-wise and a head that is not shared out; uneven sizes."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"r": 6, "dtype": torch.float64}
+        self.up, self.down = SVDLinear(10, 15, **options), SVDLinear(15, 10, **options)
+        self.head = SVDLinear(10, 3, bias=False, **options)
+
+    def forward(self, x):
+        return self.head(x + self.down(torch.tanh(self.up(x))))
+
+
+def a_net():
+    torch.manual_seed(0)
+    model = Net()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_E" in name:
+            nn.init.normal_(parameter, std=0.1)
+    schedule = {"target_r": 3, "tinit": 4, "tfinal": 8, "deltaT": 3, "total_step": STEPS}
+    return model, RankAllocator(model, orth_reg_weight=0.1, **schedule)
+
+
+def parallelize_net(model, mesh):
+    plan = {"up": ColwiseAdaLora(), "down": RowwiseAdaLora(), "head": ReplicatedAdaLora()}
+    return parallelize_module(model, mesh, plan)
+
+
+def loss_of(model, step, part=0, parts=1):
+    """The loss of one of the parts of a step's batch."""
+    if isinstance(model, Net):
+        generator = torch.Generator().manual_seed(1000 + step)
+        x = torch.randn(4, 5, 10, generator=generator, dtype=torch.float64)
+        return model(x.chunk(parts)[part]).square().mean()
+    ids = tokens(step).chunk(parts)[part]
+    # Not `model(...)`, whose loss has the regulariser that `attach` adds to the gradients.
+    return model.get_base_model()(ids, labels=ids).loss
+
+
+def a_training(kind, dp=1, alone=False, with_optimizer=True):
+    """Model, allocator and optimizer: column-wise and row-wise, and FSDP2 along dp."""
+    world = 1 if alone else dist.get_world_size()
+    model, allocator = a_net() if kind == "net" else a_llama()
+    if not alone:
+        shape, names = ((dp, world // dp), ("dp", "tp")) if dp > 1 else ((world,), ("tp",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        (parallelize_net if kind == "net" else parallelize_llama)(model, mesh["tp"])
+        if dp > 1:
+            root = model if kind == "net" else model.get_base_model()
+            blocks = [model.up, model.down] if kind == "net" else root.model.layers
+            for block in blocks:
+                fully_shard(block, mesh=mesh["dp"])
+            fully_shard(root, mesh=mesh["dp"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-2)
+    allocator.attach(optimizer)
+    return model, allocator, optimizer
+
+
+def train(model, optimizer, steps, dp=1):
+    part = dist.get_rank() * dp // dist.get_world_size() if dp > 1 else 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for step in steps:
+        loss_of(model, step, part, dp).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def outcome(model, allocator):
+    """All adapters and the pattern; what this process has of them, too, as a hash."""
+    parameters = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for tensor in [*parameters.values(), allocator._state.mask, allocator._state.scores]:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {
+        "parameters": parameters,
+        "pattern": {name: list(mask) for name, mask in allocator.rank_pattern.items()},
+        "ranks": allocator.ranks(),
+        "orth_reg": float(allocator.orth_reg),
+        "hash": digest.hexdigest(),
+    }
+
+
+def training(kind, dp=1):
+    """What 30 steps make, here and in one process."""
+    model, allocator, optimizer = a_training(kind, dp)
+    train(model, optimizer, range(1, STEPS + 1), dp)
+    found = outcome(model, allocator)
+    model, allocator, optimizer = a_training(kind, alone=True)
+    train(model, optimizer, range(1, STEPS + 1))
+    return {"found": found, "expected": outcome(model, allocator)}
