@@ -23,7 +23,7 @@ LAYERS = [
     {"orthogonality"},
     {"short"},
     {"ops"},
-    {"cpu", "importance", "launching"},
+    {"cpu", "importance", "launching", "distributed"},
     {"reference", "adapters", "checks", "starts", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
@@ -32,7 +32,7 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps"},
+    {"members", "steps", "shards"},
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
