@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import ops, reference, short
 from .checks import as_float, check_floating, shape_of
-from .fusing import TRACED, autocast_dtype, is_dtensor, why_plain
+from .distributed.shards import is_dtensor
+from .fusing import TRACED, autocast_dtype, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,17 +102,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether `t` is a tensor or a parameter of PyTorch's own classes, and not of a subclass."""
     return type(t) in _PLAIN
-
-
-def is_dtensor(t: Tensor) -> bool:
-    """Whether `t` is a DTensor, asked without importing what there can be none without."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
-def is_base_of_op(weight: Tensor) -> bool:
-    """Whether `functional.svd_linear` may multiply with this weight in place of its layer."""
-    return is_plain_tensor(weight) or is_dtensor(weight)
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import as_float, as_int
+from .distributed.shards import is_dtensor
 from .functional import svd_delta, svd_linear
-from .fusing import fused_dropout_p, is_base_of_op, is_exporting, is_plain_tensor, parameter_of
+from .fusing import fused_dropout_p, is_exporting, is_plain_tensor, parameter_of
 from .merging import Merge
 from .reference import effective_E
 from .starts import check_start, start_
@@ -192,7 +193,7 @@ class SVDLinear(nn.Linear):
         )
         dropout: Any = self._modules["lora_dropout"]
         dropout_p = fused_dropout_p(dropout)
-        if dropout_p is not None and is_base_of_op(weight):
+        if dropout_p is not None and (is_plain_tensor(weight) or is_dtensor(weight)):
             return svd_linear(
                 x, weight, *factors, bias=bias, scaling=self.scaling, dropout_p=dropout_p
             )

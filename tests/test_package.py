@@ -32,11 +32,11 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps"},
+    {"members", "steps", "shards"},
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
-DISTRIBUTED = [{"tensor_parallel", "local_layer"}]
+DISTRIBUTED = [{"tensor_parallel", "local_layer", "shards"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 

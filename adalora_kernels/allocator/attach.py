@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, refuse_sharded
+from ..adapters import Adapter, refuse_flattened
 from ..orthogonality import orth_reg_grad_
 from .begin import BeginsRuns
 from .steps import Steps
@@ -91,7 +91,7 @@ class FollowsOptimizers(BeginsRuns):
         Raises:
             TypeError: not a torch optimizer.
             ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
-                are sharded or flattened (FSDP).
+                are flattened (FSDP1).
             RuntimeError: already attached to this one.
         """
         *wrappers, inner = unwrapped(optimizer, self.adapters_left)
@@ -204,9 +204,9 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
 
     Raises:
         TypeError: there is none.
-        ValueError: it lacks a trainable parameter of an adapter, or the adapters are sharded.
+        ValueError: it lacks a trainable parameter of an adapter, or the adapters are flattened.
     """
-    refuse_sharded(adapters)
+    refuse_flattened(adapters)
     found = chain(optimizer)
     while len(found) > 1 and _missing(found[-1], adapters) is not None:
         del found[-1]

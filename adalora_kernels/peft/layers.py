@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
-from ..fusing import fused_dropout_p, is_base_of_op, is_unhooked, parameter_of
+from ..distributed.shards import is_dtensor
+from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
 from .saving import fit_rows_
 
 
@@ -187,6 +188,6 @@ def _product_of(base: Any) -> tuple[Tensor, Tensor | None] | None:
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
         return None
     weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not (is_base_of_op(weight) and weight.is_floating_point()):
+    if not (is_plain_tensor(weight) or is_dtensor(weight)) or not weight.is_floating_point():
         return None
     return weight.T if type(base) is Conv1D else weight, bias
