@@ -45,9 +45,30 @@ def check_layers(report):
         assert result["grads"] == result["placements"], case
 
 
-def test_layers_are_those_of_one_process():
-    functions = {"layers": {"cases": LAYERS}, "peft_layers": {}, "refusals": {}}
-    for report in on_ranks(2, "tensor_parallel_runs:several", {"functions": functions}):
+def check_training(results):
+    """All processes have the same, and what one process has."""
+    assert len({result["found"]["hash"] for result in results}) == 1
+    for result in results:
+        found, expected = result["found"], result["expected"]
+        for name, parameter in expected["parameters"].items():
+            difference = (found["parameters"][name] - parameter).norm()
+            assert difference <= 1e-9 * parameter.norm(), name
+        assert found["pattern"] == expected["pattern"]
+        ranks = set(expected["ranks"].values())
+        assert found["ranks"] == expected["ranks"] and len(ranks) > 1, "it has to tell triplets"
+        assert found["orth_reg"] == pytest.approx(expected["orth_reg"], rel=1e-12)
+
+
+def test_layers_and_a_training_are_those_of_one_process():
+    functions = {
+        "layers": {"cases": LAYERS},
+        "peft_layers": {},
+        "refusals": {},
+        "training": {"kind": "net"},
+    }
+    reports = on_ranks(2, "tensor_parallel_runs:several", {"functions": functions})
+    check_training([report["training"] for report in reports])
+    for report in reports:
         check_layers(report["layers"])
         for state, errors in report["peft_layers"].items():
             assert max(errors.values()) < 1e-13, (state, errors)
@@ -126,3 +147,13 @@ def test_a_llama_has_the_gradients_of_one_process(world):
         assert len(result["errors"]) == 2 * 7 * 3
         assert max(result["errors"].values()) < 1e-12, result["errors"]
         assert result["losses"][0] == pytest.approx(result["losses"][1], rel=1e-13)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "kind", "dp"),
+    [(4, "net", 1), (4, "net", 2), (2, "llama", 1), (4, "llama", 1), (4, "llama", 2)],
+)
+def test_a_training_is_that_of_one_process(world, kind, dp):
+    arguments = {"kind": kind, "dp": dp}
+    check_training(on_ranks(world, "tensor_parallel_runs:training", arguments))
