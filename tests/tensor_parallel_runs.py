@@ -5,8 +5,16 @@ import hashlib
 
 import torch
 import torch.distributed as dist
-from peft import AdaLoraConfig, get_peft_model
+import torch.distributed.checkpoint as dcp
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -417,3 +425,54 @@ def training(kind, dp=1):
     model, allocator, optimizer = a_training(kind, alone=True)
     train(model, optimizer, range(1, STEPS + 1))
     return {"found": found, "expected": outcome(model, allocator)}
+
+
+def _state(model, allocator, optimizer):
+    parts = get_state_dict(model, optimizer)
+    return {"model": parts[0], "optimizer": parts[1], "allocator": allocator.state_dict()}
+
+
+def save(folder, kind="llama", step=15):
+    """Half of a training, its checkpoint, and PEFT's files, which the first process writes."""
+    model, allocator, optimizer = a_training(kind)
+    train(model, optimizer, range(1, step + 1))
+    dcp.save(_state(model, allocator, optimizer), checkpoint_id=f"{folder}/checkpoint")
+    whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(f"{folder}/adapter", state_dict=whole_state)
+
+
+def resume(folder, kind="llama", dp=1, alone=False, step=15):
+    """The other half, by as many processes as there are, from that checkpoint."""
+    model, allocator, optimizer = a_training(kind, dp, alone)
+    state = _state(model, allocator, optimizer)
+    dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    allocator.load_state_dict(state["allocator"])
+    train(model, optimizer, range(step + 1, STEPS + 1), dp)
+    return outcome(model, allocator)
+
+
+def checkpoints_of_one(folder):
+    """Alone: the whole training, and its second half from the checkpoint; what the files hold."""
+    model, allocator, optimizer = a_training("llama", alone=True)
+    train(model, optimizer, range(1, 16))
+    model.save_pretrained(f"{folder}/expected")
+    train(model, optimizer, range(16, STEPS + 1))
+    expected = outcome(model, allocator)
+    names = ["adapter", "expected"]
+    files = [load_file(f"{folder}/{name}/adapter_model.safetensors") for name in names]
+    loaded = PeftModel.from_pretrained(a_llama()[0].unload(), f"{folder}/adapter").double()
+    again = PeftModel.from_pretrained(a_llama()[0].unload(), f"{folder}/expected").double()
+    outputs = [m(tokens(1)).logits.detach() for m in (loaded, again)]
+    return {
+        "expected": expected,
+        "found": resume(folder, alone=True),
+        "files": files,
+        "outputs": outputs,
+    }

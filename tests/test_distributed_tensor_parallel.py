@@ -157,3 +157,21 @@ def test_a_llama_has_the_gradients_of_one_process(world):
 def test_a_training_is_that_of_one_process(world, kind, dp):
     arguments = {"kind": kind, "dp": dp}
     check_training(on_ranks(world, "tensor_parallel_runs:training", arguments))
+
+
+@pytest.mark.full
+def test_checkpoints_and_files(tmp_path):
+    """Saved by two processes, read by one, by two, and by four together with FSDP2."""
+    folder = str(tmp_path)
+    on_ranks(2, "tensor_parallel_runs:save", {"folder": folder})
+    (one,) = on_ranks(1, "tensor_parallel_runs:checkpoints_of_one", {"folder": folder})
+    check_training([one])
+    for world, dp in ((2, 1), (4, 2)):
+        arguments = {"folder": folder, "dp": dp}
+        found = on_ranks(world, "tensor_parallel_runs:resume", arguments)
+        check_training([{"found": f, "expected": one["expected"]} for f in found])
+    saved, expected = one["files"]
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*one["outputs"], rtol=1e-9, atol=1e-12)
