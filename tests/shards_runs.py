@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import RankAllocator, SVDLinear
@@ -242,3 +243,51 @@ def resume(folder, at, is_sharded=True, frozen=False):
     allocator.attach(optimizer)
     train(model, optimizer, allocator, range(at + 1, STEPS + 1))
     return outcome(model, allocator)
+
+
+class Sent(TorchDispatchMode):
+    """Writes down what this process sends: (name, bytes), by the formulas of ring algorithms.
+
+    Also every op that waits for a device where the tensors are on one.
+    """
+
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        world = dist.get_world_size()
+        if namespace == "c10d" and name == "allreduce_":
+            (tensor,) = args[0]
+            self.sent.append(("all_reduce", 2 * tensor.nbytes * (world - 1) / world))
+        elif namespace == "c10d" and name == "_allgather_base_":
+            self.sent.append(("all_gather", args[1].nbytes * (world - 1)))
+        elif namespace == "c10d":
+            self.sent.append((name, None))
+        if func._schema.name in self.WAITS:
+            self.waits.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def sent(placement):
+    """What is sent in each optimizer step, which has no collective of FSDP2's own."""
+    model = net()
+    allocator = allocator_of(model, deltaT=4)
+    shard(model, placement=placement)
+    # Adam's numbers of steps are on the CPU here, and read.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    allocator.attach(optimizer)
+    steps = []
+    step = optimizer.step
+
+    def recorded():
+        with Sent() as recorder:
+            step()
+        steps.append((recorder.sent, recorder.waits))
+
+    optimizer.step = recorded
+    train(model, optimizer, allocator, range(1, STEPS + 1))
+    return steps

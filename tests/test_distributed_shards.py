@@ -84,3 +84,37 @@ def test_checkpoint_of_two_goes_on_with_any_number(at, alone, tmp_path):
     assert {r["hash"] for r in same} == {r["hash"] for r in uninterrupted}
     assert_same(on_ranks(4, "shards_runs:resume", arguments), alone)
     assert_same(on_ranks(1, "shards_runs:resume", arguments | {"is_sharded": False}), alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "placement"),
+    [
+        (2, "rows"),
+        pytest.param(2, "in", marks=pytest.mark.full),
+        pytest.param(4, "rows", marks=pytest.mark.full),
+    ],
+)
+def test_a_step_sends_what_the_page_says(world, placement):
+    """docs/scaling.md has these formulas. Nothing is read from the device in a step."""
+    adapters = shards_runs.allocator_of(shards_runs.net()).adapters
+    ranks = [len(adapter.lora_E) for adapter in adapters]
+    size, others = 8, world - 1  # float64
+    flag = ("all_reduce", 2 * 4 * others / world)
+    scores = ("all_gather", size * sum(ranks) * others)
+    rows = -(-ranks[0] // world)
+    lora_A = ("all_gather", size * sum(rows * a.lora_A.shape[1] for a in adapters) * others)
+    products = sum(r * r for r in ranks)
+    if placement == "rows":
+        regulariser = [lora_A, ("all_reduce", 2 * size * products * others / world)]
+    else:
+        regulariser = [("all_reduce", 2 * size * 2 * products * others / world)]
+    for steps in on_ranks(world, "shards_runs:sent", {"placement": placement}):
+        # The schedule: no pruning until tinit 4, then every fourth step, and the final one is 22.
+        for step, (sent, waits) in enumerate(steps, 1):
+            assert waits == []
+            expected = [*regulariser]
+            if step < 22:
+                expected.append(flag)
+            if step == 22 or (4 < step < 22 and step % 4 == 0):
+                expected.append(scores)
+            assert sent == expected, step
