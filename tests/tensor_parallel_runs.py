@@ -368,7 +368,6 @@ def loss_of(model, step, part=0, parts=1):
         x = torch.randn(4, 5, 10, generator=generator, dtype=torch.float64)
         return model(x.chunk(parts)[part]).square().mean()
     ids = tokens(step).chunk(parts)[part]
-    # Not `model(...)`, whose loss has the regulariser that `attach` adds to the gradients.
     return model.get_base_model()(ids, labels=ids).loss
 
 
@@ -476,3 +475,10 @@ def checkpoints_of_one(folder):
         "files": files,
         "outputs": outputs,
     }
+
+
+def example(code):
+    """Run an example of the documentation, and say what it has made of the ranks."""
+    names = {"__name__": "__main__"}
+    exec(compile(code, "example", "exec"), names)
+    return names["allocator"].ranks(), names["allocator"].summary()["step"]

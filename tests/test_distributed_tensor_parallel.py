@@ -1,5 +1,8 @@
 """Column-wise and row-wise layers on several processes are those of one process."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import on_ranks
@@ -157,6 +160,16 @@ def test_a_llama_has_the_gradients_of_one_process(world):
 def test_a_training_is_that_of_one_process(world, kind, dp):
     arguments = {"kind": kind, "dp": dp}
     check_training(on_ranks(world, "tensor_parallel_runs:training", arguments))
+
+
+@pytest.mark.full
+def test_the_example_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "peft.md").read_text()
+    (code,) = re.findall(r"### Tensor parallel\n.*?```\n(.*?)```", page, re.DOTALL)
+    first, second = on_ranks(2, "tensor_parallel_runs:example", {"code": code})
+    assert first == second
+    ranks, step = first
+    assert step == 12 and len(ranks) == 14 and sum(ranks.values()) == 3 * 14
 
 
 @pytest.mark.full
