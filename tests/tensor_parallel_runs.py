@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -133,6 +134,86 @@ def _cuts(size, world):
     """Where torch cuts a dimension: into parts of equal size, and a smaller one."""
     part = -(-size // world)
     return [min(part * i, size) for i in range(1, world)]
+
+
+class Sent(CommDebugMode):
+    """Which collectives are called, and with how many numbers."""
+
+    def __enter__(self):
+        self.collectives = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        kind = name.removeprefix("_c10d_functional::")
+        if kind != name and not kind.startswith(("wait", "_wrap")):
+            self.collectives.append((kind, args[0].numel()))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def sent(dropout=0.0):
+    """The collectives of a layer's forward and backward, by style."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    report = {}
+    for style in ("column", "row", "replicated"):
+        layer = parallelize_module(a_layer(lora_dropout=dropout), mesh, style_of(style))
+        features = 10 // dist.get_world_size() if style == "row" else 10
+        x = torch.randn(3, features, dtype=torch.float64, requires_grad=True)
+        with Sent() as forward:
+            y = layer(x)
+        with Sent() as backward:
+            y.sum().backward()
+        report[style] = forward.collectives, backward.collectives
+    return report
+
+
+def compiled(dropout=0.0):
+    """Whether a compiled layer, in one graph, computes what it computes otherwise."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    report = {}
+    for style in ("column", "row", "replicated"):
+        layer = parallelize_module(a_layer(lora_dropout=dropout), mesh, style_of(style))
+        features = 10 // dist.get_world_size() if style == "row" else 10
+        x = torch.randn(3, features, dtype=torch.float64)
+        found = []
+        for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(dist.get_rank())
+            layer.zero_grad()
+            y = run(x)
+            y.sum().backward()
+            found.append([y.detach(), *(whole(getattr(layer, f).grad) for f in FACTORS)])
+        eager, graph = found
+        report[style] = [relative(g, e) for g, e in zip(graph, eager, strict=True)]
+    return report
+
+
+def narrow():
+    """By dtypes, the relative errors of y and the gradients, and the dtypes of these."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    report = {}
+    for style in ("column", "row"):
+        for autocast in (False, True):
+            layer = a_layer(dtype=torch.float32)
+            if not autocast:
+                for name in ("weight", "bias"):
+                    parameter = getattr(layer, name)
+                    parameter.data = parameter.data.bfloat16()
+            x = torch.randn(64, 10, dtype=layer.weight.dtype)
+            found = []
+            for is_parallel in (False, True):
+                if is_parallel:
+                    layer.zero_grad()
+                    layouts = {"output_layouts": Replicate(), "input_layouts": Replicate()}
+                    layer = parallelize_module(layer, mesh, style_of(style, **layouts))
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    y = layer(x)
+                y.float().square().sum().backward()
+                grads = [whole(getattr(layer, factor).grad) for factor in FACTORS]
+                found.append([y.detach(), *grads])
+            errors = [relative(p.float(), s.float()) for s, p in zip(*found, strict=True)]
+            alike = all(p.dtype == s.dtype for s, p in zip(*found, strict=True))
+            report[style, autocast] = errors, alike, str(y.dtype)
+    return report
 
 
 def dropout():

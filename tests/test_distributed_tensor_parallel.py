@@ -67,6 +67,7 @@ def test_layers_and_a_training_are_those_of_one_process():
         "layers": {"cases": LAYERS},
         "peft_layers": {},
         "refusals": {},
+        "sent": {},
         "training": {"kind": "net"},
     }
     reports = on_ranks(2, "tensor_parallel_runs:several", {"functions": functions})
@@ -75,6 +76,12 @@ def test_layers_and_a_training_are_those_of_one_process():
         check_layers(report["layers"])
         for state, errors in report["peft_layers"].items():
             assert max(errors.values()) < 1e-13, (state, errors)
+        # What Colwise- and RowwiseParallel send (x or y), and one for the adapter.
+        assert report["sent"] == {
+            "column": ([], [("all_reduce", 6 * (10 + 1)), ("all_reduce", 3 * 10)]),
+            "row": ([("all_reduce", 3 * 12)], [("all_reduce", 6 * (12 + 1))]),
+            "replicated": ([], []),
+        }
         refused = report["refusals"]
         assert refused["merged"].startswith("ValueError: this SVDLinear is merged")
         assert "DTensor already" in refused["twice"]
@@ -121,6 +128,24 @@ def test_plans():
         adalora_plan({"mlp": torch.nn.Linear(2, 2)})
     with pytest.raises(TypeError, match="plan must be a dict of parallel styles, got str"):
         adalora_plan("colwise")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_layers(dropout):
+    for report in on_ranks(2, "tensor_parallel_runs:compiled", {"dropout": dropout}):
+        for style, errors in report.items():
+            assert max(errors) < 1e-13, (style, errors)
+
+
+@pytest.mark.full
+def test_narrow_dtypes():
+    """float32 adapters over a bfloat16 base, and autocast."""
+    for report in on_ranks(2, "tensor_parallel_runs:narrow"):
+        for case, (errors, alike, dtype) in report.items():
+            assert alike and dtype == "torch.bfloat16", case
+            # Row-wise, y is a sum of two numbers that have been rounded, and is rounded again.
+            assert max(errors) < 2**-7, (case, errors)
 
 
 @pytest.mark.full
