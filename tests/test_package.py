@@ -19,7 +19,7 @@ LAYERS = [
     {"training", "export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
-    {"functional"},
+    {"functional", "distributed"},
     {"orthogonality"},
     {"short"},
     {"ops"},
@@ -29,11 +29,13 @@ LAYERS = [
 ALLOCATOR = [
     {"allocator"},
     {"attach"},
+    {"processes"},
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps"},
 ]
+DISTRIBUTED = [{"replicas"}, {"engines", "stages"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
@@ -76,12 +78,13 @@ def own_imports(path, folder):
     [
         (PACKAGE, LAYERS),
         (PACKAGE / "allocator", ALLOCATOR),
+        (PACKAGE / "distributed", DISTRIBUTED),
         (PACKAGE / "peft", PEFT),
         (PACKAGE / "export", EXPORT),
         (PACKAGE / "kernels", KERNELS),
         (PACKAGE / "kernels" / "svd_linear", SVD_LINEAR),
     ],
-    ids=["", "allocator", "peft", "export", "kernels", "svd_linear"],
+    ids=["", "allocator", "distributed", "peft", "export", "kernels", "svd_linear"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}

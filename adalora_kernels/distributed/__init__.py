@@ -1,0 +1,1 @@
+"""What crosses processes, and how engines for several processes are told."""
