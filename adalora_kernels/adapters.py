@@ -9,7 +9,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
-_SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not supported; DDP is"
+_SHARDED = (
+    "the adapters are sharded or flattened by FSDP1 (FullyShardedDataParallel), which is not "
+    "supported: use FSDP2 (fully_shard), or DDP"
+)
 # What DataParallel/DDP, torch.compile, FSDP and activation checkpointing put into parameter names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 

@@ -76,7 +76,7 @@ def train(kind, world, rank, accumulate=1, clip=False, closure=False, explicit=F
     Returns the parameters, the ranks, and how many collectives were called per step.
     """
     model = make(kind, noise)
-    options = {"lr": 0.01, "max_iter": 2} if closure else {"lr": 5e-3}
+    options = {"lr": 0.01, "max_iter": 3} if closure else {"lr": 5e-3}
     optimizer = (torch.optim.LBFGS if closure else torch.optim.AdamW)(trainable(model), **options)
     allocator = RankAllocator(
         model, orth_reg_weight=WEIGHT, check_replicas=rank is not None, **SCHEDULE

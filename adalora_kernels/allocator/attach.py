@@ -157,6 +157,15 @@ class FollowsOptimizers(AmongProcesses):
         refuse_capture(self._device)
         if not self._steps.begins(optimizer):
             return None
+        try:
+            return self._prepare_step(optimizer, args, kwargs)
+        except BaseException:
+            self._steps.ends(optimizer)  # Else the next one would be taken for one inside.
+            raise
+
+    def _prepare_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
         if optimizer in self._unseen:
             adapters = self.adapters_left
             check_has_all(optimizer, adapters)
