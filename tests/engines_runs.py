@@ -9,6 +9,7 @@ from replicas_runs import error_of, result_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from adalora_kernels import RankAllocator, SVDLinear
@@ -50,7 +51,8 @@ def made(shard, when, sync=False):
     if when == "after":
         model = shard(model)
     for step in range(1, 13):
-        x, target = batch(step + 100 * dist.get_rank(), torch.float64)
+        own = 0 if shard is tensor_parallel else 100 * dist.get_rank()
+        x, target = batch(step + own, torch.float64)
         (model(x) - target).square().mean().backward()
         said = error_of(optimizer.step)
         if said != "no error":
@@ -90,7 +92,9 @@ def fsdp1(model):
 
 def tensor_parallel(model):
     """Each process has the same gradients of what is whole: nothing has to be averaged."""
-    return parallelize_module(model, mesh(), {"frozen": ColwiseParallel(use_local_output=False)})
+    return parallelize_module(
+        model, mesh(), {"frozen": ColwiseParallel(output_layouts=Replicate())}
+    )
 
 
 def injected_afterwards():
@@ -117,6 +121,7 @@ def layouts():
             said[f"{shard.__name__} {when}"] = made(shard, when)
     for shard in (fsdp2_ignoring, fsdp1_ignoring):
         said[f"{shard.__name__} synced"] = made(shard, "after", sync=True)
+    said["tensor_parallel"] = made(tensor_parallel, "after")
     said["fsdp2_ignoring synced before"] = made(fsdp2_ignoring, "before", sync=True)
     return said
 

@@ -19,11 +19,11 @@ LAYERS = [
     {"training", "export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
-    {"functional", "distributed"},
+    {"functional"},
     {"orthogonality"},
     {"short"},
     {"ops"},
-    {"cpu", "importance", "launching"},
+    {"cpu", "importance", "launching", "distributed"},
     {"reference", "adapters", "checks", "starts", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
@@ -33,9 +33,9 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps"},
+    {"members", "steps", "shards"},
 ]
-DISTRIBUTED = [{"replicas"}, {"engines", "stages"}]
+DISTRIBUTED = [{"replicas"}, {"engines", "stages"}, {"shards"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import describe, find_adapters, refuse_sharded
+from ..adapters import describe, find_adapters, parameters_of, refuse_flattened
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
 from ..distributed.replicas import Group
+from ..distributed.shards import any_dtensor
 from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps
 from .schedule import BudgetSchedule
@@ -78,8 +79,8 @@ class RankAllocator(FollowsOptimizers):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no adapter in the model, adapters on different devices, sharded or flattened
-            ones (FSDP), or a number out of its range.
+        ValueError: no adapter in the model, adapters on different devices or flattened (FSDP1),
+            DTensors that are neither sharded nor replicated, or a number out of its range.
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class RankAllocator(FollowsOptimizers):
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
-        refuse_sharded(self.adapters)
+        refuse_flattened(self.adapters)
         self.check_replicas = check_replicas
         self._model = weakref.ref(model)
         self._look_up_places()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
-        self._state = AllocatorState(self._parameters(), state_dtype)
+        self._state = AllocatorState(parameters_of(self.adapters, self._places), state_dtype)
         self.schedule = BudgetSchedule(
             init_budget=sum(self._state.ranks),
             target_budget=(
@@ -224,7 +225,7 @@ class RankAllocator(FollowsOptimizers):
             The budget at this step, over the adapters that take part.
 
         Raises:
-            TypeError, ValueError: global_step is no whole number ≥ 0; or the adapters are sharded.
+            TypeError, ValueError: global_step is no whole number ≥ 0; or as the constructor.
             RuntimeError: total_step is not known, or global_step goes back after `shrink`.
         """
         global_step = as_int("global_step", global_step, 0)
@@ -263,8 +264,7 @@ class RankAllocator(FollowsOptimizers):
 
         Raises:
             TypeError: grad_scale is neither.
-            ValueError: it is a tensor of another shape, dtype or device; or the adapters are
-                sharded.
+            ValueError: it is a tensor of another shape, dtype or device; or as the constructor.
             RuntimeError: no adapter has a gradient, before the pattern is frozen.
         """
         scale = as_grad_scale(grad_scale, self._device)
@@ -357,7 +357,9 @@ class RankAllocator(FollowsOptimizers):
             ValueError: the optimizer holds state that can't be cut to a subset of the triplets.
                 Of torch's these are, once they have stepped, Adafactor (averages over rows and
                 columns), LBFGS (all parameters in one vector) and Muon (each update depends on
-                the whole matrix). Nothing is changed.
+                the whole matrix). Or the adapters are sharded: load the states of model and
+                allocator into a model that is not, shrink that, and shard it afterwards. Nothing
+                is changed.
         """
         if optimizer is not None:
             check_is_optimizer(optimizer)
@@ -367,6 +369,12 @@ class RankAllocator(FollowsOptimizers):
                 f"total_step - tfinal = {self.schedule.final_step}, not at {self.global_step}"
             )
         if not self.shrunk:
+            if any_dtensor(self._parameters()):
+                raise ValueError(
+                    "shrink() needs whole adapters, and these are sharded (DTensor): save the "
+                    "model and the allocator, load both into a model that is not sharded, call "
+                    "shrink() there, and shard it then"
+                )
             lora_E: list[Tensor] = [*self._whole_parameters()[1::3]]
             self._shrink(self._state.mask | (torch.cat(lora_E) != 0).squeeze(1), optimizer)
 

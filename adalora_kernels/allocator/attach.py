@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, refuse_sharded
-from ..distributed.engines import why_lacking
+from ..adapters import Adapter, refuse_flattened
+from ..distributed.engines import Triples, why_lacking
 from ..distributed.replicas import GradientSync, Group, average, group_to_sync
 from ..orthogonality import orth_reg_grad_
 from .processes import AmongProcesses
@@ -120,7 +120,7 @@ class FollowsOptimizers(AmongProcesses):
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
         group = group_to_sync(sync_gradients)
-        self._expect_engine(inner, adapters, group is not None)
+        self._refuse_engines(is_synced=group is not None)
         sync = None if group is None else GradientSync(inner, adapters, group)
         self.count_triplets()
         self._warn_if_over()
@@ -167,9 +167,8 @@ class FollowsOptimizers(AmongProcesses):
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
         if optimizer in self._unseen:
-            adapters = self.adapters_left
-            check_has_all(optimizer, adapters)
-            self._look_at_engine(optimizer, adapters)
+            check_has_all(optimizer, self._adapters_with_parameters())
+            self._look_at_engine(optimizer)
         closure = closure_in(args, kwargs)
         sync = self._syncs.get(optimizer)
         if closure is not None and sync is not None:
@@ -254,9 +253,9 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
 
     Raises:
         TypeError: there is none.
-        ValueError: it lacks a trainable parameter of an adapter, or the adapters are sharded.
+        ValueError: it lacks a trainable parameter of an adapter, or the adapters are flattened.
     """
-    refuse_sharded(adapters)
+    refuse_flattened(adapters)
     found = chain(optimizer)
     while len(found) > 1 and _missing(found[-1], adapters) is not None:
         del found[-1]
@@ -266,19 +265,20 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
         raise ValueError(
             f"optimizer must have all trainable adapter parameters, lacks one of those beside "
             f"{missing.name}: where several optimizers share them, call step() after the last one. "
-            + why_lacking(missing)
+            + why_lacking(missing.parameters)
         )
     return found
 
 
-def check_has_all(optimizer: torch.optim.Optimizer, adapters: Sequence[Adapter]) -> None:
+def check_has_all(optimizer: torch.optim.Optimizer, adapters: Triples) -> None:
     """Raise ValueError if an optimizer has lost trainable adapter parameters since `attach`."""
-    missing = _missing(optimizer, adapters)
-    if missing is not None:
-        raise ValueError(
-            f"the optimizer no longer has all trainable adapter parameters, as it had in attach(), "
-            f"but lacks one of those beside {missing.name}. {why_lacking(missing)}"
-        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for adapter, parameters in adapters:
+        if any(p.requires_grad and id(p) not in held for p in parameters):
+            raise ValueError(
+                "the optimizer no longer has all trainable adapter parameters, as it had in "
+                f"attach(), but lacks one of those beside {adapter.name}. {why_lacking(parameters)}"
+            )
 
 
 def chain(optimizer: Any) -> list[Any]:

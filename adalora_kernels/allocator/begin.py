@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters import refuse_sharded
+from ..adapters import refuse_flattened
 from .report import Reports
 
 
@@ -19,10 +19,10 @@ class BeginsRuns(Reports):
     _final_budget: int | None
 
     def _whole_parameters(self) -> list[nn.Parameter]:
-        """Return the adapters' parameters; ValueError if FSDP has made something else of them."""
+        """Return the adapters' parameters; ValueError if FSDP1 has made something else of them."""
         parameters = self._parameters()
-        if not all(type(E) is nn.Parameter and E.dim() == 2 for E in parameters[1::3]):
-            refuse_sharded(self.adapters)
+        if not all(_is_parameter(E) and E.dim() == 2 for E in parameters[1::3]):
+            refuse_flattened(self.adapters)
         return parameters
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class BeginsRuns(Reports):
 
         Raises:
             RuntimeError: `shrink` has dropped triplets: make a new `RankAllocator` then.
-            ValueError: the adapters are sharded or flattened (FSDP).
+            ValueError: the adapters are flattened (FSDP1).
         """
         if self.shrunk:
             raise RuntimeError(
@@ -77,3 +77,8 @@ class BeginsRuns(Reports):
 
     def _goes_back(self, global_step: int) -> bool:
         return self.frozen and global_step < min(self.global_step, self.schedule.final_step)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    # The first takes less time, and is True but for DTensors.
+    return type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import nn
 
-from ..adapters import Adapter
+from ..adapters import refuse_flattened
 from ..distributed import engines, replicas, stages
 from .begin import BeginsRuns
 
@@ -62,14 +62,22 @@ class AmongProcesses(BeginsRuns):
         for optimizer, sync in self._syncs.items():
             sync.average(optimizer)
 
-    def _expect_engine(
-        self, optimizer: torch.optim.Optimizer, adapters: list[Adapter], is_synced: bool
-    ) -> None:
-        """Refuse what is wrong already, and look again when the optimizer steps.
+    def _adapters_with_parameters(self) -> engines.Triples:
+        """Those that the model still has."""
+        parameters = self._parameters()
+        triples = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
+        left = set(map(id, self.adapters_left))
+        pairs = zip(self.adapters, triples, strict=True)
+        return [(adapter, triple) for adapter, triple in pairs if id(adapter) in left]
+
+    def _refuse_engines(self, is_synced: bool) -> None:
+        """Refuse what is wrong already.
 
         Raises:
             ValueError: as `attach`.
         """
+        refuse_flattened(self.adapters_left)
+        adapters = self._adapters_with_parameters()
         engines.refuse_deepspeed(adapters)
         if not is_synced:
             engines.refuse_unreduced(self._model_of_adapters(), adapters)
@@ -79,13 +87,13 @@ class AmongProcesses(BeginsRuns):
         self._without_gradients = 0
         stages.announce([adapter.name for adapter in self.adapters])
 
-    def _look_at_engine(self, optimizer: torch.optim.Optimizer, adapters: list[Adapter]) -> None:
+    def _look_at_engine(self, optimizer: torch.optim.Optimizer) -> None:
         """What an engine may have done since `attach`; at the first step of each optimizer.
 
         Raises:
             ValueError: as `attach`.
         """
-        self._expect_engine(optimizer, adapters, optimizer in self._syncs)
+        self._refuse_engines(optimizer in self._syncs)
         stages.refuse_stages([adapter.name for adapter in self.adapters])
         self._unseen.discard(optimizer)
 
@@ -130,6 +138,8 @@ class AmongProcesses(BeginsRuns):
             return
         is_new = not self._has_compared or self.frozen != was_frozen
         if is_new or self.global_step % _COMPARED_EVERY == 0:
+            names = [adapter.name for adapter in self.adapters]
             masks = self._state.split(self._state.mask)
-            replicas.compare(self.adapters, masks, self.global_step, group)
+            lora_E = self._parameters()[1::3]
+            replicas.compare(names, masks, lora_E, self.global_step, group)
             self._has_compared = True

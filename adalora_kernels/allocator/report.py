@@ -35,7 +35,8 @@ class Reports:
         self._layers = [adapter.watch(self._gone.append) for adapter in self.adapters]
 
     def _parameters(self) -> list[nn.Parameter]:
-        return parameters_of(self.adapters, self._places)
+        found, shards = parameters_of(self.adapters, self._places), self._state.shards
+        return found if shards is None else shards.recall(found)
 
     @property
     def adapters_left(self) -> list[Adapter]:
@@ -56,6 +57,8 @@ class Reports:
         return self.adapters[0].lora_E.device
 
     def _has_gradients(self) -> bool:
+        if self._state.shards is not None:
+            return any(p.grad is not None and p.requires_grad for p in self._parameters())
         # Without a list of all: as a rule the first one answers it.
         return any(
             p.grad is not None and p.requires_grad

@@ -1,1 +1,5 @@
-"""What crosses processes, and how engines for several processes are told."""
+"""What crosses processes where several train the adapters of a model."""
+
+from .shards import shard_placement
+
+__all__ = ["shard_placement"]

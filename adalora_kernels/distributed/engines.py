@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..adapters import Adapter
+from .shards import is_dtensor
+
+# Adapters with their lora_A, lora_E and lora_B.
+Triples: TypeAlias = Sequence[tuple[Adapter, Sequence[Tensor]]]
 
 # ZeRO-3 has the first two on its parameters, ZeRO-1 and 2 and the bfloat16 optimizer the others.
 _DEEPSPEED = ("ds_id", "_z3_optimizer", "_hp_mapping", "_zero_optimizer", "param_idx_in_group")
@@ -28,12 +32,6 @@ _NOBODY = (
 )
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor. Where nobody has imported their module, there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def mesh_size(tensor: Any) -> int:
     """The number of processes that have parts of a DTensor, or copies of them."""
     return int(tensor.device_mesh.size())
@@ -46,21 +44,21 @@ def is_of_deepspeed(parameter: Tensor) -> bool:
     return any(name in marks for name in _DEEPSPEED)
 
 
-def refuse_deepspeed(adapters: Sequence[Adapter]) -> None:
+def refuse_deepspeed(adapters: Triples) -> None:
     """Raise ValueError if DeepSpeed steps an adapter, whose own optimizer then has nothing to do.
 
     That is so under every stage of ZeRO, and with its optimizers for half precision.
     """
-    for adapter in adapters:
-        if any(is_of_deepspeed(p) for p in adapter.parameters):
+    for adapter, parameters in adapters:
+        if any(is_of_deepspeed(p) for p in parameters):
             raise ValueError(f"{adapter.name} is trained by DeepSpeed. {_USE_THE_ENGINE}")
 
 
-def why_lacking(adapter: Adapter) -> str:
+def why_lacking(parameters: Sequence[Tensor]) -> str:
     """Say why an optimizer that has had an adapter's parameters, or should, may lack one."""
-    if any(is_of_deepspeed(p) for p in adapter.parameters):
+    if any(is_of_deepspeed(p) for p in parameters):
         return _USE_THE_ENGINE
-    if any(is_dtensor(p) for p in adapter.parameters):
+    if any(is_dtensor(p) for p in parameters):
         return (
             "FSDP2 (fully_shard) and tensor parallelism (parallelize_module) put new parameters "
             "into the model. Make the optimizer after them, or let Accelerate prepare model and "
@@ -71,7 +69,7 @@ def why_lacking(adapter: Adapter) -> str:
     return "Make and attach the optimizer when the model has the parameters that are to be trained"
 
 
-def refuse_unreduced(model: nn.Module | None, adapters: Sequence[Adapter]) -> None:
+def refuse_unreduced(model: nn.Module | None, adapters: Triples) -> None:
     """Raise ValueError if adapters are whole in each process beside parameters that are sharded.
 
     The engine reduces the gradients of what it has sharded, and of nothing else. Adapters that are
@@ -80,12 +78,12 @@ def refuse_unreduced(model: nn.Module | None, adapters: Sequence[Adapter]) -> No
     Args:
         model: the model in which the adapters are; None if it is not known, and only the layers of
             the adapters can be looked at.
-        adapters: those that are trained.
+        adapters: each with its lora_A, lora_E and lora_B.
     """
     plain = [
         adapter
-        for adapter in adapters
-        if any(p.requires_grad and not is_dtensor(p) for p in adapter.parameters)
+        for adapter, parameters in adapters
+        if any(p.requires_grad and not is_dtensor(p) for p in parameters)
     ]
     if not plain or not dist.is_available() or not dist.is_initialized():
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter
-from .engines import is_dtensor
+from .shards import is_dtensor
 
 # A string, because there are builds of torch without it.
 Group: TypeAlias = "dist.ProcessGroup"
@@ -266,32 +266,37 @@ def _digest(data: bytes) -> Tensor:
 
 
 @torch.no_grad()
-def compare(adapters: Sequence[Adapter], masks: Sequence[Tensor], step: int, group: Group) -> None:
+def compare(
+    names: Sequence[str],
+    masks: Sequence[Tensor],
+    lora_E: Sequence[Tensor],
+    step: int,
+    group: Group,
+) -> None:
     """Raise RuntimeError in every process if masks or lora_E differ between processes.
 
     It names the first matrix that does. 16 bytes per matrix and process cross. Reads the device. A
     lora_E that is sharded is not compared: its mask is.
 
     Args:
-        adapters: the adapters.
+        names: those of the matrices.
         masks: the mask (r,) bool of each.
+        lora_E: that of each.
         step: the number of the step, for the message.
         group: the processes, each of which calls this.
     """
     alive = torch.cat([*masks]).cpu().split_with_sizes([len(mask) for mask in masks])
-    lora_E = [adapter.lora_E for adapter in adapters]
-    whole = [E.detach()[:0] if is_dtensor(E) else E.detach() for E in lora_E]
-    values = _on_host(whole)
+    device = masks[0].device
+    values = _on_host([torch.zeros(0, device=device) if is_dtensor(E) else E for E in lora_E])
     digests = torch.stack(
         [
             torch.stack([_digest(mask.numpy().tobytes()), _digest(E.numpy().tobytes())])
             for mask, E in zip(alive, values, strict=True)
         ]
     )
-    device = torch.device("cpu")
-    everyone = _gathered(
-        digests if _speaks_of(group, device) else digests.to(lora_E[0].device), group
-    ).cpu()
+    if not _speaks_of(group, digests.device):
+        digests = digests.to(device)
+    everyone = _gathered(digests, group).cpu()
     differs = everyone != everyone[0]
     if not differs.any():
         return
@@ -301,9 +306,9 @@ def compare(adapters: Sequence[Adapter], masks: Sequence[Tensor], step: int, gro
     ranks = dist.get_process_group_ranks(group)
     others = [ranks[i] for i in differs[:, first].any(1).nonzero().flatten().tolist()]
     raise RuntimeError(
-        f"replicas differ at step {step}: the {what} of {adapters[first].name} on rank "
+        f"replicas differ at step {step}: the {what} of {names[first]} on rank "
         f"{', '.join(map(str, others))} is not that of rank {ranks[0]} ({int(matrices.sum())} of "
-        f"{len(adapters)} matrices differ). Every process must begin with the same values (the "
+        f"{len(names)} matrices differ). Every process must begin with the same values (the "
         "same seed, or DDP, which broadcasts them, around the model before the first step) and "
         "have the same gradients when the optimizer steps"
     )
