@@ -156,3 +156,31 @@ def stages(kind):
 def all_stages():
     """By kind of training."""
     return {kind: stages(kind) for kind in ("alike", "one alone", "one more", "pipeline")}
+
+
+def deepspeed_afterwards(own_optimizer):
+    """What each stage of ZeRO says when DeepSpeed comes after `attach`."""
+    import deepspeed
+
+    said = {}
+    for stage in (1, 2, 3):
+        torch.manual_seed(0)
+        model = Mlp()
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        RankAllocator(model, **SCHEDULE).attach(optimizer)
+        config = {
+            "train_micro_batch_size_per_gpu": 32,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        if own_optimizer:
+            options = {"lr": 1e-2, "torch_adam": True}
+            config["optimizer"] = {"type": "AdamW", "params": options}
+            given = {"model_parameters": trainable(model)}
+        else:
+            given = {"optimizer": optimizer}
+        engine, *_ = deepspeed.initialize(model=model, config=config, **given)
+        x, target = batch(1)
+        engine.backward((engine(x) - target).square().mean())
+        said[stage] = error_of(engine.step)
+    return said

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -232,3 +233,74 @@ def none_anywhere():
     optimizer.step()
     after = result_of(model, allocator)
     return before["hash"] == after["hash"], all(p.grad is None for p in trainable(model))
+
+
+def peft_model():
+    from peft import AdaLoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    schedule = {"tinit": 2, "tfinal": 3, "total_step": 12}
+    config = AdaLoraConfig(init_r=6, target_r=3, target_modules=["0", "2"], **schedule)
+    return get_peft_model(net, config)
+
+
+def peft_that_drifts():
+    """PEFT's model under DDP, of which one process has changed a value on its own."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from adalora_kernels.peft import apply
+
+    model = peft_model()
+    report = apply(model, check_replicas=True)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    report.attach(optimizer)
+    said = []
+    for step in range(1, 13):
+        if step == 4 and dist.get_rank() == 1:
+            with torch.no_grad():
+                report.allocator.adapters[1].lora_A[0, 0] += 0.5
+        x, target = batch(step + 100 * dist.get_rank())
+        (wrapped(x) - target).square().mean().backward()
+        said.append(error_of(optimizer.step))
+        optimizer.zero_grad()
+    return said
+
+
+def trainer_with_checkpointing(folder):
+    """The Trainer under DDP with reentrant checkpointing, as docs/peft.md says; the final ranks."""
+    from peft import AdaLoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from adalora_kernels.peft import allocator_of, apply
+    from adalora_kernels.trainer import AdaLoraCallback
+
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # Accelerate asks for it, though all is connected.
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=99, num_hidden_layers=2, **sizes))
+    schedule = {"tinit": 2, "tfinal": 3, "total_step": 12}
+    targets = ["q_proj", "v_proj", "up_proj"]
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=6, target_r=3, target_modules=targets, **schedule
+    )
+    model = get_peft_model(llama, config)
+    apply(model, check_replicas=True)
+    data = [{"input_ids": t, "labels": t} for t in torch.randint(0, 99, (96, 16))]
+    args = TrainingArguments(
+        folder,
+        max_steps=12,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        ddp_backend="gloo",
+        save_strategy="no",
+        report_to=[],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        ddp_find_unused_parameters=False,
+    )
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[AdaLoraCallback()])
+    trainer.train()
+    allocator = allocator_of(model)
+    return type(trainer.model_wrapped).__name__, result_of(model, allocator)

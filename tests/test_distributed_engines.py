@@ -1,5 +1,7 @@
 """Engines and layouts that would silently train something else are errors that say what to do."""
 
+import importlib.util
+
 import pytest
 import torch
 from helpers import Mlp, batch, trainable
@@ -126,3 +128,15 @@ def test_what_deepspeed_leaves_on_parameters_is_seen(mark):
     with pytest.raises(ValueError, match=r"DeepSpeed.*allocator.attach\(engine\) after deepspeed"):
         allocator.attach(optimizer)
     assert not allocator.attached
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("own_optimizer", [False, True], ids=["given", "in_config"])
+def test_deepspeed_that_comes_after_attach_is_an_error_at_the_first_step(own_optimizer):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed: pip install deepspeed")
+    arguments = {"own_optimizer": own_optimizer}
+    for said in on_ranks(2, "engines_runs:deepspeed_afterwards", arguments):
+        for error in said.values():
+            assert error.startswith("ValueError: ") and "DeepSpeed" in error
+            assert "allocator.attach(engine) after deepspeed.initialize" in error

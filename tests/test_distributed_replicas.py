@@ -102,3 +102,20 @@ def test_one_process_has_nothing_to_compare_with():
     model(torch.randn(2, 16, dtype=torch.float64)).sum().backward()
     optimizer.step()
     assert allocator.global_step == 1 and replicas.group_of(True) is None
+
+
+@FULL
+def test_pefts_replicas_are_compared():
+    for said in on_ranks(2, "replicas_runs:peft_that_drifts"):
+        assert said[:8] == ["no error"] * 8
+        assert said[8].startswith("RuntimeError: replicas differ at step 9: the ")
+
+
+@FULL
+def test_the_trainer_checkpoints_under_ddp_as_the_docs_say(tmp_path):
+    arguments = {"folder": str(tmp_path)}
+    results = on_ranks(2, "replicas_runs:trainer_with_checkpointing", arguments)
+    for wrapper, result in results:
+        assert wrapper == "DistributedDataParallel"
+        assert result["hash"] == results[0][1]["hash"]
+        assert result["step"] == 12 and sum(result["ranks"].values()) == 3 * 6

@@ -36,6 +36,11 @@ class AmongProcesses(BeginsRuns):
         self._has_compared = False
 
     @property
+    def is_of_engine(self) -> bool:
+        """Whether this has been attached to an engine that keeps the parameters in parts."""
+        return getattr(self, "_copies", None) is not None
+
+    @property
     def check_replicas(self) -> bool | replicas.Group:
         """Whether all processes, or those of a group, are compared now and then; may be set."""
         return self._check_replicas
