@@ -29,14 +29,15 @@ LAYERS = [
 ALLOCATOR = [
     {"allocator"},
     {"attach"},
+    {"processes"},
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps", "shards"},
 ]
+DISTRIBUTED = [{"replicas", "tensor_parallel"}, {"engines", "stages", "local_layer"}, {"shards"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
-DISTRIBUTED = [{"tensor_parallel", "local_layer", "shards"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]
 SVD_LINEAR = [{"calls"}, {"forward", "backward"}, {"gemm"}, {"common"}, {"plans"}]
 
@@ -77,13 +78,13 @@ def own_imports(path, folder):
     [
         (PACKAGE, LAYERS),
         (PACKAGE / "allocator", ALLOCATOR),
-        (PACKAGE / "peft", PEFT),
         (PACKAGE / "distributed", DISTRIBUTED),
+        (PACKAGE / "peft", PEFT),
         (PACKAGE / "export", EXPORT),
         (PACKAGE / "kernels", KERNELS),
         (PACKAGE / "kernels" / "svd_linear", SVD_LINEAR),
     ],
-    ids=["", "allocator", "peft", "distributed", "export", "kernels", "svd_linear"],
+    ids=["", "allocator", "distributed", "peft", "export", "kernels", "svd_linear"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}

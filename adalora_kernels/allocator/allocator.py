@@ -1,13 +1,14 @@
 """The allocator, which spends the budget on the most important triplets.
 
 What stands here is its steps, its state and `shrink`. Its other methods are in its base classes:
-what it reports (report.py), where its runs begin (begin.py), and which optimizers step it
-(attach.py).
+what it reports (report.py), where its runs begin (begin.py), what it does among several processes
+(processes.py), and which optimizers step it (attach.py).
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import describe, find_adapters, parameters_of, refuse_flattened
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
+from ..distributed.replicas import Group
 from ..distributed.shards import any_dtensor
 from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps
@@ -62,6 +64,11 @@ class RankAllocator(FollowsOptimizers):
             2⁻⁸ / (1 - beta): 2.6 % at 0.85. float64 parameters always have float64 averages.
         orth_reg_weight: weight of the orthogonality regulariser whose gradient an optimizer that
             this is attached to gets; see `orth_reg_grad_`. Without `attach` it has no effect.
+        check_replicas: whether processes that train the same adapters (DDP, FSDP2,
+            `sync_gradients`) compare the mask and lora_E of each matrix at the first step, at
+            every hundredth, and when the pattern is final. Where they differ, every process raises
+            a RuntimeError in that step. True for all processes of torch.distributed, or a process
+            group. It costs 16 bytes per matrix and process, and reads the device, only then.
 
     Attributes:
         schedule: the `BudgetSchedule` of all adapters together, which begins with the triplets
@@ -91,6 +98,7 @@ class RankAllocator(FollowsOptimizers):
         adapter_name: str | None = None,
         state_dtype: torch.dtype = torch.float32,
         orth_reg_weight: float = 0.0,
+        check_replicas: bool | Group = False,
     ) -> None:
         target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
@@ -102,6 +110,8 @@ class RankAllocator(FollowsOptimizers):
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
         refuse_flattened(self.adapters)
+        self.check_replicas = check_replicas
+        self._model = weakref.ref(model)
         self._look_up_places()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
         self._state = AllocatorState(parameters_of(self.adapters, self._places), state_dtype)
@@ -172,11 +182,12 @@ class RankAllocator(FollowsOptimizers):
     @torch.no_grad()
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
         parameters = self._whole_parameters()
-        learns = self._learns(global_step)
+        learns, was_frozen = self._learns(global_step), self.frozen
         budget = self._advance(global_step, parameters)
         if learns:
             self._state.learn(parameters, self.beta1, self.beta2, grad_scale)
         self._prune_and_freeze(parameters)
+        self._compare_replicas(was_frozen)
         return budget
 
     @torch.no_grad()

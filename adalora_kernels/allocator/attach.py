@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_flattened
+from ..distributed.engines import Triples, why_lacking
+from ..distributed.replicas import GradientSync, Group, average, group_to_sync
 from ..orthogonality import orth_reg_grad_
-from .begin import BeginsRuns
+from .processes import AmongProcesses
 from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
@@ -24,7 +26,7 @@ Closure: TypeAlias = Callable[[], Any]
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class FollowsOptimizers(BeginsRuns):
+class FollowsOptimizers(AmongProcesses):
     """The part of a `RankAllocator` that lets optimizers step it.
 
     Attributes:
@@ -36,6 +38,7 @@ class FollowsOptimizers(BeginsRuns):
     _NOT_COPIED = (
         *("_hooks", "_steps", "_loses_gradients", "was_attached"),
         *("_places", "_gone", "_layers"),
+        *AmongProcesses._NOT_AMONG_COPIES,
     )
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
@@ -47,6 +50,7 @@ class FollowsOptimizers(BeginsRuns):
         self._steps = Steps()
         self._loses_gradients = False  # what the step in progress would be warned of
         self.was_attached = False
+        self._start_among_processes()
 
     @property
     def attached(self) -> bool:
@@ -62,7 +66,9 @@ class FollowsOptimizers(BeginsRuns):
         """Whether this is attached to that very optimizer, or to one that it wraps."""
         return optimizer in self._hooks
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(
+        self, optimizer: torch.optim.Optimizer, sync_gradients: bool | Group = False
+    ) -> None:
         """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
 
         Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
@@ -84,19 +90,38 @@ class FollowsOptimizers(BeginsRuns):
         again after loading or copying. A step captured in a CUDA graph needs `advance` and
         `update` instead.
 
+        Several processes: with `sync_gradients` each has a whole copy of what the optimizer trains,
+        and no engine needs to know of it. The parameters are broadcast now, and from then on the
+        gradients are averaged once per optimizer step, before the regulariser comes: when
+        `optimizer.step()` begins, or earlier in `sync_gradients()`, which is to be called where
+        something looks at the gradients before (clipping, a GradScaler). Parameters that are
+        DTensors are left to who has sharded them. All processes have to call this, and to step
+        the same number of times.
+
         Args:
             optimizer: over all trainable adapter parameters; or a wrapper that has it in an
                 attribute, such as Accelerate's, Lightning's, or SAM.
+            sync_gradients: whether to keep what the optimizer trains equal in all processes of
+                torch.distributed; or a process group, for those in it.
 
         Raises:
-            TypeError: not a torch optimizer.
-            ValueError: the optimizer lacks a trainable parameter of an adapter, or the adapters
-                are flattened (FSDP1).
-            RuntimeError: already attached to this one.
+            TypeError: not a torch optimizer, or sync_gradients is neither a bool nor a group.
+            ValueError: the optimizer lacks a trainable parameter of an adapter; the adapters are
+                flattened (FSDP1), trained by DeepSpeed, or whole beside parameters that are
+                sharded; or the processes to be kept equal train different parameters.
+            RuntimeError: already attached to this one, or there are no processes to sync.
+
+        What comes after this call (an engine that shards or takes over the model, another process
+        with other adapters) raises the same in the first step of the optimizer. A RuntimeError is
+        raised in the third, if no adapter has had a gradient until then.
         """
-        *wrappers, inner = unwrapped(optimizer, self.adapters_left)
+        adapters = self.adapters_left
+        *wrappers, inner = unwrapped(optimizer, adapters)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
+        group = group_to_sync(sync_gradients)
+        self._refuse_engines(is_synced=group is not None)
+        sync = None if group is None else GradientSync(inner, adapters, group)
         self.count_triplets()
         self._warn_if_over()
         allocator = weakref.ref(self) if self._is_kept_by_model else _strong_ref(self)
@@ -114,6 +139,10 @@ class FollowsOptimizers(BeginsRuns):
             inner.register_step_pre_hook(_hook(allocator, "_before_optimizer_step")),
             inner.register_step_post_hook(_hook(allocator, "_after_optimizer_step")),
         ]
+        if sync is not None:
+            self._syncs[inner] = sync
+            self._hooks[inner] += sync.handles
+        self._begin_to_watch(inner)
         self.was_attached = True
 
     def detach(self) -> None:
@@ -128,15 +157,32 @@ class FollowsOptimizers(BeginsRuns):
         refuse_capture(self._device)
         if not self._steps.begins(optimizer):
             return None
+        try:
+            return self._prepare_step(optimizer, args, kwargs)
+        except BaseException:
+            self._steps.ends(optimizer)  # Else the next one would be taken for one inside.
+            raise
+
+    def _prepare_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if optimizer in self._unseen:
+            check_has_all(optimizer, self._adapters_with_parameters())
+            self._look_at_engine(optimizer)
         closure = closure_in(args, kwargs)
+        sync = self._syncs.get(optimizer)
+        if closure is not None and sync is not None:
+            closure = with_sync(closure, optimizer, sync)
+            args, kwargs = with_closure(args, kwargs, closure)
+        elif sync is not None:
+            sync.before_step(optimizer)
         self._loses_gradients = closure is None and self._has_gradients()
-        if self.orth_reg_weight == 0.0:
-            return None
-        if closure is not None:
+        if self.orth_reg_weight != 0.0 and closure is not None:
             add = functools.partial(self._add_regulariser, optimizer)
-            return with_closure(args, kwargs, then_add(closure, add))
-        self._add_regulariser(optimizer)
-        return None
+            args, kwargs = with_closure(args, kwargs, then_add(closure, add))
+        elif self.orth_reg_weight != 0.0:
+            self._add_regulariser(optimizer)
+        return None if closure is None else (args, kwargs)
 
     def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Add the regulariser's gradient to those that are there; returns its value."""
@@ -151,6 +197,7 @@ class FollowsOptimizers(BeginsRuns):
         if not self._steps.ends(optimizer):
             self._after_wrapper_step()
         elif self._has_gradients():
+            self._without_gradients = None
             self._step(self.global_step + 1, overflow_as_scale(optimizer, self._device))
         elif self._loses_gradients:
             warnings.warn(
@@ -158,6 +205,8 @@ class FollowsOptimizers(BeginsRuns):
                 "optimizer.step() ends. Call zero_grad() after it, not within it or in its hooks",
                 stacklevel=3,
             )
+        else:
+            self._stepped_without_gradients()
 
     @torch.no_grad()
     def _after_wrapper_step(self, *_: Any) -> None:
@@ -215,9 +264,21 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
     if missing is not None:
         raise ValueError(
             f"optimizer must have all trainable adapter parameters, lacks one of those beside "
-            f"{missing.name}: where several optimizers share them, call step() after the last one"
+            f"{missing.name}: where several optimizers share them, call step() after the last one. "
+            + why_lacking(missing.parameters)
         )
     return found
+
+
+def check_has_all(optimizer: torch.optim.Optimizer, adapters: Triples) -> None:
+    """Raise ValueError if an optimizer has lost trainable adapter parameters since `attach`."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for adapter, parameters in adapters:
+        if any(p.requires_grad and id(p) not in held for p in parameters):
+            raise ValueError(
+                "the optimizer no longer has all trainable adapter parameters, as it had in "
+                f"attach(), but lacks one of those beside {adapter.name}. {why_lacking(parameters)}"
+            )
 
 
 def chain(optimizer: Any) -> list[Any]:
@@ -291,6 +352,20 @@ def then_add(closure: Closure, add_gradient: Callable[[], Tensor | None]) -> Clo
         return loss + (value.to(loss.dtype) if isinstance(loss, Tensor) else value)
 
     return with_addition
+
+
+def with_sync(closure: Closure, optimizer: torch.optim.Optimizer, sync: GradientSync) -> Closure:
+    """Return a closure whose gradients and loss are the mean over the processes.
+
+    An optimizer decides by the loss whether to go on: it has to be the same in each process.
+    """
+
+    def synced() -> Any:
+        loss = closure()
+        sync.before_step(optimizer)
+        return average(loss, sync.group) if isinstance(loss, Tensor) else loss
+
+    return synced
 
 
 def grad_scale_of(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What crosses processes where the adapters of a model are spread over several of them."""
+"""What crosses processes where several train the adapters of a model."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -84,7 +84,9 @@ class PeftRankAllocator(RankAllocator):
     def begin_anew(self, root: nn.Module) -> None:
         """Begin with the ranks that the layers have now, after they have got new parameters."""
         self.detach()
+        check_replicas = self.check_replicas
         PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
+        self.check_replicas = check_replicas
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`).

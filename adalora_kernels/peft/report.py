@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import AdaLoraConfig
 
+from ..distributed.replicas import Group
 from ..starts import slow_path, start_of
 from .allocator import PeftRankAllocator
 
@@ -36,7 +37,9 @@ class ApplyReport:
     allocator: PeftRankAllocator | None = None
     _bypasses_regulariser: bool = False
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(
+        self, optimizer: torch.optim.Optimizer, sync_gradients: bool | Group = False
+    ) -> None:
         """Attach the allocator to `optimizer`; see `RankAllocator.attach`.
 
         Raises:
@@ -47,7 +50,7 @@ class ApplyReport:
             raise ValueError(
                 "there is no allocator to attach: the model has no trainable AdaLoRA adapter"
             )
-        self.allocator.attach(optimizer)
+        self.allocator.attach(optimizer, sync_gradients)
 
     @property
     def notes(self) -> list[str]:
