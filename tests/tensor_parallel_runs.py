@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -347,6 +347,28 @@ def refusals():
         except (TypeError, ValueError) as error:
             report[name] = f"{type(error).__name__}: {error}"
         assert before == [(n, type(p)) for n, p in layer.named_parameters()]
+    return report
+
+
+def adapters_that_came_late(folder):
+    """The errors of attach where the base layers have been sharded before they had adapters."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if dist.get_rank() == 0:
+        a_llama()[0].unload().save_pretrained(folder)
+    dist.barrier()
+    options = AdaLoraConfig(init_r=6, target_r=3, total_step=9, target_modules=["q_proj", "o_proj"])
+    by_transformers = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    by_torch = LlamaForCausalLM.from_pretrained(folder)
+    plan = {"layers.*.self_attn.q_proj": ColwiseParallel()}
+    parallelize_module(by_torch.model, mesh, plan)
+    report = []
+    for llama in (by_transformers, by_torch):
+        allocator = adalora_kernels.peft.apply(get_peft_model(llama, options)).allocator
+        trained = [p for p in llama.parameters() if p.requires_grad]
+        try:
+            allocator.attach(torch.optim.SGD(trained, lr=0.1))
+        except ValueError as error:
+            report.append(str(error))
     return report
 
 

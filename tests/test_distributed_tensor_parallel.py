@@ -188,6 +188,15 @@ def test_a_training_is_that_of_one_process(world, kind, dp):
 
 
 @pytest.mark.full
+def test_adapters_in_layers_that_have_been_sharded_before_are_refused(tmp_path):
+    arguments = {"folder": str(tmp_path)}
+    for errors in on_ranks(2, "tensor_parallel_runs:adapters_that_came_late", arguments):
+        assert len(errors) == 2
+        for error in errors:
+            assert "q_proj.lora_E.default is no DTensor" in error and "adalora_plan" in error
+
+
+@pytest.mark.full
 def test_the_example_of_the_documentation():
     page = (Path(__file__).parent.parent / "docs" / "peft.md").read_text()
     (code,) = re.findall(r"### Tensor parallel\n.*?```\n(.*?)```", page, re.DOTALL)

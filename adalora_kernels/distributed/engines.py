@@ -87,6 +87,15 @@ def refuse_unreduced(model: nn.Module | None, adapters: Triples) -> None:
     ]
     if not plain or not dist.is_available() or not dist.is_initialized():
         return
+    for adapter in plain:
+        if not adapter.is_deleted and _is_beside_parts(adapter.module):
+            raise ValueError(
+                f"{adapter.name} is no DTensor, and tensor parallelism has sharded the weight of "
+                "its layer: each process would have a part of the adapter's gradient, and train "
+                "another one. Let the model be whole when the adapters come (without "
+                "transformers' tp_plan), and give parallelize_module the styles of "
+                "adalora_kernels.distributed (adalora_plan makes a plan of them) afterwards"
+            )
     modules = model.modules() if model is not None else _layers_of(plain)
     engine = _engine_beside(modules)
     if engine is None:
@@ -114,6 +123,21 @@ def _layers_of(adapters: Sequence[Adapter]) -> Iterable[nn.Module]:
             yield from adapter.module.modules()
 
 
+def _is_beside_parts(layer: nn.Module) -> bool:
+    """Whether a layer has a weight that tensor parallelism has sharded, and not FSDP2."""
+    for module in layer.modules():
+        weight: Any = module._parameters.get("weight")
+        if (
+            weight is not None
+            and is_dtensor(weight)
+            and mesh_size(weight) > 1
+            and not all(placement.is_replicate() for placement in weight.placements)
+            and not module.__dict__.get("_is_fsdp_managed_module")
+        ):
+            return True
+    return False
+
+
 def _engine_beside(modules: Iterable[nn.Module]) -> str | None:
     """Return "FSDP2", "FSDP1" or "DeepSpeed" if one has sharded parameters of these modules."""
     has_fsdp = False
@@ -123,8 +147,8 @@ def _engine_beside(modules: Iterable[nn.Module]) -> str | None:
         if any("ds_id" in p.__dict__ for p in parameters):
             return "DeepSpeed"
         # The mark that torch's FSDP, 1 and 2, leaves for torch.compile on all modules that it
-        # takes care of; there is no public one. Tensor parallelism has DTensors, too, but then the
-        # gradients of what is whole are the same in each process.
+        # takes care of; there is no public one. Tensor parallelism has DTensors, too, but the
+        # gradients of layers that are whole beside it are the same in each process.
         if module.__dict__.get("_is_fsdp_managed_module"):
             has_fsdp = True
             sizes |= {mesh_size(p) for p in parameters if is_dtensor(p)}
