@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import as_float, as_int
+from .distributed.shards import whole_tensor
 from .functional import svd_delta, svd_linear
 from .fusing import fused_dropout_p, is_exporting, is_plain_tensor, parameter_of
 from .merging import Merge
@@ -313,7 +314,7 @@ class SVDLinear(nn.Linear):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.r > 0 and not self.ranknum.is_meta:
-            self._set_scaling(float(self.ranknum))
+            self._set_scaling(float(whole_tensor(self.ranknum)))
         if merged:
             self.merge()
 
@@ -381,6 +382,6 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         keys |= {key.split("lora_")[0] + "bias" for key in lora}
     for key in lora:
         ranknum = key.removesuffix("lora_E") + "ranknum"
-        if ranknum in state and float(state[ranknum]) != state[key].shape[0]:
+        if ranknum in state and float(whole_tensor(state[ranknum])) != state[key].shape[0]:
             keys.add(ranknum)
     return {key: value for key, value in state.items() if key in keys}

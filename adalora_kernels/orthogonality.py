@@ -197,14 +197,13 @@ def _sharded_total(
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum over all matrices, and its gradients, times `factor`, of what this process holds."""
     dims = [0] * count + [1] * (len(tensors) - count)
-    matrices = layout.gather_vectors([layout.local(m).detach() for m in tensors], dims)
-    wide = _zero(matrices)
-    products = [wide.new_zeros(2 * (m.shape[dim],)) for m, dim in zip(matrices, dims, strict=True)]
+    matrices = layout.gather_vectors(layout.locals(tensors), dims)
+    products = [_zero(matrices).view(1, 1)[:0, :0]] * len(matrices)  # of those of rank 0
     for stack in _stacks(matrices, count):
         for i, product in zip(stack.members, stack.products().unbind(), strict=True):
             products[i] = product
     total, slopes = _penalties(layout.sum_products(products, dims), squared)
-    gradients = [torch.zeros_like(layout.local(m)) for m in tensors]
+    gradients = list(layout.locals(tensors))  # of rank 0 there is nothing else
     for stack in _stacks(matrices, count):
         slope = torch.stack([slopes[i] for i in stack.members])
         if factor is not None:

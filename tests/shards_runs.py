@@ -4,9 +4,13 @@ import hashlib
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import RankAllocator, SVDLinear
@@ -36,11 +40,15 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks, and a head of three outputs: on four processes one has none of its lora_B."""
+    """Two blocks, and a head of three outputs.
+
+    On four processes one has nothing of the head's lora_B, of any lora_A or lora_E (six triplets
+    are 2, 2, 2 and 0); and 10 columns can't be divided evenly.
+    """
 
     def __init__(self, r=6, dtype=torch.float64):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(8, 12, r, dtype) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(8, 10, r, dtype) for _ in range(2))
         self.head = SVDLinear(8, 3, r=r, dtype=dtype)
 
     def forward(self, x):
@@ -100,8 +108,11 @@ def shard(model, kind="fsdp", placement="rows", policy="none"):
     return fully_shard(model, **options)
 
 
-def train(model, optimizer, allocator, steps, share=1, rank=0, before_step=None):
+def train(model, optimizer, allocator, steps, before_step=None):
     """Each process has its share of the micro-batches of a step, one after the other."""
+    share, rank = 1, 0
+    if isinstance(model, FSDPModule):
+        share, rank = dist.get_world_size(), dist.get_rank()
     for step in steps:
         own = batches(step)[rank::share]
         for i, (x, target) in enumerate(own):
@@ -120,7 +131,11 @@ def whole(tensor):
 
 def outcome(model, allocator):
     """All trained parameters and the pattern; what each process holds, too, as a hash."""
-    parameters = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {
+        n.replace("_checkpoint_wrapped_module.", ""): whole(p.detach())
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     mask, scores = allocator._state.mask, allocator._state.scores
     digest = hashlib.sha256()
     for tensor in [*parameters.values(), mask, scores]:
@@ -135,7 +150,7 @@ def outcome(model, allocator):
     }
 
 
-def alone(steps=STEPS, compiled=False):
+def alone(steps=STEPS):
     """The same training in one process, without torch.distributed."""
     model = net()
     allocator, optimizer = allocator_of(model), adamw(model)
@@ -144,29 +159,139 @@ def alone(steps=STEPS, compiled=False):
     return outcome(model, allocator)
 
 
-def sharded(
-    kind="fsdp", placement="rows", policy="none", checkpointed=False, compiled=False, attach="after"
-):
-    """The same training, sharded; `attach` before or after that."""
+def made(attach="after", **options):
+    """A sharded model, its allocator and its optimizer; attached before sharding, or after."""
+    kinds = {k: options.pop(k) for k in ("kind", "placement", "policy") if k in options}
     model = net()
     for block in model.blocks:
-        block.is_checkpointed = checkpointed
+        block.is_checkpointed = options.get("checkpointed", False)
     allocator = allocator_of(model)
-    if attach == "before":
+    if attach == "after":
+        shard(model, **kinds)
+        optimizer = adamw(model)
+        allocator.attach(optimizer)
+    else:
         optimizer = adamw(model)
         names = {id(p): n for n, p in model.named_parameters()}
         allocator.attach(optimizer)
-    shard(model, kind, placement, policy)
-    if attach == "before":  # as accelerate does it
-        (group,) = optimizer.param_groups
+        shard(model, **kinds)
+        (group,) = optimizer.param_groups  # What follows is what accelerate does.
         now = dict(model.named_parameters())
         group["params"] = [now[names[id(p)]] for p in group["params"]]
-    else:
-        optimizer = adamw(model)
-        allocator.attach(optimizer)
-    if compiled:
+    if options.get("compiled", False):
         for block in model.blocks:
             block.compile(backend="aot_eager")
-    world, rank = dist.get_world_size(), dist.get_rank()
-    train(model, optimizer, allocator, range(1, STEPS + 1), world, rank)
+    return model, allocator, optimizer
+
+
+def sharded(cases=({},)):
+    """The same training, sharded in each of some ways."""
+    results = []
+    for case in cases:
+        model, allocator, optimizer = made(**case)
+        train(model, optimizer, allocator, range(1, STEPS + 1))
+        results.append(outcome(model, allocator))
+    return results
+
+
+def with_inf(at=(3, 4, 9)):
+    """A training in which the last process alone has a gradient of inf in some steps.
+
+    Also whether the averages changed in each step, and the number of skipped ones after each.
+    """
+    model, allocator, optimizer = made()
+    changed, skipped = [], []
+
+    def before_step(step):
+        before_step.averages = [a.clone() for a in allocator._state.exp_avg_unc]
+        if step in at and dist.get_rank() == dist.get_world_size() - 1:
+            model.blocks[1].up.lora_B.grad.to_local()[0, 1] = torch.inf
+
+    def after_step(*_):
+        pairs = zip(before_step.averages, allocator._state.exp_avg_unc, strict=True)
+        changed.append(not all(torch.equal(a, b) for a, b in pairs))
+        skipped.append(allocator.summary()["skipped_steps"])
+        with torch.no_grad():  # The optimizer has no such check.
+            for parameter in model.parameters():
+                parameter.to_local().nan_to_num_(nan=0.1)
+
+    optimizer.register_step_post_hook(after_step)
+    train(model, optimizer, allocator, range(1, 12), before_step=before_step)
+    return {"changed": changed, "skipped": skipped, "hash": outcome(model, allocator)["hash"]}
+
+
+def save(folder, at):
+    """Train until a step, and save with torch.distributed.checkpoint; then train to the end."""
+    model, allocator, optimizer = made()
+    train(model, optimizer, allocator, range(1, at + 1))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+    dcp.save(state, checkpoint_id=folder)
+    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
     return outcome(model, allocator)
+
+
+def resume(folder, at, is_sharded=True, frozen=False):
+    """Load what `save` has written into a new model, sharded or not, and train to the end."""
+    model = net()
+    allocator = allocator_of(model)
+    if is_sharded:
+        shard(model)
+    optimizer = adamw(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+    # A frozen pattern has no averages, which those of a new allocator are not found among.
+    planner = DefaultLoadPlanner(allow_partial_load=frozen)
+    dcp.load(state, checkpoint_id=folder, planner=planner)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    allocator.attach(optimizer)
+    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
+    return outcome(model, allocator)
+
+
+class Sent(TorchDispatchMode):
+    """Writes down what this process sends: (name, bytes), by the formulas of ring algorithms.
+
+    Also every op that waits for a device where the tensors are on one.
+    """
+
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        world = dist.get_world_size()
+        if namespace == "c10d" and name == "allreduce_":
+            (tensor,) = args[0]
+            self.sent.append(("all_reduce", 2 * tensor.nbytes * (world - 1) / world))
+        elif namespace == "c10d" and name == "_allgather_base_":
+            self.sent.append(("all_gather", args[1].nbytes * (world - 1)))
+        elif namespace == "c10d":
+            self.sent.append((name, None))
+        if func._schema.name in self.WAITS:
+            self.waits.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def sent(placement):
+    """What is sent in each optimizer step, which has no collective of FSDP2's own."""
+    model = net()
+    allocator = allocator_of(model, deltaT=4)
+    shard(model, placement=placement)
+    # Adam's numbers of steps are on the CPU here, and read.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    allocator.attach(optimizer)
+    steps = []
+    step = optimizer.step
+
+    def recorded():
+        with Sent() as recorder:
+            step()
+        steps.append((recorder.sent, recorder.waits))
+
+    optimizer.step = recorded
+    train(model, optimizer, allocator, range(1, STEPS + 1))
+    return steps

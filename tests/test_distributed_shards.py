@@ -25,13 +25,96 @@ def assert_same(results, expected, bound=1e-9):
     assert summary["total_rank"] == summary["target_budget"] < summary["init_budget"]
 
 
+def assert_all_same(world, cases, expected, bound=1e-9):
+    results = on_ranks(world, "shards_runs:sharded", {"cases": cases}, seconds=300)
+    for number, case in enumerate(cases):
+        try:
+            assert_same([result[number] for result in results], expected, bound)
+        except AssertionError as error:
+            raise AssertionError(f"{case} on {world}: {error}") from error
+
+
+def test_fsdp2_is_one_process(alone):
+    assert_all_same(2, [{"attach": "before"}], alone)
+
+
+IN = {"placement": "in"}
+HSDP = {"kind": "hsdp"}
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("world", "options"),
+    ("world", "cases"),
     [
-        pytest.param(2, {}, id="2"),
-        pytest.param(2, {"placement": "in"}, id="2-in"),
-        pytest.param(4, {}, id="4"),
+        (2, [IN, {"compiled": True}, {"checkpointed": True}, {"policy": "offload"}]),
+        (4, [{}, IN, HSDP | IN, {"attach": "before", "checkpointed": True, "compiled": True}]),
+        (4, [HSDP, HSDP | IN | {"attach": "before"}]),
+    ],
+    ids=["2", "4", "hsdp"],
+)
+def test_each_way_of_sharding_is_one_process(world, cases, alone):
+    assert_all_same(world, cases, alone)
+
+
+@pytest.mark.full
+def test_mixed_precision_prunes_the_same(alone):
+    assert_all_same(2, [{"policy": "mixed"}], alone, bound=1e-4)
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
+def test_inf_on_one_process_makes_all_skip(world):
+    results = on_ranks(world, "shards_runs:with_inf")
+    assert len({result["hash"] for result in results}) == 1
+    for result in results:
+        # The learning ends at 22, the pattern is not looked at here.
+        assert result["skipped"] == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]
+    learns = [step not in (3, 4, 9) for step in range(1, 12)]
+    holders = [result["changed"] for result in results if any(result["changed"])]
+    assert holders and all(changed == learns for changed in holders)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [7, 21, 25], ids=["budgeting", "before-final", "frozen"])
+def test_checkpoint_of_two_goes_on_with_any_number(at, alone, tmp_path):
+    arguments = {"folder": str(tmp_path), "at": at}
+    uninterrupted = on_ranks(2, "shards_runs:save", arguments)
+    assert_same(uninterrupted, alone)
+    arguments["frozen"] = at >= 22
+    same = on_ranks(2, "shards_runs:resume", arguments)
+    assert {r["hash"] for r in same} == {r["hash"] for r in uninterrupted}
+    assert_same(on_ranks(4, "shards_runs:resume", arguments), alone)
+    assert_same(on_ranks(1, "shards_runs:resume", arguments | {"is_sharded": False}), alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "placement"),
+    [
+        (2, "rows"),
+        pytest.param(2, "in", marks=pytest.mark.full),
+        pytest.param(4, "rows", marks=pytest.mark.full),
     ],
 )
-def test_fsdp2_is_one_process(world, options, alone):
-    assert_same(on_ranks(world, "shards_runs:sharded", options), alone)
+def test_a_step_sends_what_the_page_says(world, placement):
+    """docs/scaling.md has these formulas. Nothing is read from the device in a step."""
+    adapters = shards_runs.allocator_of(shards_runs.net()).adapters
+    ranks = [len(adapter.lora_E) for adapter in adapters]
+    size, others = 8, world - 1  # float64
+    flag = ("all_reduce", 2 * 4 * others / world)
+    scores = ("all_gather", size * sum(ranks) * others)
+    rows = -(-ranks[0] // world)
+    lora_A = ("all_gather", size * sum(rows * a.lora_A.shape[1] for a in adapters) * others)
+    products = sum(r * r for r in ranks)
+    if placement == "rows":
+        regulariser = [lora_A, ("all_reduce", 2 * size * products * others / world)]
+    else:
+        regulariser = [("all_reduce", 2 * size * 2 * products * others / world)]
+    for steps in on_ranks(world, "shards_runs:sent", {"placement": placement}):
+        # The schedule: no pruning until tinit 4, then every fourth step, and the final one is 22.
+        for step, (sent, waits) in enumerate(steps, 1):
+            assert waits == []
+            expected = [*regulariser]
+            if step < 22:
+                expected.append(flag)
+            if step == 22 or (4 < step < 22 and step % 4 == 0):
+                expected.append(scores)
+            assert sent == expected, step

@@ -63,14 +63,14 @@ class Shards(Layout):
 
     def parts(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """lora_A, lora_E and lora_B of each part that is here, as an adapter of its own."""
-        return self._as_adapters([self.local(parameters[i]) for i in self._held])
+        return self._as_adapters(self.locals([parameters[i] for i in self._held]))
 
     def _as_adapters(self, parts: Sequence[Tensor]) -> list[Tensor]:
         result = []
         for i, part in zip(self._held, parts, strict=True):
             rank = part.shape[_RANK_DIMS[i % 3]]
-            shapes = ((rank, 1), (rank, 1), (1, rank))
-            adapter = [self._zeros(shape, part) for shape in shapes]
+            column, row = self._zeros((rank, 1), part), self._zeros((1, rank), part)
+            adapter = [column, column, row]
             adapter[i % 3] = part
             result += adapter
         return result
@@ -190,7 +190,7 @@ class Shards(Layout):
 
     def write_zeros_(self, lora_E: Sequence[Tensor], dead: Tensor) -> None:
         """Write 0 into the lora_E of what is dead, (n,) bool, where this process holds it."""
-        held = [part for part in map(self.local, lora_E) if part.numel() > 0]
+        held = [part for part in self.locals(lora_E) if part.numel() > 0]
         if held:
             flat = torch.cat(held).masked_fill_(dead[self._rows].unsqueeze(1), 0.0)
             torch._foreach_copy_(held, flat.split_with_sizes([len(part) for part in held]))

@@ -21,6 +21,11 @@ from ..checks import as_int
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Shard
 
+# Its name since torch 2.13, and the one of before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor. Imports nothing: where there is one, its module is loaded."""
@@ -92,7 +97,7 @@ class Axis(NamedTuple):
         """The tensors (n,) of all of them, (len(ranks), n), on the device of this one."""
         sent = flat.to(self.device)
         rows = sent.new_empty((len(self.ranks), sent.numel()))
-        dist.all_gather_into_tensor(rows.view(-1), sent, group=self.group)
+        _all_gather(rows.view(-1), sent, group=self.group)
         members = dist.get_process_group_ranks(self.group)
         if members != list(self.ranks):  # A mesh may have them in another order.
             rows = rows[[members.index(rank) for rank in self.ranks]]
@@ -154,29 +159,35 @@ class Layout:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         self.axes: list[Axis] = []
-        lines: dict[tuple[int, int], Axis] = {}
-        meshes: dict[int, Any] = {}  # which keeps them alive, so that an id is one's own
-        divided = []
+        self._lines: dict[tuple[int, int], Axis] = {}
+        # Few differ: in a model of hundreds of layers it takes time to look at each.
+        kinds, divided = [], {}
         for tensor in self.tensors:
-            splits: tuple[list[int], list[int]] = ([], [])
-            if is_dtensor(tensor):
-                dtensor: Any = tensor
-                mesh = meshes.setdefault(id(dtensor.device_mesh), dtensor.device_mesh)
-                for mesh_dim, dim in _in_order(dtensor):
-                    key = id(mesh), mesh_dim
-                    if key not in lines:
-                        lines[key] = _axis(mesh, mesh_dim)
-                    if len(lines[key].ranks) > 1:
-                        splits[dim].append(self._number_of(lines[key]))
-            divided.append(splits)
-        known: dict[Any, Piece] = {}
-        self.pieces = []
-        for tensor, (rows, columns) in zip(self.tensors, divided, strict=True):
-            kind = tensor.shape, tuple(rows), tuple(columns)
-            if kind not in known:
-                known[kind] = self._piece(*kind)
-            self.pieces.append(known[kind])
-            self._check(tensor, known[kind])
+            placed: Any = tensor if is_dtensor(tensor) else None
+            mesh = None if placed is None else placed.device_mesh
+            kind = tensor.shape, id(mesh), None if placed is None else placed.placements
+            if kind not in divided:
+                divided[kind] = self._splits(placed)
+            kinds.append(kind)
+        pieces = {kind: self._piece(kind[0], *splits) for kind, splits in divided.items()}
+        self.pieces = [pieces[kind] for kind in kinds]
+        for tensor, piece, local in zip(
+            self.tensors, self.pieces, self.locals(self.tensors), strict=True
+        ):
+            if local.shape != piece.size:
+                _refuse(tensor, piece, local)
+
+    def _splits(self, dtensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """By which axes the rows and the columns of a tensor are divided; None is no DTensor."""
+        splits: tuple[list[int], list[int]] = ([], [])
+        for mesh_dim, dim in () if dtensor is None else _in_order(dtensor):
+            mesh = dtensor.device_mesh  # The tensors keep it alive, so that its id is its own.
+            key = id(mesh), mesh_dim
+            if key not in self._lines:
+                self._lines[key] = _axis(mesh, mesh_dim)
+            if len(self._lines[key].ranks) > 1:
+                splits[dim].append(self._number_of(self._lines[key]))
+        return tuple(splits[0]), tuple(splits[1])
 
     def _number_of(self, axis: Axis) -> int:
         for number, other in enumerate(self.axes):
@@ -204,23 +215,16 @@ class Layout:
             (shape[0], shape[1]), (offset[0], offset[1]), (size[0], size[1]), splits, counted
         )
 
-    def _check(self, tensor: Tensor, piece: Piece) -> None:
-        local = self.local(tensor)
-        if tuple(local.shape) != piece.size:
-            raise ValueError(
-                f"an adapter's parameter {tuple(tensor.shape)} with placements "
-                f"{tensor.placements} has {tuple(local.shape)} here, "  # type: ignore[attr-defined]
-                f"where torch's rule gives {piece.size}"
-            )
-
     @staticmethod
-    def local(tensor: Any) -> Tensor:
+    @torch.no_grad()  # Otherwise they are views that autograd knows.
+    def locals(tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of some tensors, to read and to write."""
+        return [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+    @classmethod
+    def local(cls, tensor: Tensor) -> Tensor:
         """What this process holds of a tensor, to read and to write."""
-        if not is_dtensor(tensor):
-            return tensor  # type: ignore[no-any-return]
-        with torch.no_grad():  # Otherwise it is a view that autograd knows.
-            local: Tensor = tensor.to_local()
-        return local
+        return cls.locals([tensor])[0]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these very tensors are the ones that this is of."""
@@ -345,6 +349,7 @@ class Layout:
         return result
 
 
+@torch.no_grad()
 def local_grads(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """What this process holds of the gradients of the tensors, to read and to write.
 
@@ -358,7 +363,7 @@ def local_grads(tensors: Sequence[Tensor]) -> list[Tensor | None]:
             placed: Any = tensor
             if grad.placements != placed.placements:
                 grad = tensor.grad = grad.redistribute(placements=placed.placements)
-            grad = Layout.local(grad)
+            grad = grad.to_local()
         result.append(grad)
     return result
 
@@ -411,6 +416,13 @@ def _in_order(dtensor: Any) -> list[tuple[int, int]]:
         else:
             later.append((mesh_dim, dim))
     return first + later[::-1]
+
+
+def _refuse(tensor: Any, piece: Piece, local: Tensor) -> None:
+    raise ValueError(
+        f"an adapter's parameter {tuple(tensor.shape)} with placements {tensor.placements} has "
+        f"{tuple(local.shape)} here, where torch's rule gives {piece.size}"
+    )
 
 
 def _axis(mesh: Any, mesh_dim: int) -> Axis:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
+from ..distributed.shards import whole_tensor
 from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
 from .saving import fit_rows_
 
@@ -36,7 +37,7 @@ class FusedLayer(ReadingLayer):
     def _scaling_of(self: Any, adapter_name: str) -> float:
         ranknums = self._ranknums
         if adapter_name not in ranknums:
-            ranknums[adapter_name] = float(self.ranknum[adapter_name].detach()) + 1e-5
+            ranknums[adapter_name] = float(whole_tensor(self.ranknum[adapter_name].detach())) + 1e-5
         return self.scaling[adapter_name] / ranknums[adapter_name]
 
     def _factors_of(self: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +109,7 @@ class FusedLayer(ReadingLayer):
         for adapter_name, own in self.ranknum.items():
             ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
             if ranknum is not None and not ranknum.is_meta:
-                self._ranknums[adapter_name] = float(ranknum.to(own.dtype)) + 1e-5
+                self._ranknums[adapter_name] = float(whole_tensor(ranknum).to(own.dtype)) + 1e-5
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
