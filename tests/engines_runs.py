@@ -1,186 +1,92 @@
-"""What `test_distributed_engines.py` runs in processes: engines that nobody has told us of."""
+"""The training of shards_runs.py through Accelerate, and PEFT's through transformers' Trainer."""
 
-import warnings
+import os
 
 import torch
 import torch.distributed as dist
-from helpers import Mlp, batch, trainable
-from replicas_runs import error_of, result_of
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from shards_runs import MICRO_BATCHES, STEPS, adamw, batches, net, outcome
+from shards_runs import allocator_of as made_for
+from trainer_runs import STEPS as TRAINER_STEPS
+from trainer_runs import make, rows, save_every, trainer_of
+from transformers import Trainer
 
-from adalora_kernels import RankAllocator, SVDLinear
-
-SCHEDULE = {"target_r": 3, "total_step": 12, "tinit": 2, "tfinal": 3}
-
-
-class Block(Mlp):
-    """The same network behind a frozen layer that has no adapter."""
-
-    def __init__(self):
-        super().__init__(dtype=torch.float64)
-        self.frozen = nn.Linear(16, 16, dtype=torch.float64).requires_grad_(False)
-
-    def forward(self, x):
-        return super().forward(self.frozen(x))
+from adalora_kernels.export import export_lora, save_adapter
+from adalora_kernels.peft import allocator_of
 
 
-def adapters_of(model):
-    return {p for m in model.modules() if isinstance(m, SVDLinear) for p in trainable(m)}
+def told_of_fsdp(accelerator, block, **options):
+    """Shard each block. Accelerate takes FSDP only where there are accelerators.
 
-
-def mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def made(shard, when, sync=False):
-    """Shard a model "before" attach or "after" it; what attach says, and then the first step."""
-    torch.manual_seed(0)
-    model = Block()
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    allocator = RankAllocator(model, check_replicas=sync, **SCHEDULE)
-    if when == "before":
-        model = shard(model)
-    said = error_of(allocator.attach, optimizer, sync_gradients=sync)
-    if said != "no error":
-        assert not allocator.attached
-        return said
-    if when == "after":
-        model = shard(model)
-    for step in range(1, 13):
-        own = 0 if shard is tensor_parallel else 100 * dist.get_rank()
-        x, target = batch(step + own, torch.float64)
-        (model(x) - target).square().mean().backward()
-        said = error_of(optimizer.step)
-        if said != "no error":
-            return said
-        optimizer.zero_grad()
-    hashes = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, result_of(model, allocator)["hash"])
-    return "trained alike" if len(set(hashes)) == 1 else "trained apart"
-
-
-def fsdp2_ignoring(model):
-    return fully_shard(model, mesh=mesh(), ignored_params=adapters_of(model))
-
-
-def fsdp2_of_another_layer(model):
-    fully_shard(model.frozen, mesh=mesh())
-    return model
-
-
-def fsdp1_ignoring(model):
-    return FullyShardedDataParallel(
-        model,
-        ignored_states=list(adapters_of(model)),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
+    So on CPUs it is told afterwards, by what it would have set; everything else is its own.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[block],
+        **options,
     )
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    assert accelerator.is_fsdp2
+    return accelerator
 
 
-def fsdp1_of_another_layer(model):
-    model.frozen = FullyShardedDataParallel(model.frozen, device_id=torch.device("cpu"))
-    return model
+class CpuFsdpTrainer(Trainer):
+    """A Trainer whose accelerator is told to take FSDP, as in `told_of_fsdp`."""
+
+    saves_whole = False
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        whole = "FULL_STATE_DICT" if self.saves_whole else "SHARDED_STATE_DICT"
+        told_of_fsdp(self.accelerator, "LlamaDecoderLayer", state_dict_type=whole)
+        self.is_fsdp_enabled = True
 
 
-def fsdp1(model):
-    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+def with_trainer(out, saves=None, checkpoint=None, saves_whole=False):
+    """PEFT's AdaLoRA on a tiny Llama, in float64; saved by the Trainer, and exported."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    model = make(dtype=torch.float64)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    options = {"data": rows(TRAINER_STEPS * 4), "accumulation": 1, "max_grad_norm": 0.0}
+    if saves is not None:
+        options |= save_every(saves)
+    CpuFsdpTrainer.saves_whole = saves_whole
+    sharded = dist.get_world_size() > 1
+    if not sharded:
+        options["accumulation"] = 2
+    trainer = trainer_of(model, out, cls=CpuFsdpTrainer if sharded else Trainer, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    allocator = allocator_of(model)
+    trainer.save_model(os.path.join(out, "saved"))
+    for name, function in (("compact", save_adapter), ("lora", export_lora)):
+        function(model, os.path.join(out, name))
+    save_adapter(model, os.path.join(out, "full"), full_rank=True)
+    return outcome(model, allocator) | {"logs": trainer.state.log_history}
 
 
-def tensor_parallel(model):
-    """Each process has the same gradients of what is whole: nothing has to be averaged."""
-    return parallelize_module(
-        model, mesh(), {"frozen": ColwiseParallel(output_layouts=Replicate())}
-    )
-
-
-def injected_afterwards():
-    """PEFT's adapters in a model that has been sharded before."""
-    from peft import AdaLoraConfig, get_peft_model
-
-    from adalora_kernels.peft import apply
-
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-    fully_shard(net, mesh=mesh())
-    config = AdaLoraConfig(init_r=6, target_r=3, tfinal=3, total_step=12, target_modules=["0", "2"])
-    model = get_peft_model(net, config)
-    return error_of(apply(model).attach, torch.optim.AdamW(trainable(model)))
-
-
-def layouts():
-    """By layout: what is said, or how it has been trained."""
-    warnings.simplefilter("ignore")
-    said = {"injected": injected_afterwards()}
-    shards = (fsdp2_ignoring, fsdp2_of_another_layer, fsdp1_ignoring, fsdp1_of_another_layer, fsdp1)
-    for shard in shards:
-        for when in ("before", "after"):
-            said[f"{shard.__name__} {when}"] = made(shard, when)
-    for shard in (fsdp2_ignoring, fsdp1_ignoring):
-        said[f"{shard.__name__} synced"] = made(shard, "after", sync=True)
-    said["tensor_parallel"] = made(tensor_parallel, "after")
-    said["fsdp2_ignoring synced before"] = made(fsdp2_ignoring, "before", sync=True)
-    return said
-
-
-def stages(kind):
-    """What each process is told at each step of an optimizer, where each trains what it has."""
-    rank = dist.get_rank()
-    torch.manual_seed(rank)
-    whole = Mlp(dtype=torch.float64)
-    extra = nn.ModuleDict({"extra": SVDLinear(16, 8, r=6, dtype=torch.float64)})
-    models = [whole]
-    if kind == "pipeline":
-        models = [nn.ModuleDict({f"layers_{rank}": whole.layers[0]})]
-    elif kind == "one more" and rank == 1:
-        models = [extra, whole]
-    elif kind == "one alone" and rank == 0:
-        models = []
-    optimizers = []
-    for model in models:
-        optimizers.append(torch.optim.AdamW(trainable(model)))
-        RankAllocator(model, **SCHEDULE).attach(optimizers[-1])
-    dist.barrier()  # In a pipeline the stages wait for each other's activations.
-    said = []
-    for optimizer in [*optimizers, *optimizers]:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.randn_like(p)
-        said.append(error_of(optimizer.step))
-    return said
-
-
-def all_stages():
-    """By kind of training."""
-    return {kind: stages(kind) for kind in ("alike", "one alone", "one more", "pipeline")}
-
-
-def deepspeed_afterwards(own_optimizer):
-    """What each stage of ZeRO says when DeepSpeed comes after `attach`."""
-    import deepspeed
-
-    said = {}
-    for stage in (1, 2, 3):
-        torch.manual_seed(0)
-        model = Mlp()
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-        RankAllocator(model, **SCHEDULE).attach(optimizer)
-        config = {
-            "train_micro_batch_size_per_gpu": 32,
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-        }
-        if own_optimizer:
-            options = {"lr": 1e-2, "torch_adam": True}
-            config["optimizer"] = {"type": "AdamW", "params": options}
-            given = {"model_parameters": trainable(model)}
-        else:
-            given = {"optimizer": optimizer}
-        engine, *_ = deepspeed.initialize(model=model, config=config, **given)
-        x, target = batch(1)
-        engine.backward((engine(x) - target).square().mean())
-        said[stage] = error_of(engine.step)
-    return said
+def with_accelerate(attach="before", **options):
+    """The same training with `accelerator.prepare`, attached before it or after."""
+    model = net()
+    allocator, optimizer = made_for(model), adamw(model)
+    if attach == "before":
+        allocator.attach(optimizer)
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    accumulated = MICRO_BATCHES // dist.get_world_size()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    told_of_fsdp(accelerator, "Block", **options)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if attach == "after":
+        allocator.attach(optimizer)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for step in range(1, STEPS + 1):
+        for x, target in batches(step)[rank::world]:
+            with accelerator.accumulate(model):
+                accelerator.backward((model(x) - target).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    return outcome(model, allocator)

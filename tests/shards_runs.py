@@ -131,7 +131,11 @@ def whole(tensor):
 
 def outcome(model, allocator):
     """All trained parameters and the pattern; what each process holds, too, as a hash."""
-    parameters = {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {
+        n.replace("_checkpoint_wrapped_module.", ""): whole(p.detach())
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     mask, scores = allocator._state.mask, allocator._state.scores
     digest = hashlib.sha256()
     for tensor in [*parameters.values(), mask, scores]:

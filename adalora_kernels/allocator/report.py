@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, parameters_of
+from ..distributed.shards import any_dtensor
 from .schedule import BudgetSchedule
 from .state import AllocatorState
 
@@ -65,6 +66,14 @@ class Reports:
             for adapter in self.adapters
             for p in adapter.parameters
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the adapters are spread over processes, as DTensors.
+
+        Then all these processes have to call what steps, saves, loads or exports.
+        """
+        return any_dtensor(self._parameters())
 
     @property
     def begun(self) -> bool:
