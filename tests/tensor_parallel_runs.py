@@ -66,11 +66,11 @@ def results(layer, x, weights):
     x = x.clone().requires_grad_()
     y = layer(x)
     (y * weights).sum().backward()
-    found = {"y": y.detach(), "x": x.grad}
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            found[name] = parameter.grad
-    return found
+    with torch.no_grad():
+        without_graph, in_evaluation = layer(x), layer.eval()(x)
+    found = {"y": y.detach(), "x": x.grad, "no_grad": without_graph, "eval": in_evaluation}
+    grads = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
+    return found | grads
 
 
 def style_of(name, **options):
@@ -81,8 +81,8 @@ def style_of(name, **options):
 def layers(cases):
     """By case, the relative errors of a layer on all processes from one process's, and placements.
 
-    A case is (style, options of a_layer, options of the style, whether the bias learns, or
-    "hooked" for a hook on its dropout, which the op then leaves alone).
+    A case is (style, options of a_layer, options of the style, parameters that learn or are
+    frozen other than usual, or "hooked" for a hook on the dropout, which the op leaves alone).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
@@ -99,7 +99,9 @@ def layers(cases):
             if learns == "hooked":
                 layer.lora_dropout.register_forward_hook(lambda *_: None)
             elif learns:
-                layer.bias.requires_grad_(True)
+                for changed in learns:
+                    parameter = getattr(layer, changed)
+                    parameter.requires_grad_(not parameter.requires_grad)
         x = torch.randn(2, 4 * world, single.in_features, dtype=single.weight.dtype)
         weights = torch.randn(2, 4 * world, single.out_features, dtype=x.dtype)
         expected = results(single, x, weights)
@@ -116,8 +118,9 @@ def layers(cases):
         elif not layouts.get("use_local_output", True):
             here_weights = DTensor.from_local(weights, mesh, [Replicate()], run_check=False)
         found = results(parallel, here_x, here_weights)
-        placements = {n: str(p.placements) for n, p in parallel.named_parameters() if n in FACTORS}
-        grads = {n: str(p.grad.placements) for n, p in parallel.named_parameters() if n in FACTORS}
+        trained = {n: p for n, p in parallel.named_parameters() if p.requires_grad}
+        placements = {n: str(p.placements) for n, p in trained.items()}
+        grads = {n: str(p.grad.placements) for n, p in trained.items()}
         errors = {}
         for key, value in found.items():
             wanted = expected[key]
@@ -494,11 +497,17 @@ def a_training(kind, dp=1, alone=False, with_optimizer=True):
     return model, allocator, optimizer
 
 
-def train(model, optimizer, steps, dp=1):
-    part = dist.get_rank() * dp // dist.get_world_size() if dp > 1 else 0
+def train(model, optimizer, steps, dp=1, micro_batches=1):
+    """Each process of dp has its micro-batches of a step."""
+    first = dist.get_rank() * dp // dist.get_world_size() * micro_batches if dp > 1 else 0
     trained = [p for p in model.parameters() if p.requires_grad]
+    sharded = model if isinstance(model, Net) else model.get_base_model()
     for step in steps:
-        loss_of(model, step, part, dp).backward()
+        for i in range(micro_batches):
+            if dp > 1:
+                sharded.set_requires_gradient_sync(i == micro_batches - 1)
+            loss = loss_of(model, step, first + i, dp * micro_batches)
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
         optimizer.zero_grad()
@@ -519,10 +528,13 @@ def outcome(model, allocator):
     }
 
 
-def training(kind, dp=1):
+def training(kind, dp=1, micro_batches=1, recomputed=False):
     """What 30 steps make, here and in one process."""
     model, allocator, optimizer = a_training(kind, dp)
-    train(model, optimizer, range(1, STEPS + 1), dp)
+    if recomputed:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    train(model, optimizer, range(1, STEPS + 1), dp, micro_batches)
     found = outcome(model, allocator)
     model, allocator, optimizer = a_training(kind, alone=True)
     train(model, optimizer, range(1, STEPS + 1))

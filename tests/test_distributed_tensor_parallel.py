@@ -12,32 +12,34 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from adalora_kernels.distributed import ColwiseAdaLora, RowwiseAdaLora, adalora_plan
 
 LAYERS = {
-    "column": ("column", {}, {}, False),
-    "row": ("row", {}, {}, False),
-    "column, no bias": ("column", {"bias": False}, {}, False),
-    "row, no bias": ("row", {"bias": False}, {}, False),
-    "column, the bias learns": ("column", {}, {}, True),
-    "row, the bias learns": ("row", {}, {}, True),
-    "column, uneven": ("column", {"in_features": 7, "out_features": 9}, {}, False),
-    "row, uneven": ("row", {"in_features": 9, "out_features": 7}, {}, False),
-    "column, transposed": ("column", {"fan_in_fan_out": True}, {}, False),
-    "row, transposed": ("row", {"fan_in_fan_out": True}, {}, False),
-    "column, y whole": ("column", {}, {"output_layouts": Replicate()}, False),
-    "row, x whole": ("row", {}, {"input_layouts": Replicate()}, False),
-    "column, x by tokens": ("column", {}, {"input_layouts": Shard(1)}, False),
-    "row, y by tokens": ("row", {}, {"output_layouts": Shard(1)}, False),
-    "column, y a DTensor": ("column", {}, {"use_local_output": False}, False),
-    "row, y a DTensor": ("row", {}, {"use_local_output": False}, False),
+    "column": ("column", {}, {}, ()),
+    "row": ("row", {}, {}, ()),
+    "column, no bias": ("column", {"bias": False}, {}, ()),
+    "row, no bias": ("row", {"bias": False}, {}, ()),
+    "column, the bias learns": ("column", {}, {}, ["bias"]),
+    "row, the bias learns": ("row", {}, {}, ["bias"]),
+    "column, uneven": ("column", {"in_features": 7, "out_features": 9}, {}, ()),
+    "row, uneven": ("row", {"in_features": 9, "out_features": 7}, {}, ()),
+    "column, transposed": ("column", {"fan_in_fan_out": True}, {}, ()),
+    "row, transposed": ("row", {"fan_in_fan_out": True}, {}, ()),
+    "column, y whole": ("column", {}, {"output_layouts": Replicate()}, ()),
+    "row, x whole": ("row", {}, {"input_layouts": Replicate()}, ()),
+    "column, x by tokens": ("column", {}, {"input_layouts": Shard(1)}, ()),
+    "row, y by tokens": ("row", {}, {"output_layouts": Shard(1)}, ()),
+    "column, y a DTensor": ("column", {}, {"use_local_output": False}, ()),
+    "row, y a DTensor": ("row", {}, {"use_local_output": False}, ()),
     "column, dropout hooked": ("column", {}, {}, "hooked"),
     "row, dropout hooked": ("row", {}, {}, "hooked"),
     "row, dropout hooked, no bias": ("row", {"bias": False}, {}, "hooked"),
-    "replicated": ("replicated", {}, {}, True),
+    "replicated": ("replicated", {}, {}, ["bias"]),
     "replicated, x and y by tokens": (
         "replicated",
         {},
         {"input_layouts": Shard(1), "output_layouts": Shard(1)},
-        False,
+        (),
     ),
+    "column, lora_A frozen": ("column", {}, {}, ["lora_A"]),
+    "row, lora_E frozen": ("row", {}, {}, ["lora_E"]),
 }
 
 
@@ -179,12 +181,19 @@ def test_a_llama_has_the_gradients_of_one_process(world):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("world", "kind", "dp"),
-    [(4, "net", 1), (4, "net", 2), (2, "llama", 1), (4, "llama", 1), (4, "llama", 2)],
+    ("world", "options"),
+    [
+        (4, {"kind": "net"}),
+        (4, {"kind": "net", "dp": 2}),
+        (2, {"kind": "llama"}),
+        (4, {"kind": "llama"}),
+        (4, {"kind": "llama", "dp": 2}),
+        (4, {"kind": "llama", "dp": 2, "micro_batches": 2, "recomputed": True}),
+    ],
+    ids=lambda value: " ".join(f"{v}" for v in value.values()) if isinstance(value, dict) else None,
 )
-def test_a_training_is_that_of_one_process(world, kind, dp):
-    arguments = {"kind": kind, "dp": dp}
-    check_training(on_ranks(world, "tensor_parallel_runs:training", arguments))
+def test_a_training_is_that_of_one_process(world, options):
+    check_training(on_ranks(world, "tensor_parallel_runs:training", options))
 
 
 @pytest.mark.full
