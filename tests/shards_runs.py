@@ -138,6 +138,8 @@ def look(model, allocator):
         assert not hasattr(model.head.lora_A, "full_tensor")
     state = allocator.state_dict()
     allocator.load_state_dict(state)
+    if isinstance(model, FSDPModule):  # The allocator knows better than to gather its averages.
+        assert all(hasattr(a, "full_tensor") for a in allocator.state_dict()["exp_avg_ipt"])
     assert allocator.summary()["step"] == state["global_step"]
 
 
@@ -336,6 +338,10 @@ def placed(mesh_dims):
                 values.append([one.grad, whole_of(other.grad)])
         for allocator in allocators:
             allocator.step(step)
+        if step == 3:  # from whole averages, all of which come to lie elsewhere
+            allocators[1].load_state_dict(allocators[0].state_dict())
+            averages = (allocator.state_dict()["exp_avg_unc"] for allocator in allocators)
+            values += [[one, whole_of(other)] for one, other in zip(*averages, strict=True)]
     for way in ways:
         for name in factors:
             values.append([getattr(plain[way], name), whole_of(getattr(spread[way], name))])
