@@ -19,7 +19,7 @@ from ..adapters import find_adapters
 from ..checks import as_int
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
 # Its name since torch 2.13, and the one of before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -242,7 +242,9 @@ class Layout:
         tensor: Any = self.tensors[number]
         if not is_dtensor(tensor):
             return local
-        return _dtensor_class().from_local(
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
             local,
             tensor.device_mesh,
             tensor.placements,
@@ -376,17 +378,18 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return dtensor.full_tensor()  # type: ignore[no-any-return]
 
 
-def why_not_sharded(tensor: Tensor) -> str:
-    """Why a DTensor is not one that an adapter can have; empty if it is."""
+@torch.no_grad()
+def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one of its shape; into a DTensor, what this process holds of it."""
+    if not is_dtensor(tensor):
+        tensor.copy_(whole)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
     dtensor: Any = tensor
-    for placement in dtensor.placements:
-        if not placement.is_replicate() and _divided_dim(placement) is None:
-            return f"its placement is {placement}, neither Shard nor Replicate"
-    return ""
-
-
-def _dtensor_class() -> type[DTensor]:
-    return sys.modules["torch.distributed.tensor"].DTensor  # type: ignore[no-any-return]
+    # Every process has the whole, so that none needs to send anything.
+    placed = distribute_tensor(whole, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
+    dtensor.to_local().copy_(placed.to_local())
 
 
 def _divided_dim(placement: Any) -> int | None:
