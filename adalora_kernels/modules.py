@@ -37,9 +37,10 @@ class SVDLinear(nn.Linear):
     merged weight takes no gradient to the adapter: differentiate in training mode, or give
     merge_weights=False.
 
-    The weight may be of a tensor subclass (torchao's, DTensor, one's own). It is then the base of
-    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. A `lora_dropout` that
-    has hooks, or was replaced by another module, is called.
+    The weight may be of a tensor subclass (torchao's, one's own). It is then the base of
+    `svd_delta`, it is never merged, and evaluation mode leaves it as it is; so it does with DTensors
+    (`adalora_kernels.distributed` shards layers). A `lora_dropout` that has hooks, or was replaced
+    by another module, is called.
 
     Args:
         in_features, out_features: sizes of x and y.

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import json
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adalora_kernels.peft
-from adalora_kernels import RankAllocator, SVDLinear
+from adalora_kernels import RankAllocator, SVDLinear, export
 from adalora_kernels.distributed import (
     ColwiseAdaLora,
     ReplicatedAdaLora,
@@ -554,6 +556,25 @@ def save(folder, kind="llama", step=15):
     whole_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         model.save_pretrained(f"{folder}/adapter", state_dict=whole_state)
+    _export(model, f"{folder}/adapter")
+
+
+def _export(model, path):
+    export.save_adapter(model, f"{path}/compact")
+    export.save_adapter(model, f"{path}/full", full_rank=True)
+    export.export_lora(model, f"{path}/lora")
+
+
+def _files(path):
+    """The tensors of all files below a folder, and the ranks that its configs say."""
+    found = {}
+    for file in sorted(Path(path).rglob("*")):
+        name = str(file.relative_to(path))
+        if file.suffix == ".safetensors":
+            found |= {f"{name}: {key}": tensor for key, tensor in load_file(file).items()}
+        elif file.name == "adapter_config.json":
+            found[name] = json.loads(file.read_text())["rank_pattern"]
+    return found
 
 
 def resume(folder, kind="llama", dp=1, alone=False, step=15):
@@ -577,17 +598,16 @@ def checkpoints_of_one(folder):
     model, allocator, optimizer = a_training("llama", alone=True)
     train(model, optimizer, range(1, 16))
     model.save_pretrained(f"{folder}/expected")
+    _export(model, f"{folder}/expected")
     train(model, optimizer, range(16, STEPS + 1))
     expected = outcome(model, allocator)
-    names = ["adapter", "expected"]
-    files = [load_file(f"{folder}/{name}/adapter_model.safetensors") for name in names]
     loaded = PeftModel.from_pretrained(a_llama()[0].unload(), f"{folder}/adapter").double()
     again = PeftModel.from_pretrained(a_llama()[0].unload(), f"{folder}/expected").double()
     outputs = [m(tokens(1)).logits.detach() for m in (loaded, again)]
     return {
         "expected": expected,
         "found": resume(folder, alone=True),
-        "files": files,
+        "files": [_files(f"{folder}/adapter"), _files(f"{folder}/expected")],
         "outputs": outputs,
     }
 
