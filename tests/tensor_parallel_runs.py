@@ -21,13 +21,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adalora_kernels.peft
-from adalora_kernels import RankAllocator, SVDLinear, export
+from adalora_kernels import RankAllocator, SVDLinear, export, functional
 from adalora_kernels.distributed import (
     ColwiseAdaLora,
     ReplicatedAdaLora,
@@ -170,6 +174,28 @@ def sent(dropout=0.0):
             y.sum().backward()
         report[style] = forward.collectives, backward.collectives
     return report
+
+
+def ops_of_what_is_under_way():
+    """The ops of a column-wise layer whose x torch is still gathering."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    gathering = PrepareModuleInput(
+        input_layouts=(Shard(0),), desired_input_layouts=(Replicate(),), use_local_output=False
+    )
+    layer = parallelize_module(a_layer(), mesh, ColwiseAdaLora())
+    outer = nn.Sequential(layer)
+    parallelize_module(outer, mesh, gathering)
+    seen = []
+
+    def svd_linear(x, *tensors, **options):
+        seen.append(type(x).__name__)
+        return own(x, *tensors, **options)
+
+    own, functional.svd_linear = functional.svd_linear, svd_linear
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    outer(x).sum().backward()
+    functional.svd_linear = own
+    return seen, x.grad
 
 
 def compiled(dropout=0.0):

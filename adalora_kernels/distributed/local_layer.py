@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 # Two seeds may not be the same on two processes; see `_agree`.
 _ODD = 0x9E3779B97F4A7C15 >> 1
@@ -50,6 +50,30 @@ class _Summed(Function):
             _replicated(next(parts).view_as(g).to(g.dtype), ctx.mesh) if needs else None
             for g, needs in zip(grads, ctx.needs_input_grad[1:], strict=True)
         )
+
+
+class _Local(Function):
+    """The local tensor of x, whose gradient has another placement.
+
+    As `to_local(grad_placements=...)`, but it waits for a collective that is under way (torch's
+    styles leave such a tensor in x), because no op knows the class of tensors that stand for one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: DTensor, of_dx: Placement) -> Tensor:
+        ctx.mesh, ctx.of_dx, ctx.shape, ctx.stride = x.device_mesh, of_dx, x.shape, x.stride()
+        local = x.to_local()
+        wait = getattr(local, "wait", None)
+        local = local if wait is None else wait()
+        return local.view_as(local)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        placed = DTensor.from_local(
+            grad, ctx.mesh, [ctx.of_dx], run_check=False, shape=ctx.shape, stride=ctx.stride
+        )
+        return placed, None
 
 
 def _replicated(local: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -104,7 +128,7 @@ def on_shards(
     whole_x: Any = x
     if whole_x.placements[0] != of_x:
         whole_x = whole_x.redistribute(placements=[of_x])
-    local_x = whole_x.to_local(grad_placements=[of_dx])
+    local_x = _Local.apply(whole_x, of_dx)  # type: ignore[no-untyped-call]
     seed = None
     if dropout_p > 0.0:
         seed = _agree(draw_seed(local_x), mesh, alike=kind != "row")
