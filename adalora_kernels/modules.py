@@ -38,9 +38,9 @@ class SVDLinear(nn.Linear):
     merge_weights=False.
 
     The weight may be of a tensor subclass (torchao's, one's own). It is then the base of
-    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. DTensors, of layers that
-    `adalora_kernels.distributed` has sharded, are never merged either. A `lora_dropout` that has
-    hooks, or was replaced by another module, is called.
+    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. DTensors, which
+    `adalora_kernels.distributed` makes of a layer, are never merged either. A `lora_dropout` that
+    has hooks, or was replaced by another module, is called.
 
     Args:
         in_features, out_features: sizes of x and y.
