@@ -35,7 +35,7 @@ ALLOCATOR = [
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps", "shards"},
 ]
-DISTRIBUTED = [{"replicas"}, {"engines", "stages"}, {"shards"}]
+DISTRIBUTED = [{"replicas", "engines", "stages"}, {"shards", "groups"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]

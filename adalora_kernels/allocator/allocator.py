@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import describe, find_adapters, parameters_of, refuse_flattened
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
-from ..distributed.replicas import Group
+from ..distributed.groups import Group
 from ..distributed.shards import any_dtensor
 from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_flattened
 from ..distributed.engines import Triples, why_lacking
-from ..distributed.replicas import GradientSync, Group, average, group_to_sync
+from ..distributed.groups import Group
+from ..distributed.replicas import GradientSync, average, group_to_sync
 from ..orthogonality import orth_reg_grad_
 from .processes import AmongProcesses
 from .steps import Steps

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters import refuse_flattened
 from ..distributed import engines, replicas, stages
+from ..distributed.groups import Group, check_group, group_of
 from .begin import BeginsRuns
 
 # So often are replicas compared, in steps; and at the first step, and when the pattern is final.
@@ -24,7 +25,7 @@ class AmongProcesses(BeginsRuns):
     _NOT_AMONG_COPIES = ("_model", "_syncs", "_unseen", "_check_replicas")
     # Weak: who keeps an allocator does not keep the model. None in a copy.
     _model: weakref.ref[nn.Module] | None = None
-    _check_replicas: bool | replicas.Group = False
+    _check_replicas: bool | Group = False
 
     def _start_among_processes(self) -> None:
         self._syncs: weakref.WeakKeyDictionary[torch.optim.Optimizer, replicas.GradientSync]
@@ -41,13 +42,13 @@ class AmongProcesses(BeginsRuns):
         return getattr(self, "_copies", None) is not None
 
     @property
-    def check_replicas(self) -> bool | replicas.Group:
+    def check_replicas(self) -> bool | Group:
         """Whether all processes, or those of a group, are compared now and then; may be set."""
         return self._check_replicas
 
     @check_replicas.setter
-    def check_replicas(self, value: bool | replicas.Group) -> None:
-        replicas.check_group("check_replicas", value)
+    def check_replicas(self, value: bool | Group) -> None:
+        check_group("check_replicas", value)
         self._check_replicas = value
         self._has_compared = False
 
@@ -138,7 +139,7 @@ class AmongProcesses(BeginsRuns):
         """
         if not self._check_replicas:
             return
-        group = replicas.group_of(self._check_replicas)
+        group = group_of(self._check_replicas)
         if group is None:
             return
         is_new = not self._has_compared or self.frozen != was_frozen

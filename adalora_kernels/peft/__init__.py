@@ -16,7 +16,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
-from ..distributed.replicas import Group, check_group
+from ..distributed.groups import Group, check_group
 from ..starts import check_start, start_, start_adapters_
 from .allocator import PeftRankAllocator
 from .config import refuse_lora_ranks
