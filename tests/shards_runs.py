@@ -297,7 +297,7 @@ def placements_on(mesh_dims, factor):
     }[factor]
 
 
-def placed(mesh_dims):
+def placed(mesh_dims, r=6):
     """Steps by hand on given gradients, with an adapter for each way of placing its factors.
 
     The same by a model without DTensors: the differences, and both patterns.
@@ -307,8 +307,8 @@ def placed(mesh_dims):
     mesh = init_device_mesh("cpu", shape)
     ways = range(len(placements_on(mesh_dims, 0)))
     torch.manual_seed(0)
-    plain = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=6, dtype=torch.float64) for way in ways)
-    spread = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=6, dtype=torch.float64) for way in ways)
+    plain = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
+    spread = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
     factors = ("lora_A", "lora_E", "lora_B")
     for way in ways:
         for k, name in enumerate(factors):
@@ -318,6 +318,7 @@ def placed(mesh_dims):
             dtensor = distribute(whole_one.detach().clone(), mesh, placements)
             setattr(spread[way], name, nn.Parameter(dtensor))
     schedule = {"target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    schedule["target_total_rank"] = r * len(ways) // 3
     allocators = [RankAllocator(model, **schedule) for model in (plain, spread)]
     values = []
     for step in range(1, 10):
