@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import RankAllocator, SVDLinear, orth_reg, orth_reg_grad_
 from adalora_kernels.distributed import shard_placement
+from benchmarks.traffic import CountSent
 
 STEPS = 30
 MICRO_BATCHES = 4  # of every step, over all processes
@@ -399,33 +399,6 @@ def by_hand(is_sharded=True):
     return outcome(model, allocator)
 
 
-class Sent(TorchDispatchMode):
-    """Writes down what this process sends: (name, bytes), by the formulas of ring algorithms.
-
-    Also every op that waits for a device where the tensors are on one.
-    """
-
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-
-    def __init__(self):
-        super().__init__()
-        self.sent, self.waits = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, name = func._schema.name.split("::")
-        world = dist.get_world_size()
-        if namespace == "c10d" and name == "allreduce_":
-            (tensor,) = args[0]
-            self.sent.append(("all_reduce", 2 * tensor.nbytes * (world - 1) / world))
-        elif namespace == "c10d" and name == "_allgather_base_":
-            self.sent.append(("all_gather", args[1].nbytes * (world - 1)))
-        elif namespace == "c10d":
-            self.sent.append((name, None))
-        if func._schema.name in self.WAITS:
-            self.waits.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 def sent(placement):
     """What is sent in each optimizer step, which has no collective of FSDP2's own."""
     model = net()
@@ -438,7 +411,7 @@ def sent(placement):
     step = optimizer.step
 
     def recorded():
-        with Sent() as recorder:
+        with CountSent() as recorder:
             step()
         steps.append((recorder.sent, recorder.waits))
 
