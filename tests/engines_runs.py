@@ -8,12 +8,13 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from shards_runs import MICRO_BATCHES, STEPS, adamw, batches, net, outcome
 from shards_runs import allocator_of as made_for
+from torch.distributed.fsdp import fully_shard
 from trainer_runs import STEPS as TRAINER_STEPS
-from trainer_runs import make, rows, save_every, trainer_of
+from trainer_runs import collated, make, rows, save_every, trainer_of
 from transformers import Trainer
 
-from adalora_kernels.export import export_lora, save_adapter
-from adalora_kernels.peft import allocator_of
+from adalora_kernels.export import export_lora, load_adapter, save_adapter
+from adalora_kernels.peft import allocator_of, apply
 
 
 def told_of_fsdp(accelerator, block, **options):
@@ -67,6 +68,50 @@ def with_trainer(out, saves=None, checkpoint=None, saves_whole=False):
         function(model, os.path.join(out, name))
     save_adapter(model, os.path.join(out, "full"), full_rank=True)
     return outcome(model, allocator) | {"logs": trainer.state.log_history}
+
+
+def fully_sharded(model):
+    """FSDP2 by hand, on each of Llama's layers and on the rest."""
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def pefts_loop(out, is_sharded=True):
+    """The loop of PEFT's documentation: the regulariser in the loss, the allocator by hand.
+
+    Then what it has written is loaded into another model.
+    """
+    model = make(dtype=torch.float64)
+    model.double()
+    allocator = apply(model).allocator
+    share, rank = 1, 0
+    if is_sharded:
+        fully_sharded(model)
+        share, rank = dist.get_world_size(), dist.get_rank()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=False)
+    data = collated(rows(TRAINER_STEPS * 4))
+    for step in range(1, TRAINER_STEPS + 1):
+        own = data[2 * (step - 1) : 2 * step][rank::share]
+        for batch in own:
+            (model(**batch).loss / len(own)).backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    allocator.orth_reg = torch.zeros(())
+    before = outcome(model, allocator)
+    save_adapter(model, out, full_rank=True)
+    dist.barrier()
+    other = make(dtype=torch.float64, seed=2)
+    other.double()
+    if is_sharded:
+        fully_sharded(other)
+    allocator = apply(other).allocator
+    load_adapter(other, out)
+    allocator.orth_reg = torch.zeros(())
+    assert outcome(other, allocator)["hash"] == before["hash"]
+    return before
 
 
 def with_accelerate(attach="before", **options):

@@ -10,11 +10,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from adalora_kernels import RankAllocator, SVDLinear
+from adalora_kernels import RankAllocator, SVDLinear, orth_reg, orth_reg_grad_
 from adalora_kernels.distributed import shard_placement
+from benchmarks.traffic import CountSent
 
 STEPS = 30
 MICRO_BATCHES = 4  # of every step, over all processes
@@ -108,7 +109,7 @@ def shard(model, kind="fsdp", placement="rows", policy="none"):
     return fully_shard(model, **options)
 
 
-def train(model, optimizer, allocator, steps, before_step=None):
+def train(model, optimizer, allocator, steps, before_step=None, between=None):
     """Each process has its share of the micro-batches of a step, one after the other."""
     share, rank = 1, 0
     if isinstance(model, FSDPModule):
@@ -118,11 +119,28 @@ def train(model, optimizer, allocator, steps, before_step=None):
         for i, (x, target) in enumerate(own):
             if share > 1:
                 model.set_requires_gradient_sync(i == len(own) - 1)
+                if between == "unsharded":
+                    model.set_reshard_after_backward(i == len(own) - 1)
             ((model(x) - target).square().mean() / len(own)).backward()
         if before_step is not None:
             before_step(step)
         optimizer.step()
         optimizer.zero_grad()
+        if between == "evaluation":
+            look(model, allocator)
+
+
+@torch.no_grad()
+def look(model, allocator):
+    """Leave whole parameters in the model, as FSDP2 does after a forward; and ask the allocator."""
+    model(batches(1)[0][0])
+    if isinstance(model, FSDPModule):
+        assert not hasattr(model.head.lora_A, "full_tensor")
+    state = allocator.state_dict()
+    allocator.load_state_dict(state)
+    if isinstance(model, FSDPModule):  # The allocator knows better than to gather its averages.
+        assert all(hasattr(a, "full_tensor") for a in allocator.state_dict()["exp_avg_ipt"])
+    assert allocator.summary()["step"] == state["global_step"]
 
 
 def whole(tensor):
@@ -165,9 +183,12 @@ def made(attach="after", **options):
     model = net()
     for block in model.blocks:
         block.is_checkpointed = options.get("checkpointed", False)
-    allocator = allocator_of(model)
-    if attach == "after":
+    if attach == "made":
         shard(model, **kinds)
+    allocator = allocator_of(model)
+    if attach in ("after", "made"):
+        if attach == "after":
+            shard(model, **kinds)
         optimizer = adamw(model)
         allocator.attach(optimizer)
     else:
@@ -188,8 +209,9 @@ def sharded(cases=({},)):
     """The same training, sharded in each of some ways."""
     results = []
     for case in cases:
+        between = case.pop("between", None)
         model, allocator, optimizer = made(**case)
-        train(model, optimizer, allocator, range(1, STEPS + 1))
+        train(model, optimizer, allocator, range(1, STEPS + 1), between=between)
         results.append(outcome(model, allocator))
     return results
 
@@ -249,31 +271,132 @@ def resume(folder, at, is_sharded=True, frozen=False):
     return outcome(model, allocator)
 
 
-class Sent(TorchDispatchMode):
-    """Writes down what this process sends: (name, bytes), by the formulas of ring algorithms.
+def placements_on(mesh_dims, factor):
+    """Placements of lora_A, lora_E or lora_B, as tensor parallel and FSDP2 have them, and odder."""
+    from torch.distributed.tensor.placement_types import _StridedShard
 
-    Also every op that waits for a device where the tensors are on one.
+    one, r = Replicate(), Shard(0)
+    if mesh_dims == 1:
+        return {
+            0: [(r,), (Shard(1),), (one,)],
+            1: [(r,), (one,), (one,)],
+            2: [(r,), (Shard(1),), (r,)],
+        }[factor]
+    return {
+        # FSDP2 alone, and beside tensor parallel by columns and by rows; then what nobody has.
+        0: [(r, one), (r, one), (r, Shard(1)), (Shard(1), one), (one, r), (r, r)],
+        1: [(r, one), (r, one), (r, one), (one, one), (one, r), (one, r)],
+        2: [
+            (r, one),
+            (_StridedShard(0, split_factor=2), r),
+            (r, one),
+            (one, r),
+            (Shard(1), r),
+            (r, Shard(1)),
+        ],
+    }[factor]
+
+
+def placed(mesh_dims, r=6):
+    """Steps by hand on given gradients, with an adapter for each way of placing its factors.
+
+    The same by a model without DTensors: the differences, and both patterns.
     """
+    world = dist.get_world_size()
+    shape = (world,) if mesh_dims == 1 else (2, world // 2)
+    mesh = init_device_mesh("cpu", shape)
+    ways = range(len(placements_on(mesh_dims, 0)))
+    torch.manual_seed(0)
+    plain = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
+    spread = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
+    factors = ("lora_A", "lora_E", "lora_B")
+    for way in ways:
+        for k, name in enumerate(factors):
+            whole_one = getattr(plain[way], name)
+            nn.init.normal_(whole_one)
+            placements = placements_on(mesh_dims, k)[way]
+            dtensor = distribute(whole_one.detach().clone(), mesh, placements)
+            setattr(spread[way], name, nn.Parameter(dtensor))
+    schedule = {"target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    schedule["target_total_rank"] = r * len(ways) // 3
+    allocators = [RankAllocator(model, **schedule) for model in (plain, spread)]
+    values = []
+    for step in range(1, 10):
+        for way in ways:
+            for name in factors:
+                one, other = getattr(plain[way], name), getattr(spread[way], name)
+                one.grad = torch.randn_like(one)
+                other.grad = distribute(one.grad.clone(), mesh, other.placements)
+                one.data.add_(one.grad, alpha=-0.1)
+                with torch.no_grad():
+                    other.to_local().add_(other.grad.to_local(), alpha=-0.1)
+        values.append(
+            [orth_reg_grad_(model, 0.3, squared=step % 2 == 0) for model in (plain, spread)]
+        )
+        for way in ways:
+            for name in factors:
+                one, other = getattr(plain[way], name), getattr(spread[way], name)
+                values.append([one.grad, whole_of(other.grad)])
+        for allocator in allocators:
+            allocator.step(step)
+        if step == 3:  # from whole averages, all of which come to lie elsewhere
+            allocators[1].load_state_dict(allocators[0].state_dict())
+            averages = (allocator.state_dict()["exp_avg_unc"] for allocator in allocators)
+            values += [[one, whole_of(other)] for one, other in zip(*averages, strict=True)]
+    for way in ways:
+        for name in factors:
+            values.append([getattr(plain[way], name), whole_of(getattr(spread[way], name))])
+    states = [allocator.state_dict() for allocator in allocators]
+    values.append([state["scores"] for state in states])
+    restored = RankAllocator(plain, **schedule)
+    restored.load_state_dict(states[1])
+    return {
+        "error": max(float((a - b).norm() / a.norm().clamp_min(1)) for a, b in values),
+        "patterns": [a.rank_pattern for a in (*allocators, restored)],
+    }
 
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
 
-    def __init__(self):
-        super().__init__()
-        self.sent, self.waits = [], []
+def distribute(tensor, mesh, placements):
+    """`distribute_tensor`, also for FSDP2's placement beside tensor parallel's."""
+    if hasattr(placements[0], "split_factor"):
+        inner = distribute_tensor(tensor, mesh, [Replicate(), placements[1]]).to_local()
+        parts = inner.chunk(mesh.size(0), dim=0)
+        local = parts[mesh.get_local_rank(0)].contiguous()
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    return distribute_tensor(tensor, mesh, placements)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, name = func._schema.name.split("::")
-        world = dist.get_world_size()
-        if namespace == "c10d" and name == "allreduce_":
-            (tensor,) = args[0]
-            self.sent.append(("all_reduce", 2 * tensor.nbytes * (world - 1) / world))
-        elif namespace == "c10d" and name == "_allgather_base_":
-            self.sent.append(("all_gather", args[1].nbytes * (world - 1)))
-        elif namespace == "c10d":
-            self.sent.append((name, None))
-        if func._schema.name in self.WAITS:
-            self.waits.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
+
+def whole_of(tensor):
+    """The whole of a DTensor, from the parts and where torch says that they lie."""
+    if not hasattr(tensor.placements[0], "split_factor"):
+        return tensor.full_tensor().detach()
+    mesh = tensor.device_mesh
+    inner = [None] * mesh.size(0)
+    dist.all_gather_object(inner, tensor.to_local().detach(), group=mesh.get_group(0))
+    outer = [None] * mesh.size(1)
+    dist.all_gather_object(outer, torch.cat(inner), group=mesh.get_group(1))
+    return torch.cat(outer)
+
+
+def by_hand(is_sharded=True):
+    """`orth_reg` in the loss and `step` by hand, as in PEFT's documented loop."""
+    model = net()
+    allocator = allocator_of(model)
+    if is_sharded:
+        shard(model)
+    optimizer = adamw(model)
+    share, rank = (dist.get_world_size(), dist.get_rank()) if is_sharded else (1, 0)
+    for step in range(1, STEPS + 1):
+        for x, target in batches(step)[rank::share]:
+            loss = (model(x) - target).square().mean() / (MICRO_BATCHES // share)
+            (loss + orth_reg(model, 0.1) / (MICRO_BATCHES // share)).backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+    allocator.orth_reg = orth_reg(model, 0.1).detach()
+    return outcome(model, allocator)
 
 
 def sent(placement):
@@ -288,7 +411,7 @@ def sent(placement):
     step = optimizer.step
 
     def recorded():
-        with Sent() as recorder:
+        with CountSent() as recorder:
             step()
         steps.append((recorder.sent, recorder.waits))
 

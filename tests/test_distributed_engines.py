@@ -65,3 +65,10 @@ def test_trainer_resumes(saves_whole, trained_alone, tmp_path):
     assert {r["hash"] for r in resumed} == {r["hash"] for r in uninterrupted}
     assert_same(resumed, expected)
     assert_same_files(tmp_path / "second", folder, ["compact", "lora", "full"])
+
+
+@pytest.mark.full
+def test_pefts_loop_is_one_process_and_loads(tmp_path):
+    arguments = {"out": str(tmp_path / "one"), "is_sharded": False}
+    (expected,) = on_ranks(1, "engines_runs:pefts_loop", arguments)
+    assert_same(on_ranks(2, "engines_runs:pefts_loop", {"out": str(tmp_path / "two")}), expected)

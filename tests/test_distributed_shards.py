@@ -48,12 +48,29 @@ HSDP = {"kind": "hsdp"}
     [
         (2, [IN, {"compiled": True}, {"checkpointed": True}, {"policy": "offload"}]),
         (4, [{}, IN, HSDP | IN, {"attach": "before", "checkpointed": True, "compiled": True}]),
-        (4, [HSDP, HSDP | IN | {"attach": "before"}]),
+        (4, [HSDP, HSDP | IN | {"attach": "before"}, {"attach": "made"}]),
+        (2, [{"between": "evaluation"}, {"between": "unsharded"}, {"between": "evaluation"} | IN]),
     ],
-    ids=["2", "4", "hsdp"],
+    ids=["2", "4", "hsdp", "between"],
 )
 def test_each_way_of_sharding_is_one_process(world, cases, alone):
     assert_all_same(world, cases, alone)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
+def test_regulariser_in_the_loss_is_one_process(world):
+    assert_same(on_ranks(world, "shards_runs:by_hand"), shards_runs.by_hand(is_sharded=False))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "mesh_dims", "r"), [(2, 1, 6), (4, 1, 6), (4, 1, 1), (4, 2, 6), (4, 2, 3)]
+)
+def test_any_placement_is_one_process(world, mesh_dims, r):
+    for result in on_ranks(world, "shards_runs:placed", {"mesh_dims": mesh_dims, "r": r}):
+        assert result["error"] <= 1e-12
+        assert result["patterns"][0] == result["patterns"][1] == result["patterns"][2]
 
 
 @pytest.mark.full

@@ -251,7 +251,8 @@ class RankAllocator(FollowsOptimizers):
                 stacklevel=4,
             )
         self._freeze_what_is_gone()
-        self._state.follow(parameters)
+        if self._state.follow(parameters) and not self.begun:
+            self.count_triplets()  # Before they were sharded, processes may have had others.
         self._state.members.take_step(parameters[1::3])
         schedule = self.schedule
         if self._asks_who_takes_part(global_step):

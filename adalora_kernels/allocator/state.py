@@ -205,20 +205,23 @@ class AllocatorState:
             self.make_averages(parameters)
             self._set_averages(*before)
 
-    def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Go to the device and dtype of the parameters, which may have been moved since."""
-        if self.shards is None:
-            if any_dtensor(parameters):
-                self._shard(parameters)
-        elif not self.shards.holds(parameters):
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Go to the device and dtype of the parameters, which may have been moved or sharded since.
+
+        Returns:
+            Whether they have been sharded since.
+        """
+        shards = self.shards
+        if any_dtensor(parameters) if shards is None else not shards.holds(parameters):
             self._shard(parameters)
         device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
         is_there = self.scores.device == device and self.scores.dtype == dtype
+        is_new = shards is None and self.shards is not None
         if is_there and not self._lie_elsewhere(parameters):
-            return
+            return is_new
         if self.scores.is_meta:
             self._make(parameters)
-            return
+            return is_new
         self.bring_scores_together()
         before = self._averages_of_parameters()
         if self.shards is not None:
@@ -230,6 +233,7 @@ class AllocatorState:
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
         self.members.move(device)
+        return is_new
 
     def _lie_elsewhere(self, parameters: Sequence[Tensor]) -> bool:
         """Whether averages have two dtypes, and a parameter has changed from one to the other."""

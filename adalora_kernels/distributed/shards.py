@@ -19,7 +19,7 @@ from ..adapters import find_adapters
 from ..checks import as_int
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
 # Its name since torch 2.13, and the one of before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -242,7 +242,9 @@ class Layout:
         tensor: Any = self.tensors[number]
         if not is_dtensor(tensor):
             return local
-        return _dtensor_class().from_local(
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
             local,
             tensor.device_mesh,
             tensor.placements,
@@ -316,10 +318,10 @@ class Layout:
         ]
         # Vectors first, so that the parts of one matrix follow one another.
         own = [result[i].movedim(dims[i], 0).reshape(-1) for i in chosen]
-        longest = max(map(sum, sizes))
-        missing = longest - sum(sizes[axis.own])
-        rows = axis.gather(torch.cat([*own, own[0].new_zeros(missing)]))
-        cut = [rows[w, : sum(size)].split_with_sizes(size) for w, size in enumerate(sizes)]
+        cut = [
+            part.split_with_sizes(size)
+            for part, size in zip(_gather_uneven(axis, torch.cat(own), sizes), sizes, strict=True)
+        ]
         for k, i in enumerate(chosen):
             whole = torch.cat([parts[k] for parts in cut])
             result[i] = whole.view(-1, others[k]).movedim(0, dims[i])
@@ -376,17 +378,18 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return dtensor.full_tensor()  # type: ignore[no-any-return]
 
 
-def why_not_sharded(tensor: Tensor) -> str:
-    """Why a DTensor is not one that an adapter can have; empty if it is."""
+@torch.no_grad()
+def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one of its shape; into a DTensor, what this process holds of it."""
+    if not is_dtensor(tensor):
+        tensor.copy_(whole)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
     dtensor: Any = tensor
-    for placement in dtensor.placements:
-        if not placement.is_replicate() and _divided_dim(placement) is None:
-            return f"its placement is {placement}, neither Shard nor Replicate"
-    return ""
-
-
-def _dtensor_class() -> type[DTensor]:
-    return sys.modules["torch.distributed.tensor"].DTensor  # type: ignore[no-any-return]
+    # Every process has the whole, so that none needs to send anything.
+    placed = distribute_tensor(whole, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
+    dtensor.to_local().copy_(placed.to_local())
 
 
 def _divided_dim(placement: Any) -> int | None:
@@ -416,6 +419,21 @@ def _in_order(dtensor: Any) -> list[tuple[int, int]]:
         else:
             later.append((mesh_dim, dim))
     return first + later[::-1]
+
+
+def _gather_uneven(axis: Axis, own: Tensor, sizes: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+    """What each process has, flat, where they have sum(sizes[w]) entries each."""
+    lengths = [sum(size) for size in sizes]
+    longest, total = max(lengths), sum(lengths)
+    if longest * len(lengths) <= 2 * total:
+        rows = axis.gather(torch.cat([own, own.new_zeros(longest - len(own))]))
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    # Most would send what is missing to the longest: few triplets among many processes. The sum
+    # with zeros takes twice what there is.
+    start = sum(lengths[: axis.own])
+    whole = own.new_zeros(total)
+    whole[start : start + len(own)] = own
+    return axis.reduce(whole).split_with_sizes(lengths)
 
 
 def _refuse(tensor: Any, piece: Piece, local: Tensor) -> None:
