@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import RankAllocator, SVDLinear, orth_reg, orth_reg_grad_
 from adalora_kernels.distributed import shard_placement
+from benchmarks.traffic import CountSent
 
 STEPS = 30
 MICRO_BATCHES = 4  # of every step, over all processes
@@ -297,7 +297,7 @@ def placements_on(mesh_dims, factor):
     }[factor]
 
 
-def placed(mesh_dims):
+def placed(mesh_dims, r=6):
     """Steps by hand on given gradients, with an adapter for each way of placing its factors.
 
     The same by a model without DTensors: the differences, and both patterns.
@@ -307,8 +307,8 @@ def placed(mesh_dims):
     mesh = init_device_mesh("cpu", shape)
     ways = range(len(placements_on(mesh_dims, 0)))
     torch.manual_seed(0)
-    plain = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=6, dtype=torch.float64) for way in ways)
-    spread = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=6, dtype=torch.float64) for way in ways)
+    plain = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
+    spread = nn.ModuleList(SVDLinear(9, 7 + 4 * way, r=r, dtype=torch.float64) for way in ways)
     factors = ("lora_A", "lora_E", "lora_B")
     for way in ways:
         for k, name in enumerate(factors):
@@ -318,6 +318,7 @@ def placed(mesh_dims):
             dtensor = distribute(whole_one.detach().clone(), mesh, placements)
             setattr(spread[way], name, nn.Parameter(dtensor))
     schedule = {"target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3, "deltaT": 2}
+    schedule["target_total_rank"] = r * len(ways) // 3
     allocators = [RankAllocator(model, **schedule) for model in (plain, spread)]
     values = []
     for step in range(1, 10):
@@ -398,33 +399,6 @@ def by_hand(is_sharded=True):
     return outcome(model, allocator)
 
 
-class Sent(TorchDispatchMode):
-    """Writes down what this process sends: (name, bytes), by the formulas of ring algorithms.
-
-    Also every op that waits for a device where the tensors are on one.
-    """
-
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-
-    def __init__(self):
-        super().__init__()
-        self.sent, self.waits = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, name = func._schema.name.split("::")
-        world = dist.get_world_size()
-        if namespace == "c10d" and name == "allreduce_":
-            (tensor,) = args[0]
-            self.sent.append(("all_reduce", 2 * tensor.nbytes * (world - 1) / world))
-        elif namespace == "c10d" and name == "_allgather_base_":
-            self.sent.append(("all_gather", args[1].nbytes * (world - 1)))
-        elif namespace == "c10d":
-            self.sent.append((name, None))
-        if func._schema.name in self.WAITS:
-            self.waits.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 def sent(placement):
     """What is sent in each optimizer step, which has no collective of FSDP2's own."""
     model = net()
@@ -437,7 +411,7 @@ def sent(placement):
     step = optimizer.step
 
     def recorded():
-        with Sent() as recorder:
+        with CountSent() as recorder:
             step()
         steps.append((recorder.sent, recorder.waits))
 

@@ -7,7 +7,7 @@ from ranks import on_ranks
 from replicas_runs import CASES, STEPS, attached, train
 
 from adalora_kernels import RankAllocator
-from adalora_kernels.distributed import replicas
+from adalora_kernels.distributed.groups import group_of
 
 FULL = pytest.mark.full
 
@@ -101,7 +101,7 @@ def test_one_process_has_nothing_to_compare_with():
     allocator.attach(optimizer)
     model(torch.randn(2, 16, dtype=torch.float64)).sum().backward()
     optimizer.step()
-    assert allocator.global_step == 1 and replicas.group_of(True) is None
+    assert allocator.global_step == 1 and group_of(True) is None
 
 
 @FULL

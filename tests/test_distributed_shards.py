@@ -64,9 +64,11 @@ def test_regulariser_in_the_loss_is_one_process(world):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("world", "mesh_dims"), [(2, 1), (4, 1), (4, 2)])
-def test_any_placement_is_one_process(world, mesh_dims):
-    for result in on_ranks(world, "shards_runs:placed", {"mesh_dims": mesh_dims}):
+@pytest.mark.parametrize(
+    ("world", "mesh_dims", "r"), [(2, 1, 6), (4, 1, 6), (4, 1, 1), (4, 2, 6), (4, 2, 3)]
+)
+def test_any_placement_is_one_process(world, mesh_dims, r):
+    for result in on_ranks(world, "shards_runs:placed", {"mesh_dims": mesh_dims, "r": r}):
         assert result["error"] <= 1e-12
         assert result["patterns"][0] == result["patterns"][1] == result["patterns"][2]
 

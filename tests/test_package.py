@@ -35,7 +35,10 @@ ALLOCATOR = [
     {"state", "shrink", "reminder", "schedule"},
     {"members", "steps", "shards"},
 ]
-DISTRIBUTED = [{"replicas", "tensor_parallel"}, {"engines", "stages", "local_layer"}, {"shards"}]
+DISTRIBUTED = [
+    {"replicas", "engines", "stages", "tensor_parallel", "local_layer"},
+    {"shards", "groups"},
+]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters import describe, find_adapters, parameters_of, refuse_flattened
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
-from ..distributed.replicas import Group
+from ..distributed.groups import Group
 from ..distributed.shards import any_dtensor
 from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps
@@ -69,6 +69,10 @@ class RankAllocator(FollowsOptimizers):
             every hundredth, and when the pattern is final. Where they differ, every process raises
             a RuntimeError in that step. True for all processes of torch.distributed, or a process
             group. It costs 16 bytes per matrix and process, and reads the device, only then.
+        process_group: processes with different adapters that share one budget: the stages of a
+            pipeline, each of which has adapters. target_r then counts for the matrices of all.
+            They have to make the allocator together, and also to attach, to step, to load a state
+            and to restart it together. See `share_budget`.
 
     Attributes:
         schedule: the `BudgetSchedule` of all adapters together, which begins with the triplets
@@ -99,6 +103,7 @@ class RankAllocator(FollowsOptimizers):
         state_dtype: torch.dtype = torch.float32,
         orth_reg_weight: float = 0.0,
         check_replicas: bool | Group = False,
+        process_group: Group | None = None,
     ) -> None:
         target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
@@ -125,6 +130,7 @@ class RankAllocator(FollowsOptimizers):
             deltaT=deltaT,
             total_step=total_step,
         )
+        self._target_r = target_r if target_total_rank is None else None
         self.global_step = 0
         self.frozen = False
         self.shrunk = False
@@ -133,6 +139,8 @@ class RankAllocator(FollowsOptimizers):
         self._final_budget = None
         self._start_following()
         self.reminder = Reminder()
+        if process_group is not None:
+            self.share_budget(process_group)
         self.count_triplets()
         expect_steps(self)
 
@@ -209,7 +217,9 @@ class RankAllocator(FollowsOptimizers):
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
         schedule = self.schedule
         prunes = self.frozen or schedule.masks_at(self.global_step)
-        if prunes or self._state.members.restarted:
+        if self._brings_together(self.global_step):
+            self._state.prune_with_others(parameters[1::3])
+        elif prunes or self._state.members.restarted:
             self._prune(parameters)
         if not self.frozen and self.global_step >= schedule.final_step:
             self._freeze()
@@ -245,6 +255,8 @@ class RankAllocator(FollowsOptimizers):
             self.count_triplets()  # Before they were sharded, processes may have had others.
         self._state.members.take_step(parameters[1::3])
         schedule = self.schedule
+        if self._asks_who_takes_part(global_step):
+            self._count_everywhere()
         budget = self._schedule_of_members(schedule).budget(global_step)
         if self._final_budget is not None:
             # The schedule may have been changed since.
@@ -266,9 +278,12 @@ class RankAllocator(FollowsOptimizers):
         Raises:
             TypeError: grad_scale is neither.
             ValueError: it is a tensor of another shape, dtype or device; or as the constructor.
-            RuntimeError: no adapter has a gradient, before the pattern is frozen.
+            RuntimeError: no adapter has a gradient, before the pattern is frozen; or there is a
+                process_group.
         """
         scale = as_grad_scale(grad_scale, self._device)
+        if self._state.stages is not None:
+            raise RuntimeError("update() does not bring the stages of process_group together")
         parameters = self._whole_parameters()
         # What is captured runs a few times before, with nothing to advance.
         self.reminder.allocator_stepped()
@@ -282,7 +297,7 @@ class RankAllocator(FollowsOptimizers):
             return False
         if global_step >= self.schedule.final_step:
             return False
-        if self._has_gradients():
+        if self._has_gradients() or self._state.stages is not None:
             return True
         if any(p.requires_grad for p in self._parameters()):
             raise RuntimeError(
@@ -327,11 +342,11 @@ class RankAllocator(FollowsOptimizers):
             raise TypeError(f"state must be a dict, got {type(state).__name__}")
         self._state.check(state, self.state_dict(), self._parameters())
         self._state.load(state, self._parameters())
-        self._begin_with(sum(self._state.members.counts))
+        self._begin_with(self._count_everywhere())
         self.global_step = state["global_step"]
         self.frozen, self._final_budget = state["frozen"], None
         if self.frozen:
-            self._final_budget = self._state.total_rank()
+            self._final_budget = self._budget_of_pattern()
             self._state.drop_averages()
         if state["shrunk"] and not self.shrunk:
             self._shrink(self._state.mask, None)

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter, refuse_flattened
 from ..distributed.engines import Triples, why_lacking
-from ..distributed.replicas import GradientSync, Group, average, group_to_sync
+from ..distributed.groups import Group
+from ..distributed.replicas import GradientSync, average
 from ..orthogonality import orth_reg_grad_
 from .processes import AmongProcesses
 from .steps import Steps
@@ -119,7 +120,7 @@ class FollowsOptimizers(AmongProcesses):
         *wrappers, inner = unwrapped(optimizer, adapters)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
-        group = group_to_sync(sync_gradients)
+        group = self._check_sync(sync_gradients)
         self._refuse_engines(is_synced=group is not None)
         sync = None if group is None else GradientSync(inner, adapters, group)
         self.count_triplets()
@@ -186,17 +187,20 @@ class FollowsOptimizers(AmongProcesses):
 
     def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Add the regulariser's gradient to those that are there; returns its value."""
-        if not self._has_gradients():
+        if not self._has_gradients() and self._state.stages is None:
             return None
+        weight = self.orth_reg_weight
+        if self._state.stages is not None:
+            weight = self._weight_here(weight)
         self.orth_reg = orth_reg_grad_(
-            self.adapters_left, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
+            self.adapters_left, weight, grad_scale=grad_scale_of(optimizer)
         )
         return self.orth_reg
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._steps.ends(optimizer):
             self._after_wrapper_step()
-        elif self._has_gradients():
+        elif self._has_gradients() or self._state.stages is not None:
             self._without_gradients = None
             self._step(self.global_step + 1, overflow_as_scale(optimizer, self._device))
         elif self._loses_gradients:

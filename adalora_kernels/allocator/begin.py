@@ -45,7 +45,18 @@ class BeginsRuns(Reports):
         parameters = self._parameters()
         self._state.follow(parameters)
         self._state.count_triplets(parameters, restarted=restarted)
-        self._begin_with(sum(self._state.members.counts))
+        self._begin_with(self._count_everywhere())
+
+    def _count_everywhere(self) -> int:
+        """How many triplets are there, in all stages. Then all processes have to call this."""
+        members, stages = self._state.members, self._state.stages
+        if stages is None:
+            return sum(members.counts)
+        trained = [adapter.lora_E.requires_grad for adapter in self.adapters]
+        self._everywhere = stages.gather_members(trained, members.had_gradient, members.counts)
+        members.others_had = self._everywhere.any_had_gradient
+        members.look(self._parameters()[1::3])
+        return self._everywhere.there
 
     def _begin_with(self, init_budget: int) -> None:
         if self.schedule.init_budget != init_budget:

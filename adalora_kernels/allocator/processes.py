@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..adapters import refuse_flattened
 from ..distributed import engines, replicas, stages
+from ..distributed.groups import Group, check_group, group_of
 from .begin import BeginsRuns
 
 # So often are replicas compared, in steps; and at the first step, and when the pattern is final.
@@ -20,11 +22,13 @@ _STEPS_WITHOUT_GRADIENTS = 3
 class AmongProcesses(BeginsRuns):
     """The part of a `RankAllocator` that looks at other processes, and at who runs them."""
 
+    # The target for each matrix, where it was given so.
+    _target_r: int | None
     # What can't be copied. A copy compares nothing, until it is told to.
     _NOT_AMONG_COPIES = ("_model", "_syncs", "_unseen", "_check_replicas")
     # Weak: who keeps an allocator does not keep the model. None in a copy.
     _model: weakref.ref[nn.Module] | None = None
-    _check_replicas: bool | replicas.Group = False
+    _check_replicas: bool | Group = False
 
     def _start_among_processes(self) -> None:
         self._syncs: weakref.WeakKeyDictionary[torch.optim.Optimizer, replicas.GradientSync]
@@ -35,19 +39,89 @@ class AmongProcesses(BeginsRuns):
         self._without_gradients: int | None = 0
         self._has_compared = False
 
+    def share_budget(self, process_group: Group) -> None:
+        """Have one budget with other processes, which have other adapters.
+
+        The scores of all are brought together in each step that prunes, and the best triplets of
+        all stay; so the names of the adapters have to be different ones. target_r, or
+        target_total_rank, counts for the matrices of all, and so do the mean of the regulariser
+        and a gradient that is not finite. `orth_reg` is this process's part of the regulariser's
+        sum. What is reported of ranks, scores and masks is of this process's adapters, and so is
+        the state.
+
+        All processes of the group have to call this together, before the first step; and every
+        `optimizer.step()` of each of them has to be one of all.
+
+        Args:
+            process_group: the processes. One that has none but this process stands for a training
+                of its own among others.
+
+        Raises:
+            TypeError: it is no process group.
+            ValueError: this process is not in it, two have an adapter of the same name, or
+                check_replicas is True, which would compare them.
+            RuntimeError: there has been a step.
+        """
+        check_group("process_group", process_group)
+        if isinstance(process_group, bool | None):
+            raise TypeError(f"process_group must be a process group, got {process_group}")
+        if self.begun:
+            raise RuntimeError("share_budget() has to come before the first step")
+        if self.check_replicas is True:
+            raise ValueError(
+                "check_replicas=True would compare the stages of process_group: give the group of "
+                "those processes that have the same adapters"
+            )
+        own, target = self.matrices, self.schedule.target_budget
+        names = [adapter.name for adapter in self.adapters]
+        self._state.stages = stages.Stages(process_group, names, self._state.ranks)
+        if self._target_r is not None and target == self._target_r * own:
+            target = self._target_r * self.matrices
+        init = self._count_everywhere()
+        self.schedule = replace(self.schedule, init_budget=init, target_budget=target)
+
+    def _brings_together(self, global_step: int) -> bool:
+        """Whether the scores of all stages are compared in a step."""
+        if self._state.stages is None or self.frozen:
+            return False
+        return self.schedule.masks_at(global_step)
+
+    def _asks_who_takes_part(self, global_step: int) -> bool:
+        """Whether the stages tell each other in a step: where it counts, and in the first one."""
+        known = self._everywhere
+        is_new = known is not None and not known.any_had_gradient and not self.frozen
+        return self._state.stages is not None and (is_new or self._brings_together(global_step))
+
+    def _weight_here(self, weight: float) -> float:
+        """The weight of the regulariser with which a mean over these adapters is one over all."""
+        return weight * len(self.adapters) / self.matrices
+
+    def _check_sync(self, sync_gradients: bool | Group) -> Group | None:
+        """The processes to sync with.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `attach`.
+        """
+        if sync_gradients is True and self._state.stages is not None:
+            raise ValueError(
+                "sync_gradients=True would average over the stages of process_group: give the "
+                "group of those processes that have the same adapters"
+            )
+        return replicas.group_to_sync(sync_gradients)
+
     @property
     def is_of_engine(self) -> bool:
         """Whether this has been attached to an engine that keeps the parameters in parts."""
         return getattr(self, "_copies", None) is not None
 
     @property
-    def check_replicas(self) -> bool | replicas.Group:
+    def check_replicas(self) -> bool | Group:
         """Whether all processes, or those of a group, are compared now and then; may be set."""
         return self._check_replicas
 
     @check_replicas.setter
-    def check_replicas(self, value: bool | replicas.Group) -> None:
-        replicas.check_group("check_replicas", value)
+    def check_replicas(self, value: bool | Group) -> None:
+        check_group("check_replicas", value)
         self._check_replicas = value
         self._has_compared = False
 
@@ -90,7 +164,8 @@ class AmongProcesses(BeginsRuns):
     def _begin_to_watch(self, optimizer: torch.optim.Optimizer) -> None:
         self._unseen.add(optimizer)
         self._without_gradients = 0
-        stages.announce([adapter.name for adapter in self.adapters])
+        if self._state.stages is None:
+            stages.announce([adapter.name for adapter in self.adapters])
 
     def _look_at_engine(self, optimizer: torch.optim.Optimizer) -> None:
         """What an engine may have done since `attach`; at the first step of each optimizer.
@@ -99,7 +174,8 @@ class AmongProcesses(BeginsRuns):
             ValueError: as `attach`.
         """
         self._refuse_engines(optimizer in self._syncs)
-        stages.refuse_stages([adapter.name for adapter in self.adapters])
+        if self._state.stages is None:
+            stages.refuse_stages([adapter.name for adapter in self.adapters])
         self._unseen.discard(optimizer)
 
     def _model_of_adapters(self) -> nn.Module | None:
@@ -138,7 +214,7 @@ class AmongProcesses(BeginsRuns):
         """
         if not self._check_replicas:
             return
-        group = replicas.group_of(self._check_replicas)
+        group = group_of(self._check_replicas)
         if group is None:
             return
         is_new = not self._has_compared or self.frozen != was_frozen

@@ -11,7 +11,8 @@ from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..adapters import triplets_there
-from ..distributed.shards import any_dtensor, whole_tensor
+from ..distributed.shards import any_dtensor, local_grads, whole_tensor
+from ..distributed.stages import Stages
 from ..reference import flat_averages, flat_views
 from .members import Members
 from .shards import Shards
@@ -48,6 +49,7 @@ class AllocatorState:
         prunes: whether the current step prunes, (1,) bool.
         members: which triplets compete.
         shards: where the parts of sharded parameters lie; None where none is a DTensor.
+        stages: the processes whose adapters have the same budget, if there are such.
 
     Raises:
         ValueError: the parameters lie on different devices, or narrow_dtype is another one.
@@ -76,6 +78,7 @@ class AllocatorState:
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype = narrow_dtype
         self.shards = Shards(parameters) if any_dtensor(parameters) else None
+        self.stages: Stages | None = None
         self._make(parameters)
 
     def _make(self, parameters: Sequence[Tensor]) -> None:
@@ -165,7 +168,8 @@ class AllocatorState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled, views would be tensors of their own.
-        return {**self.__dict__, "_views": None}
+        # A copy has no processes to share a budget with.
+        return {**self.__dict__, "_views": None, "stages": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -242,6 +246,9 @@ class AllocatorState:
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
         """Update the averages and the scores from the gradients of the parameters."""
+        if self.stages is not None:
+            grads = local_grads(parameters)
+            grad_scale = self.stages.scale(grads, grad_scale, self.scores.device)
         exp_avg_ipt, exp_avg_unc = self._views or (self.exp_avg_ipt, self.exp_avg_unc)
         if self.shards is not None:
             own = (exp_avg_ipt, exp_avg_unc, self._own_scores, self.skipped)
@@ -295,6 +302,21 @@ class AllocatorState:
             return
         # Compiled code doesn't tell autograd, which may have saved them for a backward to come.
         increment_version(lora_E)
+
+    def prune_with_others(self, lora_E: Sequence[Tensor]) -> None:
+        """As `prune`, of the triplets of all stages together. All processes call this."""
+        stages, own = self.stages, self.members.in_play
+        if stages is None:
+            self.prune(lora_E)
+            return
+        self.bring_scores_together()
+        scores, in_play = stages.gather_triplets(self.scores, own)
+        mask = torch.ones_like(in_play)
+        unused = [torch.zeros_like(scores).unsqueeze(1)]
+        prunes = torch.ones_like(self.prunes)
+        torch.ops.adalora.prune_(scores, self.budget, prunes, in_play, None, mask, unused, False)
+        torch.where(own, stages.own_part(mask), self.mask, out=self.mask)
+        self.prune(lora_E, again=True)
 
     def keep(self, mask: Tensor) -> None:
         """Let exactly these triplets live, (n,) bool, wherever they come from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,38 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import Adapter
+from .groups import Group, check_group, gathered, group_of, hosts_of, speaks_of
 from .shards import is_dtensor
-
-# A string, because there are builds of torch without it.
-Group: TypeAlias = "dist.ProcessGroup"
 
 # The most that is copied into one tensor to be sent at once.
 _BUCKET_BYTES = 2**26
-
-
-def check_group(name: str, value: object) -> None:
-    """Raise TypeError if it is neither a bool nor a group; ValueError if this process is outside.
-
-    None, which stands for no group, passes.
-    """
-    if isinstance(value, bool | None):
-        return
-    is_there = dist.is_available()
-    if is_there and value is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{name} is a process group that this process is not in")
-    if not is_there or not isinstance(value, dist.ProcessGroup):
-        raise TypeError(f"{name} must be a bool or a process group, got {type(value).__name__}")
-
-
-def group_of(value: bool | Group | None) -> Group | None:
-    """The processes that an argument means: all for True, none for False or without any."""
-    if isinstance(value, bool | None):
-        if not value or not dist.is_available() or not dist.is_initialized():
-            return None
-        everyone: Any = dist.group.WORLD
-        group: Group = everyone
-        return group
-    return value
 
 
 def group_to_sync(value: bool | Group) -> Group | None:
@@ -94,10 +67,14 @@ class GradientSync:
     ) -> None:
         self.group = group
         parameters = _plain(optimizer)
-        devices = {p.device for p in parameters}
-        self._flags_group = group
-        if not all(_speaks_of(group, device) for device in (*devices, torch.device("cpu"))):
-            self._flags_group = self._group_of_hosts(devices)
+        for device in {p.device for p in parameters}:
+            if not speaks_of(group, device):
+                raise ValueError(
+                    f"sync_gradients: a parameter is on {device}, about which the process group "
+                    f"({dist.get_backend_config(group)}) can't talk"
+                )
+        # Which gradients there are is for the host to know.
+        self._flags_group = hosts_of(group)
         self._check_same(parameters)
         for bucket in _buckets([p.data for p in parameters]):
             flat = torch.cat([t.flatten() for t in bucket])
@@ -114,25 +91,10 @@ class GradientSync:
             for i, E in enumerate(self._watched)
         ]
 
-    def _group_of_hosts(self, devices: set[torch.device]) -> Group:
-        """The same processes, over gloo: which gradients are there is for the host to know.
-
-        Over the group of a GPU it would have to wait for that.
-        """
-        unheard = [device for device in devices if not _speaks_of(self.group, device)]
-        if unheard:
-            raise ValueError(
-                f"sync_gradients: a parameter is on {unheard[0]}, about which the process group "
-                f"({dist.get_backend_config(self.group)}) can't talk"
-            )
-        ranks = dist.get_process_group_ranks(self.group)
-        hosts: Group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        return hosts
-
     def _check_same(self, parameters: Sequence[Tensor]) -> None:
         described = [(tuple(p.shape), str(p.dtype)) for p in parameters]
         mine = _digest(repr(described).encode()).unsqueeze(0)
-        everyone = _gathered(mine, self._flags_group)
+        everyone = gathered(mine, self._flags_group)
         others = [rank for rank, digest in enumerate(everyone) if not digest.equal(everyone[0])]
         if others:
             raise ValueError(
@@ -246,19 +208,6 @@ def _copy_back(tensors: list[Tensor], flat: Tensor) -> None:
     torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
 
 
-def _speaks_of(group: Group, device: torch.device) -> bool:
-    """Whether a group has a backend for tensors on a device."""
-    backends = dist.get_backend_config(group).split(",")
-    return device.type in (backend.partition(":")[0] for backend in backends)
-
-
-def _gathered(tensor: Tensor, group: Group) -> Tensor:
-    """A tensor of each process, stacked in the order of the ranks."""
-    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, tensor, group=group)
-    return torch.stack(everyone)
-
-
 def _digest(data: bytes) -> Tensor:
     """64 bits by which to tell data from others, a scalar int64."""
     digest = hashlib.blake2b(data, digest_size=8).digest()
@@ -294,9 +243,9 @@ def compare(
             for mask, E in zip(alive, values, strict=True)
         ]
     )
-    if not _speaks_of(group, digests.device):
+    if not speaks_of(group, digests.device):
         digests = digests.to(device)
-    everyone = _gathered(digests, group).cpu()
+    everyone = gathered(digests, group).cpu()
     differs = everyone != everyone[0]
     if not differs.any():
         return

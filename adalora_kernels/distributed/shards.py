@@ -318,10 +318,10 @@ class Layout:
         ]
         # Vectors first, so that the parts of one matrix follow one another.
         own = [result[i].movedim(dims[i], 0).reshape(-1) for i in chosen]
-        longest = max(map(sum, sizes))
-        missing = longest - sum(sizes[axis.own])
-        rows = axis.gather(torch.cat([*own, own[0].new_zeros(missing)]))
-        cut = [rows[w, : sum(size)].split_with_sizes(size) for w, size in enumerate(sizes)]
+        cut = [
+            part.split_with_sizes(size)
+            for part, size in zip(_gather_uneven(axis, torch.cat(own), sizes), sizes, strict=True)
+        ]
         for k, i in enumerate(chosen):
             whole = torch.cat([parts[k] for parts in cut])
             result[i] = whole.view(-1, others[k]).movedim(0, dims[i])
@@ -419,6 +419,21 @@ def _in_order(dtensor: Any) -> list[tuple[int, int]]:
         else:
             later.append((mesh_dim, dim))
     return first + later[::-1]
+
+
+def _gather_uneven(axis: Axis, own: Tensor, sizes: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+    """What each process has, flat, where they have sum(sizes[w]) entries each."""
+    lengths = [sum(size) for size in sizes]
+    longest, total = max(lengths), sum(lengths)
+    if longest * len(lengths) <= 2 * total:
+        rows = axis.gather(torch.cat([own, own.new_zeros(longest - len(own))]))
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    # Most would send what is missing to the longest: few triplets among many processes. The sum
+    # with zeros takes twice what there is.
+    start = sum(lengths[: axis.own])
+    whole = own.new_zeros(total)
+    whole[start : start + len(own)] = own
+    return axis.reduce(whole).split_with_sizes(lengths)
 
 
 def _refuse(tensor: Any, piece: Piece, local: Tensor) -> None:

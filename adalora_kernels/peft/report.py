@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import AdaLoraConfig
 
-from ..distributed.replicas import Group
+from ..distributed.groups import Group
 from ..starts import slow_path, start_of
 from .allocator import PeftRankAllocator
 
