@@ -37,6 +37,7 @@ from adalora_kernels.distributed import (
     ReplicatedAdaLora,
     RowwiseAdaLora,
     adalora_plan,
+    shards,
 )
 
 STEPS = 30
@@ -549,6 +550,34 @@ def outcome(model, allocator):
         "orth_reg": float(allocator.orth_reg),
         "hash": digest.hexdigest(),
     }
+
+
+def sent_by_steps():
+    """Whether steps prune, and the collectives of each, with how many numbers."""
+    model, allocator, optimizer = a_training("net")
+    sent = []
+
+    def counted(name, own):
+        def call(first, *tensors, **options):
+            sent.append((name, (tensors[0] if tensors else first).numel()))
+            return own(first, *tensors, **options)
+
+        return call
+
+    places = (dist, "all_reduce"), (shards, "_all_gather")
+    originals = [getattr(module, name) for module, name in places]
+    report = []
+    for step in range(1, 10):
+        loss_of(model, step).backward()
+        for (module, name), own in zip(places, originals, strict=True):
+            setattr(module, name, counted(name, own))
+        optimizer.step()
+        for (module, name), own in zip(places, originals, strict=True):
+            setattr(module, name, own)
+        optimizer.zero_grad()
+        report.append((allocator.schedule.masks_at(step), sent[:]))
+        sent.clear()
+    return report
 
 
 def training(kind, dp=1, micro_batches=1, recomputed=False):

@@ -71,6 +71,7 @@ def test_layers_and_a_training_are_those_of_one_process():
         "refusals": {},
         "sent": {},
         "x_under_way": {},
+        "sent_by_steps": {},
         "training": {"kind": "net"},
     }
     reports = on_ranks(2, "tensor_parallel_runs:several", {"functions": functions})
@@ -85,6 +86,11 @@ def test_layers_and_a_training_are_those_of_one_process():
             "row": ([("all_reduce", 3 * 12)], [("all_reduce", 6 * (12 + 1))]),
             "replicated": ([], []),
         }
+        assert {prunes for prunes, _ in report["sent_by_steps"]} == {True, False}
+        for prunes, collectives in report["sent_by_steps"]:
+            # Products of two matrices, the lora_B of `up` and the lora_A of `down`.
+            expected = [("all_reduce", 2 * 6 * 6), ("all_reduce", 1)]
+            assert collectives == expected + [("_all_gather", 3 * 6)] * prunes
         assert report["x_under_way"] == (["Tensor"], True)
         refused = report["refusals"]
         assert refused["merged"].startswith("ValueError: this SVDLinear is merged")
