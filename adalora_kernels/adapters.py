@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
-_SHARDED = "the adapters are sharded or flattened (FSDP, DTensor), which is not supported; DDP is"
+_FLATTENED = (
+    "the adapters are sharded by FullyShardedDataParallel (FSDP1), which makes flat parts of them "
+    "and is not supported: use fully_shard (FSDP2, in Accelerate fsdp_version=2) or DDP"
+)
 # What DataParallel/DDP, torch.compile, FSDP and activation checkpointing put into parameter names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -97,7 +100,7 @@ class Adapter:
             else:
                 a, e, b = (owner[self.key] for owner, _ in self.places)
         except (AttributeError, KeyError):
-            raise ValueError(f"{self.name} has been deleted, or {_SHARDED}") from None
+            raise ValueError(f"{self.name} has been deleted, or {_FLATTENED}") from None
         return a, e, b
 
     @property
@@ -180,10 +183,11 @@ def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
 
 
-def refuse_sharded(adapters: Sequence[Adapter]) -> None:
+def refuse_flattened(adapters: Sequence[Adapter]) -> None:
     """Raise ValueError if lora_A is not (r, in), lora_E not (r, 1) or lora_B not (out, r).
 
-    FSDP makes flat parts of them, or views that are no parameters, or another type of tensor.
+    FSDP1 makes flat parts of them, or views that are no parameters. The DTensors of FSDP2 have the
+    shapes of the whole.
     """
     for adapter in adapters:
         lora_A, lora_E, lora_B = adapter.parameters
@@ -191,7 +195,7 @@ def refuse_sharded(adapters: Sequence[Adapter]) -> None:
             raise ValueError(
                 f"the parameters of {adapter.name} are cut into parts by DeepSpeed's ZeRO stage 3: "
                 "make the allocator before deepspeed.initialize and outside deepspeed.zero.Init, "
-                "and then attach(engine) before anything else"
+                "and call allocator.attach(engine) after deepspeed.initialize, before anything else"
             )
         rank = lora_A.shape[0] if lora_A.dim() == 2 else -1
         if (
@@ -199,16 +203,15 @@ def refuse_sharded(adapters: Sequence[Adapter]) -> None:
             or lora_B.dim() != 2
             or lora_B.shape[1] != rank
             or not all(isinstance(p, nn.Parameter) for p in adapter.parameters)
-            or any("DTensor" in type(p).__name__ for p in adapter.parameters)
         ):
             shapes = ", ".join(str(tuple(p.shape)) for p in adapter.parameters)
-            raise ValueError(f"the parameters of {adapter.name} are {shapes}: {_SHARDED}")
+            raise ValueError(f"the parameters of {adapter.name} are {shapes}: {_FLATTENED}")
 
 
 def describe(model: nn.Module) -> str:
     """Name the class of a model without adapters, and say so if FSDP may have hidden them."""
     flattened = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return type(model).__name__ + (f": {_SHARDED}" if flattened else "")
+    return type(model).__name__ + (f": {_FLATTENED}" if flattened else "")
 
 
 def _modules_with_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

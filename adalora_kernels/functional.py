@@ -5,7 +5,7 @@ Shapes throughout: x (..., in), weight (out, in), lora_A (r, in), lora_E (r, 1),
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops, reference, short
 from .checks import as_float, check_floating, shape_of
+from .distributed.shards import is_dtensor
 from .fusing import TRACED, autocast_dtype, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
 
@@ -55,8 +56,9 @@ def svd_linear(
         dropout_p: probability of dropping an entry of x on its way to lora_A, in [0, 1). Always
             applied when positive; a layer passes 0 in evaluation.
         impl: "auto" takes the fastest implementation for the device of x, and plain PyTorch
-            where no op can serve the call: for tensor subclasses (torchao's, DTensor,
-            NestedTensor), under transforms of `torch.func`, in forward-mode AD, and for
+            where no op can serve the call: for tensor subclasses (torchao's, NestedTensor; but of
+            the DTensors of tensor parallelism, column-wise or row-wise, the op takes the local
+            shards), under transforms of `torch.func`, in forward-mode AD, and for
             `torch.jit.trace` and `torch.export`, whose files then run without this package.
             "reference" is plain PyTorch recorded by autograd; its dropout is that of the kernels
             on every device, for equal seeds. "triton" is taken literally, backward included, and
@@ -96,6 +98,11 @@ def svd_linear(
         if lora_A.shape[0] == 0:
             return F.linear(x, weight, bias)
     if why is not None and impl == "auto":
+        if is_dtensor(lora_A):
+            tensors = x, weight, bias, None, lora_A, lora_E, lora_B, mask
+            y = _on_shards(*tensors, scaling, dropout_p)
+            if y is not None:
+                return y
         base = F.linear(x, weight, bias)
         return _plain_delta(base, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
@@ -156,6 +163,11 @@ def svd_delta(
         if lora_A.shape[0] == 0:
             return base_output
     if why is not None and impl == "auto":
+        if is_dtensor(lora_A):
+            tensors = x, None, None, base_output, lora_A, lora_E, lora_B, mask
+            y = _on_shards(*tensors, scaling, dropout_p)
+            if y is not None:
+                return y
         return _plain_delta(base_output, x, lora_A, lora_E, lora_B, mask, scaling, dropout_p)
     seed = ops.dropout_seed(x) if dropout_p > 0.0 else None
     if impl == "reference":
@@ -263,6 +275,45 @@ def _check_impl(impl: str, why_not: str | None) -> None:
         raise RuntimeError("impl='cuda' cannot run: this version has no CUDA C++ kernels")
     if impl == "triton" and why_not is not None:
         raise RuntimeError(f"impl='triton' cannot run: {why_not}")
+
+
+def _on_shards(*arguments: Any) -> Tensor | None:
+    """Compute y of DTensors on the local shards; None if that is not how it is computed.
+
+    The arguments are those of `short.layer`.
+    """
+    if why_plain() is not None:  # whatever the tensors are
+        return None
+    from .distributed.local_layer import on_shards
+
+    return on_shards(_seeded, ops.dropout_seed, *arguments)
+
+
+def _seeded(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Any,
+    A: Tensor,
+    E: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`svd_linear`, or `svd_delta` where a base is given, with the seed of the dropout if any."""
+    options: dict[str, Any] = {"mask": mask, "scaling": scaling}
+    if weight is None:
+        if seed is None:
+            return svd_delta(base, x, A, E, B, **options)
+        y, _ = torch.ops.adalora.svd_delta(base, x, A, E, B, mask, scaling, dropout_p, seed)
+    else:
+        if seed is None:
+            return svd_linear(x, weight, A, E, B, bias=bias, **options)
+        tensors = x, weight, bias, A, E, B, mask
+        y, _ = torch.ops.adalora.svd_linear(*tensors, scaling, dropout_p, seed)
+    return y  # type: ignore[no-any-return]
 
 
 def _plain_delta(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import as_float, as_int
+from .distributed.shards import is_dtensor, whole_tensor
 from .functional import svd_delta, svd_linear
 from .fusing import fused_dropout_p, is_exporting, is_plain_tensor, parameter_of
 from .merging import Merge
@@ -36,8 +37,9 @@ class SVDLinear(nn.Linear):
     merged weight takes no gradient to the adapter: differentiate in training mode, or give
     merge_weights=False.
 
-    The weight may be of a tensor subclass (torchao's, DTensor, one's own). It is then the base of
-    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. A `lora_dropout` that
+    The weight may be of a tensor subclass (torchao's, one's own). It is then the base of
+    `svd_delta`, it is never merged, and evaluation mode leaves it as it is. DTensors, which
+    `adalora_kernels.distributed` makes of a layer, are never merged either. A `lora_dropout` that
     has hooks, or was replaced by another module, is called.
 
     Args:
@@ -68,6 +70,7 @@ class SVDLinear(nn.Linear):
     """
 
     start = "paper"  # of layers that an earlier version has pickled
+    takes_dtensors = True  # so `distributed.ColwiseAdaLora` and RowwiseAdaLora may shard it
 
     def __init__(
         self,
@@ -191,7 +194,7 @@ class SVDLinear(nn.Linear):
         )
         dropout: Any = self._modules["lora_dropout"]
         dropout_p = fused_dropout_p(dropout)
-        if dropout_p is not None and is_plain_tensor(weight):
+        if dropout_p is not None and (is_plain_tensor(weight) or is_dtensor(weight)):
             return svd_linear(
                 x, weight, *factors, bias=bias, scaling=self.scaling, dropout_p=dropout_p
             )
@@ -314,7 +317,7 @@ class SVDLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # DeepSpeed's ZeRO stage 3 leaves nothing of it here, and no values in a state.
         if self.r > 0 and not self.ranknum.is_meta and self.ranknum.numel() == 1:
-            self._set_scaling(float(self.ranknum))
+            self._set_scaling(float(whole_tensor(self.ranknum)))
         if merged:
             self.merge()
 
@@ -382,6 +385,6 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         keys |= {key.split("lora_")[0] + "bias" for key in lora}
     for key in lora:
         ranknum = key.removesuffix("lora_E") + "ranknum"
-        if ranknum in state and float(state[ranknum]) != state[key].shape[0]:
+        if ranknum in state and float(whole_tensor(state[ranknum])) != state[key].shape[0]:
             keys.add(ranknum)
     return {key: value for key, value in state.items() if key in keys}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .adapters import Adapter, find_adapters
 from .checks import as_grad_scale, as_weight, check_floating, shape_of
+from .distributed.shards import Layout, any_dtensor, local_grads
 from .fusing import why_plain
 
 Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
@@ -47,9 +48,11 @@ def orth_reg(pairs_or_model: Pairs, weight: float = 0.1, squared: bool = False) 
     """
     lora_A, lora_B = _pairs(pairs_or_model)
     weight = as_weight("weight", weight)
-    if why_plain(*lora_A, *lora_B) is not None:
+    is_sharded = any_dtensor(lora_A + lora_B)
+    if not is_sharded and why_plain(*lora_A, *lora_B) is not None:
         return reference.orth_reg(zip(lora_A, lora_B, strict=True), weight, squared)
-    apply: Callable[..., Tensor] = OrthRegFunction.apply
+    function = ShardedOrthRegFunction if is_sharded else OrthRegFunction
+    apply: Callable[..., Tensor] = function.apply
     total = apply(len(lora_A), squared, *lora_A, *lora_B)
     return _coefficient(weight, squared, len(lora_A)) * total
 
@@ -66,8 +69,10 @@ def orth_reg_grad_(
 
     To be called once per optimizer step, after the last backward and before clipping: the
     regulariser then counts once under gradient accumulation, DDP and activation checkpointing,
-    and no autograd graph is built. With a GradScaler, call `scaler.unscale_(optimizer)` first, or
-    give grad_scale.
+    and no autograd graph is built. Of sharded adapters (DTensors) each process adds to what it
+    holds, so that all have to call this: one all-reduce of the products (r, r), and before it, if
+    rows of lora_A are divided, one all-gather of these. With a GradScaler, call
+    `scaler.unscale_(optimizer)` first, or give grad_scale.
 
     Args, raises: those of `orth_reg`. Parameters that need no gradient are left out.
         grad_scale: what ∂L/∂w is of the gradients; 1 / 1024 if the loss was multiplied by 1024. A
@@ -80,6 +85,10 @@ def orth_reg_grad_(
     weight = as_weight("weight", weight)
     scale = as_grad_scale(grad_scale, lora_A[0].device)
     coefficient = _coefficient(weight, squared, len(lora_A))
+    if any_dtensor(lora_A + lora_B):
+        return coefficient * _add_sharded_gradients_(
+            lora_A + lora_B, len(lora_A), squared, coefficient, scale
+        )
     return coefficient * _add_gradients_(lora_A + lora_B, len(lora_A), squared, coefficient, scale)
 
 
@@ -156,6 +165,82 @@ def _add_gradients_(
     return total
 
 
+class ShardedOrthRegFunction(torch.autograd.Function):
+    """As `OrthRegFunction`, of matrices of which some are DTensors; differentiable once.
+
+    It has the gradients of what this process holds from the forward, so that processes need not
+    talk again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, squared: bool, *matrices: Tensor) -> Tensor:
+        layout = ctx.layout = Layout(matrices)
+        total, gradients = _sharded_total(matrices, layout, count, squared)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (g.mul(grad).to(g.dtype) for g in ctx.saved_tensors)
+        return None, None, *(ctx.layout.like(g, i) for i, g in enumerate(gradients))
+
+
+@ops.outside_autocast
+@torch.no_grad()
+def _sharded_total(
+    tensors: Sequence[Tensor],
+    layout: Layout,
+    count: int,
+    squared: bool,
+    factor: Tensor | float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum over all matrices, and its gradients, times `factor`, of what this process holds."""
+    dims = [0] * count + [1] * (len(tensors) - count)
+    matrices = layout.gather_vectors(layout.locals(tensors), dims)
+    products = [_zero(matrices).view(1, 1)[:0, :0]] * len(matrices)  # of those of rank 0
+    for stack in _stacks(matrices, count):
+        for i, product in zip(stack.members, stack.products().unbind(), strict=True):
+            products[i] = product
+    total, slopes = _penalties(layout.sum_products(products, dims), squared)
+    gradients = list(layout.locals(tensors))  # of rank 0 there is nothing else
+    for stack in _stacks(matrices, count):
+        slope = torch.stack([slopes[i] for i in stack.members])
+        if factor is not None:
+            slope = slope * factor
+        for i, gradient in zip(stack.members, stack.gradients(slope), strict=True):
+            piece, dim = layout.pieces[i], dims[i]
+            gradients[i] = gradient.narrow(dim, piece.offset[dim], piece.size[dim])
+    return total, gradients
+
+
+def _penalties(products: list[Tensor], squared: bool) -> tuple[Tensor, list[Tensor]]:
+    """The sum over all matrices, and the slope of each, from the products (r, r) of each.
+
+    In the same order on all processes, whose parts may have different shapes.
+    """
+    total, slopes = _zero(products), list(products)
+    by_rank: dict[int, list[int]] = defaultdict(list)
+    for i, product in enumerate(products):
+        by_rank[len(product)].append(i)
+    for members in by_rank.values():
+        penalty, slope = _penalty(torch.stack([products[i] for i in members]), squared)
+        total = total + penalty
+        for i, own in zip(members, slope.unbind(), strict=True):
+            slopes[i] = own
+    return total, slopes
+
+
+def _add_sharded_gradients_(
+    matrices: list[Tensor], count: int, squared: bool, coefficient: float, scale: Tensor | None
+) -> Tensor:
+    """`_add_gradients_`, of matrices of which some are DTensors."""
+    factor = coefficient if scale is None else coefficient / scale
+    total, gradients = _sharded_total(matrices, Layout(matrices), count, squared, factor)
+    _add_to_grad_(matrices, gradients)
+    return total
+
+
 def _zero(matrices: Sequence[Tensor]) -> Tensor:
     dtypes = [m.dtype for m in matrices]
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -182,6 +267,9 @@ def _grad_of(parameter: Tensor) -> Tensor:
     grad = parameter.grad
     if grad is None:
         grad = parameter.grad = torch.zeros_like(parameter)
+    if type(grad) is not Tensor:
+        (local,) = local_grads([parameter])
+        return grad if local is None else local
     return grad
 
 
@@ -206,7 +294,7 @@ class _Stack(NamedTuple):
             return torch.bmm(self.matrices, self.matrices.mT)
         n, length, r = self.matrices.shape
         part = _SUM_LENGTH.get(self.matrices.device.type, 0)
-        if not part or length % part:
+        if not part or length % part or length == 0:
             return torch.bmm(self.matrices.mT, self.matrices)
         parts = self.matrices.reshape(n * (length // part), part, r)
         return torch.bmm(parts.mT, parts).view(n, -1, r, r).sum(1)

@@ -22,7 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .allocator import LOG_PREFIX, RankAllocator
-from .export import STATE_NAME, load_state, save_state
+from .export import STATE_NAME, load_state
+from .export.state import whole_state, write_state
 from .training import AllocatingCallback, logs_of
 
 # Our entry among the callbacks' states in a checkpoint's trainer_state.json. The callback is no
@@ -166,13 +167,17 @@ class AdaLoraCallback(AllocatingCallback, TrainerCallback):  # type: ignore[misc
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the allocator's state into the checkpoint."""
-        if self._training is not None and args.should_save:
+        allocator = self._training
+        if allocator is None or not (args.should_save or allocator.is_sharded):
+            return
+        whole = whole_state(allocator)  # for which all processes talk, where it is sharded
+        if args.should_save:
             folders = _checkpoints_in(args.output_dir, state)
             # In a search for hyperparameters the Trainer does not say which run's folder it has
             # written; our entry in what it has just written there does.
             folder = next(filter(self._is_of_this_run, folders), folders[0])
             extra = {"run": self._run, "step": state.global_step}
-            save_state(self._training, folder / STATE_NAME, extra=extra)
+            write_state(whole | extra, folder / STATE_NAME)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

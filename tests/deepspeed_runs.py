@@ -236,6 +236,7 @@ def refusals():
     prepare("stage 0", config_of(0))
     allocator, engine = prepare("stage 3", config_of(3))
     note("twice", allocator.attach, engine)
+    note("synced", lambda: allocator.attach(engine, sync_gradients=True))
     note("by hand", allocator.step, 1)
     allocator.frozen = True
     note("shrink", allocator.shrink)

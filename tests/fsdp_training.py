@@ -1,4 +1,4 @@
-"""One of two processes that test_fsdp.py starts: what an allocator says under FSDP.
+"""One of two processes that test_fsdp.py starts: what an allocator says under FSDP1.
 
 Arguments: the rank, a file for the rendezvous, "ours" or "peft". Prints JSON: by sharding and
 call, the error.
@@ -12,8 +12,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from helpers import Mlp, batch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from adalora_kernels import RankAllocator
 
@@ -36,8 +35,6 @@ def pefts_model():
 
 
 def shard(model, kind):
-    if kind == "fully_shard":
-        return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     options = {"use_orig_params": kind != "flat", "device_id": torch.device("cpu")}
     if kind == "flat":
         # FSDP has them alike in this form.
@@ -63,7 +60,7 @@ def main(rank, rendezvous, which):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     report = {}
-    kinds = ["orig_params", "by_layer", "flat", "fully_shard"]
+    kinds = ["orig_params", "by_layer", "flat"]
     for kind in [k for k in kinds if which == "ours" or k != "flat"]:
         model, allocator = our_model() if which == "ours" else pefts_model()
         sharded = shard(model, kind)

@@ -148,8 +148,9 @@ def test_what_cannot_work_is_said():
         "by hand": "RuntimeError: attached to an optimizer",
         "shrink": "RuntimeError: .*DeepSpeed's flat buffers",
         "too late": "ValueError: .*make the allocator before deepspeed.initialize",
-        "state before attach": r"ValueError: .*attach\(engine\) before anything else",
-        "no engine": r"ValueError: .*attach\(engine\) before anything else",
+        "state before attach": r"ValueError: .*attach\(engine\) after deepspeed.initialize",
+        "no engine": r"ValueError: .*attach\(engine\) after deepspeed.initialize",
+        "synced": "ValueError: sync_gradients is for processes",
         "not all": "ValueError: .*does not train one of those beside layers.1.lora_E",
         "no optimizer": "ValueError: .*DeepSpeedEngine that has no optimizer",
     }

@@ -1,4 +1,4 @@
-"""FSDP shards or flattens the adapters, which is refused by an error that says so."""
+"""FSDP1 flattens the adapters, which is refused by an error that says so."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("which", ["ours", pytest.param("peft", marks=pytest.mark.full)])
-def test_sharded_adapters_are_refused(which, tmp_path):
+def test_flattened_adapters_are_refused(which, tmp_path):
     script = Path(__file__).with_name("fsdp_training.py")
     processes = [
         subprocess.Popen(
@@ -27,7 +27,7 @@ def test_sharded_adapters_are_refused(which, tmp_path):
             for kind, errors in json.loads(out).items():
                 for call, error in errors.items():
                     assert error.startswith("ValueError: "), (kind, call, error)
-                    assert "sharded" in error and "FSDP" in error, (kind, call, error)
+                    assert "FSDP1" in error and "fully_shard" in error, (kind, call, error)
     finally:
         for process in processes:
             process.kill()

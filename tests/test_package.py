@@ -19,22 +19,26 @@ LAYERS = [
     {"training", "export"},
     {"peft", "loralib", "plot"},
     {"modules", "allocator"},
-    {"distributed"},
     {"functional"},
     {"orthogonality"},
     {"short"},
     {"ops"},
-    {"cpu", "importance", "launching"},
+    {"cpu", "importance", "launching", "distributed"},
     {"reference", "adapters", "checks", "starts", "fusing", "merging", "kernels", "_extension"},
 ]
 ALLOCATOR = [
     {"allocator"},
     {"attach"},
     {"engine"},
+    {"processes"},
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps"},
+    {"members", "steps", "shards"},
+]
+DISTRIBUTED = [
+    {"deepspeed", "replicas", "engines", "stages", "tensor_parallel", "local_layer"},
+    {"shards", "groups"},
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
@@ -79,12 +83,13 @@ def own_imports(path, folder):
     [
         (PACKAGE, LAYERS),
         (PACKAGE / "allocator", ALLOCATOR),
+        (PACKAGE / "distributed", DISTRIBUTED),
         (PACKAGE / "peft", PEFT),
         (PACKAGE / "export", EXPORT),
         (PACKAGE / "kernels", KERNELS),
         (PACKAGE / "kernels" / "svd_linear", SVD_LINEAR),
     ],
-    ids=["", "allocator", "peft", "export", "kernels", "svd_linear"],
+    ids=["", "allocator", "distributed", "peft", "export", "kernels", "svd_linear"],
 )
 def test_imports_go_one_way(folder, layers):
     level = {module: i for i, layer in enumerate(layers) for module in layer}

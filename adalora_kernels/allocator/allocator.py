@@ -1,21 +1,24 @@
 """The allocator, which spends the budget on the most important triplets.
 
 What stands here is its steps, its state and `shrink`. Its other methods are in its base classes:
-what it reports (report.py), where its runs begin (begin.py), and which optimizers step it
-(attach.py).
+what it reports (report.py), where its runs begin (begin.py), what it does among several processes
+(processes.py), and which optimizers step it (attach.py).
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import describe, find_adapters, refuse_sharded
+from ..adapters import describe, find_adapters, parameters_of, refuse_flattened
 from ..checks import as_beta, as_grad_scale, as_int, as_weight
+from ..distributed.groups import Group
+from ..distributed.shards import any_dtensor
 from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps
 from .schedule import BudgetSchedule
@@ -61,6 +64,15 @@ class RankAllocator(FollowsOptimizers):
             2⁻⁸ / (1 - beta): 2.6 % at 0.85. float64 parameters always have float64 averages.
         orth_reg_weight: weight of the orthogonality regulariser whose gradient an optimizer that
             this is attached to gets; see `orth_reg_grad_`. Without `attach` it has no effect.
+        check_replicas: whether processes that train the same adapters (DDP, FSDP2,
+            `sync_gradients`) compare the mask and lora_E of each matrix at the first step, at
+            every hundredth, and when the pattern is final. Where they differ, every process raises
+            a RuntimeError in that step. True for all processes of torch.distributed, or a process
+            group. It costs 16 bytes per matrix and process, and reads the device, only then.
+        process_group: processes with different adapters that share one budget: the stages of a
+            pipeline, each of which has adapters. target_r then counts for the matrices of all.
+            They have to make the allocator together, and also to attach, to step, to load a state
+            and to restart it together. See `share_budget`.
 
     Attributes:
         schedule: the `BudgetSchedule` of all adapters together, which begins with the triplets
@@ -71,8 +83,8 @@ class RankAllocator(FollowsOptimizers):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no adapter in the model, adapters on different devices, sharded or flattened
-            ones (FSDP), or a number out of its range.
+        ValueError: no adapter in the model, adapters on different devices or flattened (FSDP1),
+            DTensors that are neither sharded nor replicated, or a number out of its range.
     """
 
     def __init__(
@@ -90,6 +102,8 @@ class RankAllocator(FollowsOptimizers):
         adapter_name: str | None = None,
         state_dtype: torch.dtype = torch.float32,
         orth_reg_weight: float = 0.0,
+        check_replicas: bool | Group = False,
+        process_group: Group | None = None,
     ) -> None:
         target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
@@ -100,11 +114,13 @@ class RankAllocator(FollowsOptimizers):
         self.adapters = find_adapters(model, adapter_name)
         if not self.adapters:
             raise ValueError(f"no AdaLoRA adapter in this {describe(model)}")
-        refuse_sharded(self.adapters)
+        refuse_flattened(self.adapters)
+        self.check_replicas = check_replicas
+        self._model = weakref.ref(model)
         self._look_up_places()
         self._start_following()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
-        self._state = AllocatorState(self._parameters(), state_dtype)
+        self._state = AllocatorState(parameters_of(self.adapters, self._places), state_dtype)
         self.schedule = BudgetSchedule(
             init_budget=sum(self._state.ranks),
             target_budget=(
@@ -115,6 +131,7 @@ class RankAllocator(FollowsOptimizers):
             deltaT=deltaT,
             total_step=total_step,
         )
+        self._target_r = target_r if target_total_rank is None else None
         self.global_step = 0
         self.frozen = False
         self.shrunk = False
@@ -122,6 +139,8 @@ class RankAllocator(FollowsOptimizers):
         self.orth_reg: Tensor | None = None
         self._final_budget = None
         self.reminder = Reminder()
+        if process_group is not None:
+            self.share_budget(process_group)
         self.count_triplets()
         expect_steps(self)
 
@@ -171,11 +190,12 @@ class RankAllocator(FollowsOptimizers):
     @torch.no_grad()
     def _step(self, global_step: int, grad_scale: Tensor | None) -> int:
         parameters = self._whole_parameters()
-        learns = self._learns(global_step)
+        learns, was_frozen = self._learns(global_step), self.frozen
         budget = self._advance(global_step, parameters)
         if learns:
             self._state.learn(parameters, self.beta1, self.beta2, grad_scale)
         self._prune_and_freeze(parameters)
+        self._compare_replicas(was_frozen)
         return budget
 
     @torch.no_grad()
@@ -197,7 +217,9 @@ class RankAllocator(FollowsOptimizers):
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
         schedule = self.schedule
         prunes = self.frozen or schedule.masks_at(self.global_step)
-        if prunes or self._state.members.restarted:
+        if self._brings_together(self.global_step):
+            self._state.prune_with_others(parameters[1::3])
+        elif prunes or self._state.members.restarted:
             self._prune(parameters)
         if not self.frozen and self.global_step >= schedule.final_step:
             self._freeze()
@@ -213,7 +235,7 @@ class RankAllocator(FollowsOptimizers):
             The budget at this step, over the adapters that take part.
 
         Raises:
-            TypeError, ValueError: global_step is no whole number ≥ 0; or the adapters are sharded.
+            TypeError, ValueError: global_step is no whole number ≥ 0; or as the constructor.
             RuntimeError: total_step is not known, or global_step goes back after `shrink`.
         """
         global_step = as_int("global_step", global_step, 0)
@@ -229,9 +251,12 @@ class RankAllocator(FollowsOptimizers):
                 stacklevel=4,
             )
         self._freeze_what_is_gone()
-        self._state.follow(parameters)
+        if self._state.follow(parameters) and not self.begun:
+            self.count_triplets()  # Before they were sharded, processes may have had others.
         self._state.members.take_step(parameters[1::3])
         schedule = self.schedule
+        if self._asks_who_takes_part(global_step):
+            self._count_everywhere()
         budget = self._schedule_of_members(schedule).budget(global_step)
         if self._final_budget is not None:
             # The schedule may have been changed since.
@@ -252,11 +277,13 @@ class RankAllocator(FollowsOptimizers):
 
         Raises:
             TypeError: grad_scale is neither.
-            ValueError: it is a tensor of another shape, dtype or device; or the adapters are
-                sharded.
-            RuntimeError: no adapter has a gradient, before the pattern is frozen.
+            ValueError: it is a tensor of another shape, dtype or device; or as the constructor.
+            RuntimeError: no adapter has a gradient, before the pattern is frozen; or there is a
+                process_group.
         """
         scale = as_grad_scale(grad_scale, self._device)
+        if self._state.stages is not None:
+            raise RuntimeError("update() does not bring the stages of process_group together")
         parameters = self._whole_parameters()
         # What is captured runs a few times before, with nothing to advance.
         self.reminder.allocator_stepped()
@@ -270,7 +297,7 @@ class RankAllocator(FollowsOptimizers):
             return False
         if global_step >= self.schedule.final_step:
             return False
-        if self._has_gradients():
+        if self._has_gradients() or self._state.stages is not None:
             return True
         if any(p.requires_grad for p in self._parameters()):
             raise RuntimeError(
@@ -322,11 +349,11 @@ class RankAllocator(FollowsOptimizers):
         parameters = self._whole_parameters()
         self._state.check(state, self.state_dict(), parameters)
         self._state.load(state, parameters)
-        self._begin_with(sum(self._state.members.counts))
+        self._begin_with(self._count_everywhere())
         self.global_step = state["global_step"]
         self.frozen, self._final_budget = state["frozen"], None
         if self.frozen:
-            self._final_budget = self._state.total_rank()
+            self._final_budget = self._budget_of_pattern()
             self._state.drop_averages()
         if state["shrunk"] and not self.shrunk:
             self._shrink(self._state.mask, None)
@@ -353,7 +380,9 @@ class RankAllocator(FollowsOptimizers):
             ValueError: the optimizer holds state that can't be cut to a subset of the triplets.
                 Of torch's these are, once they have stepped, Adafactor (averages over rows and
                 columns), LBFGS (all parameters in one vector) and Muon (each update depends on
-                the whole matrix). Nothing is changed.
+                the whole matrix). Or the adapters are sharded: load the states of model and
+                allocator into a model that is not, shrink that, and shard it afterwards. Nothing
+                is changed.
         """
         if self._copies is not None:
             raise RuntimeError(
@@ -368,6 +397,12 @@ class RankAllocator(FollowsOptimizers):
                 f"total_step - tfinal = {self.schedule.final_step}, not at {self.global_step}"
             )
         if not self.shrunk:
+            if any_dtensor(self._parameters()):
+                raise ValueError(
+                    "shrink() needs whole adapters, and these are sharded (DTensor): save the "
+                    "model and the allocator, load both into a model that is not sharded, call "
+                    "shrink() there, and shard it then"
+                )
             lora_E: list[Tensor] = [*self._whole_parameters()[1::3]]
             self._shrink(self._state.mask | (torch.cat(lora_E) != 0).squeeze(1), optimizer)
 

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, refuse_sharded
+from ..adapters import Adapter, refuse_flattened
 from ..distributed.deepspeed import ZeroStep, optimizer_of
+from ..distributed.engines import Triples, why_lacking
+from ..distributed.groups import Group
+from ..distributed.replicas import GradientSync, average
 from ..orthogonality import orth_reg_grad_
 from .engine import FollowsEngines
+from .processes import AmongProcesses
 from .steps import Steps
 
 Closure: TypeAlias = Callable[[], Any]
@@ -37,6 +41,7 @@ class FollowsOptimizers(FollowsEngines):
     _NOT_COPIED = (
         *("_hooks", "_steps", "_loses_gradients", "was_attached", "_copies"),
         *("_places", "_gone", "_layers"),
+        *AmongProcesses._NOT_AMONG_COPIES,
     )
     # Whether the model keeps the allocator alive. Otherwise an optimizer does that follows it.
     _is_kept_by_model = False
@@ -49,6 +54,7 @@ class FollowsOptimizers(FollowsEngines):
         self._copies = None
         self._loses_gradients = False  # what the step in progress would be warned of
         self.was_attached = False
+        self._start_among_processes()
 
     @property
     def attached(self) -> bool:
@@ -64,7 +70,11 @@ class FollowsOptimizers(FollowsEngines):
         """Whether this is attached to that very optimizer, or to one that it wraps."""
         return optimizer in self._hooks
 
-    def attach(self, optimizer: torch.optim.Optimizer | torch.nn.Module) -> None:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer | torch.nn.Module,
+        sync_gradients: bool | Group = False,
+    ) -> None:
         """Take part in every `optimizer.step()` from now on, so that no call can be forgotten.
 
         Before the optimizer's own work the gradient of the orthogonality regulariser, weighted by
@@ -86,6 +96,14 @@ class FollowsOptimizers(FollowsEngines):
         again after loading or copying. A step captured in a CUDA graph needs `advance` and
         `update` instead.
 
+        Several processes: with `sync_gradients` each has a whole copy of what the optimizer trains,
+        and no engine needs to know of it. The parameters are broadcast now, and from then on the
+        gradients are averaged once per optimizer step, before the regulariser comes: when
+        `optimizer.step()` begins, or earlier in `sync_gradients()`, which is to be called where
+        something looks at the gradients before (clipping, a GradScaler). Parameters that are
+        DTensors are left to who has sharded them. All processes have to call this, and to step
+        the same number of times.
+
         Under DeepSpeed's ZeRO all processes call this, after `deepspeed.initialize`; the steps are
         those of its engine. Each process then keeps whole float32 copies of the adapters, until
         `detach`. What is sent in each step stands in `distributed/deepspeed.py`: it is 4 bytes for
@@ -94,22 +112,34 @@ class FollowsOptimizers(FollowsEngines):
         Args:
             optimizer: over all trainable adapter parameters; or a wrapper that has it in an
                 attribute, such as Accelerate's, Lightning's, or SAM; or a DeepSpeedEngine.
+            sync_gradients: whether to keep what the optimizer trains equal in all processes of
+                torch.distributed; or a process group, for those in it.
 
         Raises:
-            TypeError: not a torch optimizer.
-            ValueError: the optimizer lacks a trainable parameter of an adapter; or the adapters
-                are sharded or flattened (FSDP); or DeepSpeed has a setting that is not supported,
-                which the message names.
-            RuntimeError: already attached to this one.
+            TypeError: not a torch optimizer, or sync_gradients is neither a bool nor a group.
+            ValueError: the optimizer lacks a trainable parameter of an adapter; the adapters are
+                flattened (FSDP1), trained by DeepSpeed and not by this optimizer, or whole beside
+                parameters that are sharded; the processes to be kept equal train different
+                parameters; or DeepSpeed has a setting that is not supported, which the message
+                names.
+            RuntimeError: already attached to this one, or there are no processes to sync.
+
+        What comes after this call (an engine that shards or takes over the model, another process
+        with other adapters) raises the same in the first step of the optimizer. A RuntimeError is
+        raised in the third, if no adapter has had a gradient until then.
         """
         taking_steps = optimizer_of(optimizer)
         zero = self.look_through(taking_steps)
         if zero is not None:
-            self._attach_engine(zero)
+            self._attach_engine(zero, sync_gradients)
             return
-        *wrappers, inner = unwrapped(taking_steps, self.adapters_left)
+        adapters = self.adapters_left
+        *wrappers, inner = unwrapped(taking_steps, adapters)
         if self.follows(inner):
             raise RuntimeError("attached to this optimizer already: call detach() first")
+        group = self._check_sync(sync_gradients)
+        self._refuse_engines(is_synced=group is not None)
+        sync = None if group is None else GradientSync(inner, adapters, group)
         self.count_triplets()
         self._warn_if_over()
         allocator = self._reference()
@@ -127,9 +157,18 @@ class FollowsOptimizers(FollowsEngines):
             inner.register_step_pre_hook(_hook(allocator, "_before_optimizer_step")),
             inner.register_step_post_hook(_hook(allocator, "_after_optimizer_step")),
         ]
+        if sync is not None:
+            self._syncs[inner] = sync
+            self._hooks[inner] += sync.handles
+        self._begin_to_watch(inner)
         self.was_attached = True
 
-    def _attach_engine(self, zero: Any) -> None:
+    def _attach_engine(self, zero: Any, sync_gradients: bool | Group) -> None:
+        if sync_gradients is not False:
+            raise ValueError(
+                "sync_gradients is for processes that nobody else keeps equal, and DeepSpeed does: "
+                "leave it out of attach(engine)"
+            )
         if self.follows(zero):
             raise RuntimeError("attached to this engine already: call detach() first")
         self.count_triplets()
@@ -153,29 +192,50 @@ class FollowsOptimizers(FollowsEngines):
         refuse_capture(self._device)
         if not self._steps.begins(optimizer):
             return None
+        try:
+            return self._prepare_step(optimizer, args, kwargs)
+        except BaseException:
+            self._steps.ends(optimizer)  # Else the next one would be taken for one inside.
+            raise
+
+    def _prepare_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if optimizer in self._unseen:
+            check_has_all(optimizer, self._adapters_with_parameters())
+            self._look_at_engine(optimizer)
         closure = closure_in(args, kwargs)
+        sync = self._syncs.get(optimizer)
+        if closure is not None and sync is not None:
+            closure = with_sync(closure, optimizer, sync)
+            args, kwargs = with_closure(args, kwargs, closure)
+        elif sync is not None:
+            sync.before_step(optimizer)
         self._loses_gradients = closure is None and self._has_gradients()
-        if self.orth_reg_weight == 0.0:
-            return None
-        if closure is not None:
+        if self.orth_reg_weight != 0.0 and closure is not None:
             add = functools.partial(self._add_regulariser, optimizer)
-            return with_closure(args, kwargs, then_add(closure, add))
-        self._add_regulariser(optimizer)
-        return None
+            args, kwargs = with_closure(args, kwargs, then_add(closure, add))
+        elif self.orth_reg_weight != 0.0:
+            self._add_regulariser(optimizer)
+        return None if closure is None else (args, kwargs)
 
     def _add_regulariser(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Add the regulariser's gradient to those that are there; returns its value."""
-        if not self._has_gradients():
+        if not self._has_gradients() and self._state.stages is None:
             return None
+        weight = self.orth_reg_weight
+        if self._state.stages is not None:
+            weight = self._weight_here(weight)
         self.orth_reg = orth_reg_grad_(
-            self.adapters_left, self.orth_reg_weight, grad_scale=grad_scale_of(optimizer)
+            self.adapters_left, weight, grad_scale=grad_scale_of(optimizer)
         )
         return self.orth_reg
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._steps.ends(optimizer):
             self._after_wrapper_step()
-        elif self._has_gradients():
+        elif self._has_gradients() or self._state.stages is not None:
+            self._without_gradients = None
             self._step(self.global_step + 1, overflow_as_scale(optimizer, self._device))
         elif self._loses_gradients:
             warnings.warn(
@@ -183,6 +243,8 @@ class FollowsOptimizers(FollowsEngines):
                 "optimizer.step() ends. Call zero_grad() after it, not within it or in its hooks",
                 stacklevel=3,
             )
+        else:
+            self._stepped_without_gradients()
 
     @torch.no_grad()
     def _after_wrapper_step(self, *_: Any) -> None:
@@ -225,9 +287,9 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
 
     Raises:
         TypeError: there is none.
-        ValueError: it lacks a trainable parameter of an adapter, or the adapters are sharded.
+        ValueError: it lacks a trainable parameter of an adapter, or the adapters are flattened.
     """
-    refuse_sharded(adapters)
+    refuse_flattened(adapters)
     found = chain(optimizer)
     while len(found) > 1 and _missing(found[-1], adapters) is not None:
         del found[-1]
@@ -236,9 +298,21 @@ def unwrapped(optimizer: Any, adapters: Sequence[Adapter]) -> list[Any]:
     if missing is not None:
         raise ValueError(
             f"optimizer must have all trainable adapter parameters, lacks one of those beside "
-            f"{missing.name}: where several optimizers share them, call step() after the last one"
+            f"{missing.name}: where several optimizers share them, call step() after the last one. "
+            + why_lacking(missing.parameters)
         )
     return found
+
+
+def check_has_all(optimizer: torch.optim.Optimizer, adapters: Triples) -> None:
+    """Raise ValueError if an optimizer has lost trainable adapter parameters since `attach`."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for adapter, parameters in adapters:
+        if any(p.requires_grad and id(p) not in held for p in parameters):
+            raise ValueError(
+                "the optimizer no longer has all trainable adapter parameters, as it had in "
+                f"attach(), but lacks one of those beside {adapter.name}. {why_lacking(parameters)}"
+            )
 
 
 def chain(optimizer: Any) -> list[Any]:
@@ -312,6 +386,20 @@ def then_add(closure: Closure, add_gradient: Callable[[], Tensor | None]) -> Clo
         return loss + (value.to(loss.dtype) if isinstance(loss, Tensor) else value)
 
     return with_addition
+
+
+def with_sync(closure: Closure, optimizer: torch.optim.Optimizer, sync: GradientSync) -> Closure:
+    """Return a closure whose gradients and loss are the mean over the processes.
+
+    An optimizer decides by the loss whether to go on: it has to be the same in each process.
+    """
+
+    def synced() -> Any:
+        loss = closure()
+        sync.before_step(optimizer)
+        return average(loss, sync.group) if isinstance(loss, Tensor) else loss
+
+    return synced
 
 
 def grad_scale_of(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters import refuse_sharded
+from ..adapters import refuse_flattened
 from .report import Reports
 
 
@@ -19,10 +19,10 @@ class BeginsRuns(Reports):
     _final_budget: int | None
 
     def _whole_parameters(self) -> list[nn.Parameter]:
-        """Return the adapters' parameters; ValueError if FSDP has made something else of them."""
+        """Return the adapters' parameters; ValueError if FSDP1 has made something else of them."""
         parameters = self._parameters()
-        if not all(type(E) is nn.Parameter and E.dim() == 2 for E in parameters[1::3]):
-            refuse_sharded(self.adapters)
+        if not all(_is_parameter(E) and E.dim() == 2 for E in parameters[1::3]):
+            refuse_flattened(self.adapters)
         return parameters
 
     @torch.no_grad()
@@ -47,7 +47,18 @@ class BeginsRuns(Reports):
         parameters = self._parameters()
         self._state.follow(parameters)
         self._state.count_triplets(parameters, restarted=restarted)
-        self._begin_with(sum(self._state.members.counts))
+        self._begin_with(self._count_everywhere())
+
+    def _count_everywhere(self) -> int:
+        """How many triplets are there, in all stages. Then all processes have to call this."""
+        members, stages = self._state.members, self._state.stages
+        if stages is None:
+            return sum(members.counts)
+        trained = [adapter.lora_E.requires_grad for adapter in self.adapters]
+        self._everywhere = stages.gather_members(trained, members.had_gradient, members.counts)
+        members.others_had = self._everywhere.any_had_gradient
+        members.look(self._parameters()[1::3])
+        return self._everywhere.there
 
     def _begin_with(self, init_budget: int) -> None:
         if self.schedule.init_budget != init_budget:
@@ -65,7 +76,7 @@ class BeginsRuns(Reports):
 
         Raises:
             RuntimeError: `shrink` has dropped triplets: make a new `RankAllocator` then.
-            ValueError: the adapters are sharded or flattened (FSDP).
+            ValueError: the adapters are flattened (FSDP1).
         """
         if self.shrunk:
             raise RuntimeError(
@@ -79,3 +90,8 @@ class BeginsRuns(Reports):
 
     def _goes_back(self, global_step: int) -> bool:
         return self.frozen and global_step < min(self.global_step, self.schedule.final_step)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    # The first takes less time, and is True but for DTensors.
+    return type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..distributed.deepspeed import WholeCopies, ZeroStep, gradient_scale, zero_optimizer_of
 from ..orthogonality import orth_reg_grad_
-from .begin import BeginsRuns
+from .processes import AmongProcesses
 
 
-class FollowsEngines(BeginsRuns):
+class FollowsEngines(AmongProcesses):
     """The part of a `RankAllocator` that lets DeepSpeed's ZeRO optimizers step it.
 
     While it follows one, it works on whole copies of the adapters' parameters (`_copies`), the same
@@ -36,6 +36,10 @@ class FollowsEngines(BeginsRuns):
         """
         zero = zero_optimizer_of(optimizer)
         if zero is not None and self._copies is None:
+            if self._state.stages is not None:
+                raise ValueError(
+                    "process_group, one budget over several stages, is not possible under DeepSpeed"
+                )
             if self.shrunk:
                 raise ValueError(
                     "optimizer is DeepSpeed's, and the adapters have been cut by shrink(): make a "

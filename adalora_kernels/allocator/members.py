@@ -33,6 +33,7 @@ class Members:
         in_play: which are there, and of an adapter that takes part, (n,) bool.
         kept_at_0: those of adapters that take part which a restart has left out, (n,) bool.
         untouched: those of adapters that had no gradient in the run before, (n,) bool.
+        others_had: whether adapters of other processes, which share the budget, have had one.
     """
 
     _TENSORS = ("there", "in_play", "kept_at_0", "untouched", "_takes_part")
@@ -42,6 +43,7 @@ class Members:
         self.taking = [True] * len(ranks)
         self.had_gradient = [False] * len(ranks)
         self.counts = list(ranks)
+        self.others_had = False
         self.restarted = False
         self.there = torch.ones(sum(ranks), dtype=torch.bool, device=device)
         self.in_play, self._takes_part = self.there.clone(), self.there.clone()
@@ -63,7 +65,7 @@ class Members:
     def look(self, lora_E: Sequence[Tensor]) -> None:
         """See which adapters take part now. Reads nothing from the device."""
         taking, had = [E.requires_grad for E in lora_E], self.had_gradient
-        if any(had) and not all(had):
+        if (any(had) or self.others_had) and not all(had):
             # Without a triplet there may be no gradient either.
             taking = [
                 takes and (before or rank == 0)
@@ -85,6 +87,7 @@ class Members:
         for part, had in zip(self._split(self.untouched), self.had_gradient, strict=True):
             part.fill_(not had)
         self.had_gradient = [False] * len(self._ranks)
+        self.others_had = False
 
     @property
     def total(self) -> int:

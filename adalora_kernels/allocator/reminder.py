@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from ..distributed.engines import refuse_deepspeed
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -96,7 +98,21 @@ def _watch_optimizers() -> None:
 
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if "deepspeed" in sys.modules:
+        _refuse_deepspeed(optimizer)
     _steps.begins(optimizer)
+
+
+def _refuse_deepspeed(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if DeepSpeed has put an optimizer in the place of an attached one.
+
+    That is where its config has an optimizer: the user's, and its hooks, are never called.
+    """
+    for allocator in tuple(_allocators):
+        waits = allocator.was_attached and not allocator.follows(optimizer)
+        if waits and not allocator.is_of_engine:
+            adapter = allocator.adapters[0]
+            refuse_deepspeed([(adapter, adapter.parameters)])
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, parameters_of
+from ..distributed.shards import any_dtensor
+from ..distributed.stages import Members
 from .schedule import BudgetSchedule
 from .state import AllocatorState
 
@@ -26,8 +28,10 @@ class Reports:
     _places: list[tuple[Any, str]]
     # Not empty once a layer is gone.
     _gone: list[Any]
+    # Who took part in all stages that share a budget, in the last step that pruned.
+    _everywhere: Members | None = None
     # What stands for the parameters while they are in parts; see `FollowsEngines`.
-    _copies: Any
+    _copies: Any = None
 
     def _look_up_places(self) -> None:
         """To be called when the adapters are others."""
@@ -40,7 +44,8 @@ class Reports:
         if self._copies is not None:
             copies: list[nn.Parameter] = self._copies.parameters
             return copies
-        return parameters_of(self.adapters, self._places)
+        found, shards = parameters_of(self.adapters, self._places), self._state.shards
+        return found if shards is None else shards.recall(found)
 
     @property
     def adapters_left(self) -> list[Adapter]:
@@ -61,14 +66,22 @@ class Reports:
         return self.adapters[0].lora_E.device if self._copies is None else self._copies.device
 
     def _has_gradients(self) -> bool:
-        if self._copies is not None:
-            return any(p.grad is not None for p in self._copies.parameters)
+        if self._copies is not None or self._state.shards is not None:
+            return any(p.grad is not None and p.requires_grad for p in self._parameters())
         # Without a list of all: as a rule the first one answers it.
         return any(
             p.grad is not None and p.requires_grad
             for adapter in self.adapters
             for p in adapter.parameters
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the adapters are spread over processes, as DTensors.
+
+        Then all these processes have to call what steps, saves, loads or exports.
+        """
+        return any_dtensor(self._parameters())
 
     @property
     def begun(self) -> bool:
@@ -78,10 +91,26 @@ class Reports:
     def _schedule_of_members(self, schedule: BudgetSchedule) -> BudgetSchedule:
         """Return a schedule with the budget that is for the adapters that take part."""
         members = self._state.members
-        if all(members.taking):
+        taking, matrices, in_play = sum(members.taking), len(members.taking), members.total
+        if self._state.stages is not None and self._everywhere is not None:
+            taking, matrices = self._everywhere.taking, self.matrices
+            in_play = self._everywhere.in_play
+        if taking == matrices:
             return schedule
-        target = schedule.target_budget * sum(members.taking) // len(members.taking)
-        return replace(schedule, init_budget=members.total, target_budget=target)
+        target = schedule.target_budget * taking // matrices
+        return replace(schedule, init_budget=in_play, target_budget=target)
+
+    def _budget_of_pattern(self) -> int:
+        """How many triplets a frozen pattern has."""
+        if self._state.stages is None:
+            return self._state.total_rank()
+        return self._schedule_of_members(self.schedule).budget(self.global_step)
+
+    @property
+    def matrices(self) -> int:
+        """The number of adapters that share the budget."""
+        stages = self._state.stages
+        return len(self.adapters) if stages is None else stages.matrices
 
     def ranks(self) -> dict[str, int]:
         """Triplets alive in each matrix, by the name of its lora_E. Reads the device."""
@@ -110,7 +139,8 @@ class Reports:
         frozen, shrunk, and untrained: the names of the adapters that do not take part, because
         they need no gradient or have had none since the run began, although others have. All
         numbers are those of the adapters that take part: the others keep their values, and have
-        no share in the budget.
+        no share in the budget. With a `process_group`, total_rank, matrices and untrained are of
+        this process's adapters, and init_budget, target_budget and budget of all.
         """
         self._freeze_what_is_gone()
         state, step = self._state, self.global_step
@@ -120,7 +150,7 @@ class Reports:
         return {
             "step": step,
             "phase": "final" if self.frozen else schedule.phase(step),
-            "budget": total_rank if self.frozen else schedule.budget(step),
+            "budget": self._budget_of_pattern() if self.frozen else schedule.budget(step),
             "total_rank": total_rank,
             "init_budget": schedule.init_budget,
             "target_budget": schedule.target_budget,

@@ -11,8 +11,11 @@ from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..adapters import triplets_there
+from ..distributed.shards import any_dtensor, local_grads, whole_tensor
+from ..distributed.stages import Stages
 from ..reference import flat_averages, flat_views
 from .members import Members
+from .shards import Shards
 
 FORMAT = 1
 # What states of an earlier version don't have.
@@ -24,6 +27,9 @@ class AllocatorState:
 
     Captured graphs hold the addresses of these tensors: while the model stays where it is and the
     averages are needed, they are only written in place.
+
+    Of sharded parameters the averages are those of what this process holds. Everything else is the
+    same on all processes; the scores are so in steps that prune.
 
     Args:
         parameters: lora_A, lora_E and lora_B of each adapter in turn.
@@ -42,6 +48,8 @@ class AllocatorState:
         budget: how many triplets may live at the current step, (1,) int64.
         prunes: whether the current step prunes, (1,) bool.
         members: which triplets compete.
+        shards: where the parts of sharded parameters lie; None where none is a DTensor.
+        stages: the processes whose adapters have the same budget, if there are such.
 
     Raises:
         ValueError: the parameters lie on different devices, or narrow_dtype is another one.
@@ -51,6 +59,11 @@ class AllocatorState:
     exp_avg_unc: list[Tensor]
     # The parameters that they are of, on the meta device: what shape and dtype they have there.
     _averaged: list[Tensor]
+    # The scores of the parts that this process holds, and whether `scores` lack what is in them.
+    _own_scores: Tensor
+    _are_apart: bool
+    # A process that holds no entry of a sharded adapter has averages as well, of nothing.
+    _has_averages: bool
     _views: tuple[list[Tensor], list[Tensor]] | None
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
@@ -64,12 +77,14 @@ class AllocatorState:
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype = narrow_dtype
+        self.shards = Shards(parameters) if any_dtensor(parameters) else None
+        self.stages: Stages | None = None
         self._make(parameters)
 
     def _make(self, parameters: Sequence[Tensor]) -> None:
         n, device = sum(self.ranks), parameters[0].device
-        self.make_averages(parameters)
         self.scores = torch.zeros(n, dtype=_at_least_float32(parameters[0].dtype), device=device)
+        self.make_averages(parameters)
         self.mask = torch.ones(n, dtype=torch.bool, device=device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
         self.budget = torch.full((1,), n, dtype=torch.int64, device=device)
@@ -79,11 +94,14 @@ class AllocatorState:
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Let everything be as at the start of a run."""
-        if self.exp_avg_ipt:
-            torch._foreach_zero_(self.exp_avg_ipt + self.exp_avg_unc)
+        if self._has_averages:
+            for average in self.exp_avg_ipt + self.exp_avg_unc:
+                average.zero_()
         else:
             self.make_averages(parameters)
         self.scores.zero_()
+        self._own_scores.zero_()
+        self._are_apart = False
         self.skipped.zero_()
         self.prunes.zero_()
         self.members.begin()
@@ -99,10 +117,13 @@ class AllocatorState:
         """
         if self.scores.is_meta or parameters[0].is_meta:
             return
-        nonzero = (torch.cat(list(parameters[1::3])) != 0).squeeze(1)
+        if self.shards is not None:
+            there, nonzero = self.shards.there(parameters)
+        else:
+            nonzero = (torch.cat(list(parameters[1::3])) != 0).squeeze(1)
+            triples = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
+            there = torch.cat([triplets_there(A, E, B) for A, E, B in triples])
         leaves = restarted and bool(nonzero.any())
-        triples = zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)
-        there = torch.cat([triplets_there(A, E, B) for A, E, B in triples])
         if leaves:
             there &= nonzero | self.members.untouched
         if not there.any():
@@ -116,18 +137,23 @@ class AllocatorState:
 
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
+        parts = parameters if self.shards is None else self.shards.parts(parameters)
         self.exp_avg_ipt, self.exp_avg_unc = (
-            flat_averages(parameters, self._narrow_dtype) for _ in range(2)
+            flat_averages(parts, self._narrow_dtype) for _ in range(2)
         )
-        self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parameters]
+        self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parts]
+        self._has_averages = True
+        self._own_scores = self.scores.new_zeros(0 if self.shards is None else self.shards.count)
+        self._are_apart = False
         self._keep_views()
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
         self.exp_avg_ipt, self.exp_avg_unc, self._views = [], [], None
+        self._has_averages, self._are_apart = False, False
 
     def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Both averages of each parameter in its shape, as views."""
+        """Both averages of each parameter (each part) in its shape, as views."""
         if self._views is not None:
             return self._views
         ipt, unc = (flat_views(a, self._averaged) for a in (self.exp_avg_ipt, self.exp_avg_unc))
@@ -142,7 +168,8 @@ class AllocatorState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled, views would be tensors of their own.
-        return {**self.__dict__, "_views": None}
+        # A copy has no processes to share a budget with.
+        return {**self.__dict__, "_views": None, "stages": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -150,37 +177,84 @@ class AllocatorState:
 
     def _set_averages(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> None:
         for own, values in zip(self._averages(), (exp_avg_ipt, exp_avg_unc), strict=True):
-            torch._foreach_copy_(own, values)
+            if self.shards is None:
+                torch._foreach_copy_(own, [whole_tensor(value) for value in values])
+            else:
+                self.shards.fill_(own, values)
+        if self.shards is not None:
+            self._own_scores.copy_(self.shards.scores_of(*self._averages()))
 
-    def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Go to the device and dtype of the parameters, which may have been moved since."""
-        device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
-        is_there = self.scores.device == device and self.scores.dtype == dtype
-        if is_there and not self._lie_elsewhere(parameters):
+    def _averages_of_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """As `_averages`, as DTensors where the parameters are such."""
+        ipt, unc = self._averages()
+        if self.shards is None or not self._has_averages:
+            return ipt, unc
+        ipt, unc = (self.shards.placed(parts, self._narrow_dtype) for parts in (ipt, unc))
+        return ipt, unc
+
+    def _shard(self, parameters: Sequence[Tensor]) -> None:
+        """Divide the averages as the parameters are now. Processes talk if they were divided."""
+        shards = Shards(parameters) if any_dtensor(parameters) else None
+        if shards is not None and self.shards is not None and shards.lies_as(self.shards):
+            self.shards = shards
             return
-        if self.scores.is_meta:
-            self._make(parameters)
-            return
-        before = self._averages()
-        if self.exp_avg_ipt:
+        self.bring_scores_together()
+        before = self._averages_of_parameters()
+        self.shards = shards
+        if self._has_averages:
             self.make_averages(parameters)
             self._set_averages(*before)
+
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Go to the device and dtype of the parameters, which may have been moved or sharded since.
+
+        Returns:
+            Whether they have been sharded since.
+        """
+        shards = self.shards
+        if any_dtensor(parameters) if shards is None else not shards.holds(parameters):
+            self._shard(parameters)
+        device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
+        is_there = self.scores.device == device and self.scores.dtype == dtype
+        is_new = shards is None and self.shards is not None
+        if is_there and not self._lie_elsewhere(parameters):
+            return is_new
+        if self.scores.is_meta:
+            self._make(parameters)
+            return is_new
+        self.bring_scores_together()
+        before = self._averages_of_parameters()
+        if self.shards is not None:
+            self.shards = Shards(parameters)  # which has tensors of its own on the device
         self.scores = self.scores.to(device, dtype)
+        if self._has_averages:
+            self.make_averages(parameters)
+            self._set_averages(*before)
         for name in ("mask", "skipped", "budget", "prunes"):
             setattr(self, name, getattr(self, name).to(device))
         self.members.move(device)
+        return is_new
 
     def _lie_elsewhere(self, parameters: Sequence[Tensor]) -> bool:
         """Whether averages have two dtypes, and a parameter has changed from one to the other."""
-        return len(self.exp_avg_ipt) > 1 and any(
-            p.dtype != before.dtype for p, before in zip(parameters, self._averaged, strict=True)
-        )
+        if len(self.exp_avg_ipt) < 2:
+            return False
+        parts = parameters if self.shards is None else self.shards.parts(parameters)
+        return any(p.dtype != before.dtype for p, before in zip(parts, self._averaged, strict=True))
 
     def learn(
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
         """Update the averages and the scores from the gradients of the parameters."""
+        if self.stages is not None:
+            grads = local_grads(parameters)
+            grad_scale = self.stages.scale(grads, grad_scale, self.scores.device)
         exp_avg_ipt, exp_avg_unc = self._views or (self.exp_avg_ipt, self.exp_avg_unc)
+        if self.shards is not None:
+            own = (exp_avg_ipt, exp_avg_unc, self._own_scores, self.skipped)
+            self.shards.importance_update_(parameters, *own, beta1, beta2, grad_scale)
+            self._are_apart = True
+            return
         torch.ops.adalora.importance_update_(
             parameters,
             # What is frozen may still hold a gradient of before.
@@ -194,6 +268,12 @@ class AllocatorState:
             grad_scale,
         )
 
+    def bring_scores_together(self) -> None:
+        """Let `scores` be those of whole triplets. Processes talk where they are not yet."""
+        if self.shards is not None and self._are_apart:
+            self.scores.copy_(self.shards.together(self._own_scores))
+            self._are_apart = False
+
     def prune(self, lora_E: Sequence[Tensor], again: bool = False) -> None:
         """If the step prunes, keep the `budget` best triplets, and write 0 to the other lora_E.
 
@@ -202,6 +282,11 @@ class AllocatorState:
         writes the zeros of the mask that is there.
         """
         members = self.members
+        written = lora_E
+        if self.shards is not None:
+            if not again:
+                self.bring_scores_together()
+            written = [self.scores.new_ones(len(self.scores), 1)]
         torch.ops.adalora.prune_(
             self.scores,
             self.budget,
@@ -209,11 +294,29 @@ class AllocatorState:
             members.in_play,
             members.kept_at_0 if members.restarted else None,
             self.mask,
-            lora_E,
+            written,
             again,
         )
+        if self.shards is not None:
+            self.shards.write_zeros_(lora_E, written[0].squeeze(1) == 0)
+            return
         # Compiled code doesn't tell autograd, which may have saved them for a backward to come.
         increment_version(lora_E)
+
+    def prune_with_others(self, lora_E: Sequence[Tensor]) -> None:
+        """As `prune`, of the triplets of all stages together. All processes call this."""
+        stages, own = self.stages, self.members.in_play
+        if stages is None:
+            self.prune(lora_E)
+            return
+        self.bring_scores_together()
+        scores, in_play = stages.gather_triplets(self.scores, own)
+        mask = torch.ones_like(in_play)
+        unused = [torch.zeros_like(scores).unsqueeze(1)]
+        prunes = torch.ones_like(self.prunes)
+        torch.ops.adalora.prune_(scores, self.budget, prunes, in_play, None, mask, unused, False)
+        torch.where(own, stages.own_part(mask), self.mask, out=self.mask)
+        self.prune(lora_E, again=True)
 
     def keep(self, mask: Tensor) -> None:
         """Let exactly these triplets live, (n,) bool, wherever they come from."""
@@ -231,8 +334,9 @@ class AllocatorState:
         return self.scores.masked_fill(~pruned, -torch.inf).amax()
 
     def tensors(self) -> dict[str, Any]:
-        """Copies of what a resumed run needs."""
-        exp_avg_ipt, exp_avg_unc = self._averages()
+        """Copies of what a resumed run needs. Processes talk where the parameters are sharded."""
+        self.bring_scores_together()
+        exp_avg_ipt, exp_avg_unc = self._averages_of_parameters()
         return {
             "exp_avg_ipt": [t.clone() for t in exp_avg_ipt],
             "exp_avg_unc": [t.clone() for t in exp_avg_unc],
@@ -250,14 +354,19 @@ class AllocatorState:
             raise ValueError(f"state is for other adapters: {difference}")
         if saved["ranks"] != self.ranks:
             raise ValueError(f"state is for ranks {saved['ranks']}, the model has {self.ranks}")
+        if saved["shrunk"] and not like["shrunk"] and self.shards is not None:
+            raise ValueError(
+                "state is of a model that was shrunk, and these adapters are sharded: load it into "
+                "the model before that is sharded"
+            )
         # Only the triplets of the mask are left of adapters that are shrunk.
         patterns = [state["mask"].tolist() for state in (saved, like)]
         if like["shrunk"] and not (saved["shrunk"] and patterns[0] == patterns[1]):
             raise ValueError("state is for other triplets than those that shrink() left here")
-        shapes = [] if saved["frozen"] else [p.shape for p in params]
-        expected = {
-            "exp_avg_ipt": shapes,
-            "exp_avg_unc": shapes,
+        shapes = [p.shape for p in params]
+        averages = {} if saved["frozen"] else {"exp_avg_ipt": shapes, "exp_avg_unc": shapes}
+        expected: dict[str, Any] = {
+            **averages,
             "scores": self.scores.shape,
             "mask": self.mask.shape,
             "skipped": self.skipped.shape,
@@ -276,11 +385,12 @@ class AllocatorState:
         """Take over what `check` has found to fit."""
         self.follow(parameters)
         if not saved["frozen"]:
-            if not self.exp_avg_ipt:
+            if not self._has_averages:
                 self.make_averages(parameters)
             self._set_averages(saved["exp_avg_ipt"], saved["exp_avg_unc"])
+        self._are_apart = False
         for name in ("scores", "mask", "skipped"):
-            getattr(self, name).copy_(saved[name])
+            getattr(self, name).copy_(whole_tensor(saved[name]))
         self.members.load(saved)
         self.members.look(parameters[1::3])
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, find_adapters
 from ..allocator import RankAllocator
+from ..distributed.shards import whole_tensor
 from ..modules import SVDLinear
 from ..peft import allocator_of
 from ..peft.model import AdaptedModel, listed
@@ -33,8 +34,8 @@ def scaling_and_ranknum(adapter: Adapter) -> tuple[float, float]:
     """The adapter's layer multiplies lora_E by scaling / (ranknum + 1e-5)."""
     module, key = cast(Any, adapter.module), adapter.key
     if key is not None:
-        return float(module.scaling[key]), float(module.ranknum[key])
-    ranknum = float(module.ranknum)
+        return float(module.scaling[key]), float(whole_tensor(module.ranknum[key]))
+    ranknum = float(whole_tensor(module.ranknum))
     return float(positive_alpha(module.lora_alpha, ranknum)), ranknum
 
 

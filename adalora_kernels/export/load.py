@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import triplets_there
 from ..allocator import RankAllocator
+from ..distributed.shards import copy_whole_
 from ..peft.saving import FACTORS, AdaptedLayer, positive_alpha
 from .adapter import PREFIX, OpenedAdapter, lora_E_factor, open_adapter
 from .files import read_config, read_tensors
@@ -36,6 +37,8 @@ def load_adapter(
     Args:
         model, adapter_name, allocator: as in `save_adapter`.
         path: the folder.
+
+    Where the adapters are sharded (DTensors), all processes have to call this.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -75,10 +78,10 @@ def load_adapter(
             for parameter, part, (_, dim) in zip(
                 layer.adapter.parameters, parts, FACTORS, strict=True
             ):
-                parameter.zero_()
-                parameter.index_copy_(dim, rows.to(parameter.device), part.to(parameter))
+                whole = part.new_zeros(parameter.shape).index_copy_(dim, rows, part)
+                copy_whole_(parameter, whole)
         for key, tensor in other_tensors.items():
-            tensor.copy_(tensors[key])
+            copy_whole_(tensor, tensors[key])
     if opened.allocator is not None:
         opened.allocator.count_triplets()
     for layer in merged:

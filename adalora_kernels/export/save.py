@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..allocator import RankAllocator
-from ..peft.saving import FACTORS, rank_pattern_for_file
+from ..distributed.shards import whole_tensor
+from ..peft.saving import FACTORS, AdaptedLayer, rank_pattern_for_file
 from .adapter import (
     PREFIX,
     OpenedAdapter,
@@ -20,7 +21,7 @@ from .adapter import (
     scaling_and_ranknum,
 )
 from .files import replacing, write_adapter
-from .state import STATE_NAME, save_state
+from .state import STATE_NAME, whole_state, write_state, writes_here
 
 # What a plain LoRA adapter has in common with the AdaLoRA adapter that it was.
 _CARRIED = (
@@ -59,8 +60,9 @@ def save_adapter(
             which is written for the same model of `nn.Linear` layers: with the biases beside an
             adapter if they are trainable, and without whatever else was trained. DDP's and
             torch.compile's wrappers may be around it, or any module in which it is the only one
-            with AdaLoRA (a SentenceTransformer); sharded parameters (FSDP, ZeRO-3) have to
-            be gathered first.
+            with AdaLoRA (a SentenceTransformer). Where the adapters are sharded (FSDP2: DTensors),
+            all processes have to call this, and the first one writes; those of ZeRO-3 have to be
+            gathered first.
         path: a folder; it is created.
         full_rank: a checkpoint to train on from: all triplets, and with an allocator its state in
             adalora_state.safetensors.
@@ -76,10 +78,10 @@ def save_adapter(
     if opened.key is None:
         names = [layer.name for layer in opened.layers]
         opened.config["target_modules"] = _exact_targets(names, opened.root)
-    tensors, _ = opened.other_tensors()
+    tensors = _whole(opened.other_tensors()[0])
     chosen = {}
     for layer in opened.layers:
-        lora_A, lora_E, lora_B = (p.detach().cpu() for p in layer.adapter.parameters)
+        lora_A, lora_E, lora_B = _whole_parameters(layer)
         chosen[layer.name] = layer.chosen(lora_E, checkpoint=full_rank)
         factor = lora_E_factor(layer, *opened.scaling_and_ranknum)
         if factor != 1.0:
@@ -88,10 +90,15 @@ def save_adapter(
             selected = layer.compact(part, dim, chosen[layer.name])
             tensors[f"{PREFIX}{layer.name}.{name}"] = selected
     opened.config["rank_pattern"] = rank_pattern_for_file(chosen)
+    state = None
+    if full_rank and opened.allocator is not None:
+        state = whole_state(opened.allocator)
+    if not writes_here(opened.layers[0].adapter.lora_E):
+        return
     with replacing(Path(path)) as folder:
         write_adapter(folder, opened.config, tensors)
-        if full_rank and opened.allocator is not None:
-            save_state(opened.allocator, folder / STATE_NAME)
+        if state is not None:
+            write_state(state, folder / STATE_NAME)
         else:
             Path(path, STATE_NAME).unlink(missing_ok=True)
 
@@ -118,7 +125,7 @@ def export_lora(
     opened = open_adapter(model, adapter_name, None)
     tensors, ranks = {}, {}
     for layer in opened.layers:
-        lora_A, lora_E, lora_B = (p.detach().cpu() for p in layer.adapter.parameters)
+        lora_A, lora_E, lora_B = _whole_parameters(layer)
         nonzero = lora_E.squeeze(1) != 0
         rank = int(nonzero.sum())
         if rank == 0:
@@ -141,9 +148,20 @@ def export_lora(
         )
     if not ranks:
         raise ValueError("no triplet is left in any module: there is no LoRA adapter to write")
-    tensors |= _other_tensors_of_lora(opened, ranks)
+    tensors |= _whole(_other_tensors_of_lora(opened, ranks))
+    if not writes_here(opened.layers[0].adapter.lora_E):
+        return
     with replacing(Path(path)) as folder:
         write_adapter(folder, _lora_config(opened, ranks), tensors)
+
+
+def _whole_parameters(layer: AdaptedLayer) -> list[Tensor]:
+    """lora_A, lora_E and lora_B of a layer, on the CPU."""
+    return [whole_tensor(p.detach()).cpu() for p in layer.adapter.parameters]
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: whole_tensor(tensor.detach()) for key, tensor in tensors.items()}
 
 
 def _other_tensors_of_lora(opened: OpenedAdapter, ranks: dict[str, int]) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..allocator import RankAllocator
+from ..distributed.shards import is_dtensor, whole_tensor
 from .files import read_tensors, replacing
 
 STATE_NAME = "adalora_state.safetensors"
@@ -35,14 +37,36 @@ def save_state(
     """Write `allocator.state_dict()` as one safetensors file: the tensors, and JSON for the rest.
 
     Args:
-        allocator: the allocator.
+        allocator: the allocator. Where its adapters are sharded (DTensors), all processes have to
+            call this, and the first one writes; any process may load the file then.
         file: the file; it is written beside and then renamed.
         extra: more values that JSON knows, which `load_state` returns beside the state.
     """
+    state = whole_state(allocator)
+    if writes_here(allocator.adapters[0].lora_E):
+        write_state(state | (extra or {}), file)
+
+
+def writes_here(parameter: Tensor) -> bool:
+    """Whether this process writes files: one of those does among which a DTensor is spread."""
+    return not is_dtensor(parameter) or dist.get_rank() == 0
+
+
+def whole_state(allocator: RankAllocator) -> dict[str, Any]:
+    """`allocator.state_dict()` with whole tensors. All processes have to ask if it is sharded."""
+    state = allocator.state_dict()
+    if allocator.is_sharded:
+        for key in ("exp_avg_ipt", "exp_avg_unc"):
+            state[key] = [whole_tensor(tensor).cpu() for tensor in state[key]]
+    return state
+
+
+def write_state(state: dict[str, Any], file: str | os.PathLike[str]) -> None:
+    """Write what `whole_state` returns, and values that JSON knows, as `save_state` does."""
     tensors: dict[str, Tensor] = {}
     lists: dict[str, int] = {}
     values: dict[str, Any] = {}
-    for key, value in (allocator.state_dict() | (extra or {})).items():
+    for key, value in state.items():
         if isinstance(value, Tensor):
             tensors[key] = value.contiguous()
         elif isinstance(value, list) and all(isinstance(item, Tensor) for item in value):

@@ -16,6 +16,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
+from ..distributed.groups import Group, check_group
 from ..starts import check_start, start_, start_adapters_
 from .allocator import PeftRankAllocator
 from .config import refuse_lora_ranks
@@ -34,7 +35,13 @@ __all__ = [
 ]
 
 
-def apply(peft_model: nn.Module, start: str = "paper") -> ApplyReport:
+def apply(
+    peft_model: nn.Module,
+    start: str = "paper",
+    *,
+    check_replicas: bool | Group | None = None,
+    process_group: Group | None = None,
+) -> ApplyReport:
     """Swap an AdaLoRA model's forward, allocator and regulariser for ours, in place.
 
     Parameters, their names, the `state_dict`, hooks and the training loop stay as they are.
@@ -60,18 +67,23 @@ def apply(peft_model: nn.Module, start: str = "paper") -> ApplyReport:
             what it adds is exactly 0 with either (docs/recipe.md). It draws from torch's global
             random numbers: processes that train together need the same seed here. This reads the
             device.
+        check_replicas, process_group: those of the model's `RankAllocator`; None leaves it as it
+            is. With the latter, all processes of the group have to call this together.
 
     Returns:
         An `ApplyReport`.
 
     Raises:
-        TypeError: not a model with AdaLoRA adapters of PEFT.
+        TypeError: not a model with AdaLoRA adapters of PEFT; or check_replicas or process_group
+            is of another type.
         ValueError: no AdaLoRA layer in it, several trainable AdaLoRA adapters or models, a
             rank_pattern of ranks, or as `RankAllocator`; start is another one, or "lora" where
             no adapter is trainable, or where it has been trained or loaded. Nothing has been
             changed then.
     """
     start = check_start(start)
+    check_group("check_replicas", check_replicas)
+    check_group("process_group", process_group)
     adapted = AdaptedModel.find_all(peft_model)
     if not adapted:
         raise TypeError(_why_not_ours(peft_model))
@@ -89,6 +101,10 @@ def apply(peft_model: nn.Module, start: str = "paper") -> ApplyReport:
         one.take_over(allocator)
         if one is trained:
             report.allocator = allocator
+            if allocator is not None and check_replicas is not None:
+                allocator.check_replicas = check_replicas
+            if allocator is not None and process_group is not None:
+                allocator.share_budget(process_group)
         prefix = f"{name}." if name and len(adapted) > 1 else ""
         for layer_name, layer in adalora_layers(one.root).items():
             if isinstance(layer, FusedLayer):

@@ -58,7 +58,7 @@ class PeftRankAllocator(RankAllocator):
         if current != self._schedule_source:
             options: dict[str, Any] = dict(zip(_SCHEDULE, current[1:], strict=True))
             if current[0] != self._schedule_source[0]:
-                options["target_budget"] = self.config.target_r * len(self.adapters)
+                options["target_budget"] = self.config.target_r * self.matrices
             self._schedule = dataclasses.replace(self._schedule, **options)
             self._schedule_source = current
         return self._schedule
@@ -84,7 +84,11 @@ class PeftRankAllocator(RankAllocator):
     def begin_anew(self, root: nn.Module) -> None:
         """Begin with the ranks that the layers have now, after they have got new parameters."""
         self.detach()
+        check_replicas, stages = self.check_replicas, self._state.stages
         PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
+        self.check_replicas = check_replicas
+        if stages is not None:
+            self.share_budget(stages.group)
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's name of `step`. Does nothing while an optimizer does it (`attach`).

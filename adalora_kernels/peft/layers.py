@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
+from ..distributed.shards import is_dtensor, whole_tensor
 from ..fusing import fused_dropout_p, is_plain_tensor, is_unhooked, parameter_of
 from .saving import fit_rows_
 
@@ -32,11 +33,12 @@ class FusedLayer(ReadingLayer):
 
     # ranknum + 1e-5 as floats: read from the device once, not in every forward.
     _ranknums: dict[str, float]
+    takes_dtensors = True  # so `distributed.ColwiseAdaLora` and RowwiseAdaLora may shard it
 
     def _scaling_of(self: Any, adapter_name: str) -> float:
         ranknums = self._ranknums
         if adapter_name not in ranknums:
-            ranknums[adapter_name] = float(self.ranknum[adapter_name].detach()) + 1e-5
+            ranknums[adapter_name] = float(whole_tensor(self.ranknum[adapter_name].detach())) + 1e-5
         return self.scaling[adapter_name] / ranknums[adapter_name]
 
     def _factors_of(self: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +111,7 @@ class FusedLayer(ReadingLayer):
             ranknum = state_dict.get(f"{prefix}ranknum.{adapter_name}")
             # In a state of DeepSpeed's ZeRO stage 3 there are no values.
             if ranknum is not None and not ranknum.is_meta and ranknum.numel() == 1:
-                self._ranknums[adapter_name] = float(ranknum.to(own.dtype)) + 1e-5
+                self._ranknums[adapter_name] = float(whole_tensor(ranknum).to(own.dtype)) + 1e-5
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -181,11 +183,12 @@ def _product_of(base: Any) -> tuple[Tensor, Tensor | None] | None:
     """Return weight (out, in) and bias of `base` if base(x) is nothing but their product with x.
 
     It is not where the layer is of a subclass, hooked or patched. Its weight must be plain, too:
-    what a tensor subclass (torchao's, DTensor, a user's) makes of x is for the subclass to say.
+    what a tensor subclass (torchao's, a user's) makes of x is for the subclass to say. A DTensor's
+    product `functional.svd_linear` knows.
     """
     if type(base) not in (nn.Linear, Conv1D) or not is_unhooked(base):
         return None
     weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not (is_plain_tensor(weight) and weight.is_floating_point()):
+    if not (is_plain_tensor(weight) or is_dtensor(weight)) or not weight.is_floating_point():
         return None
     return weight.T if type(base) is Conv1D else weight, bias

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import AdaLoraConfig
 
+from ..distributed.groups import Group
 from ..starts import slow_path, start_of
 from .allocator import PeftRankAllocator
 
@@ -36,7 +37,11 @@ class ApplyReport:
     allocator: PeftRankAllocator | None = None
     _bypasses_regulariser: bool = False
 
-    def attach(self, optimizer: torch.optim.Optimizer | torch.nn.Module) -> None:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer | torch.nn.Module,
+        sync_gradients: bool | Group = False,
+    ) -> None:
         """Attach the allocator to `optimizer`; see `RankAllocator.attach`.
 
         Raises:
@@ -47,7 +52,7 @@ class ApplyReport:
             raise ValueError(
                 "there is no allocator to attach: the model has no trainable AdaLoRA adapter"
             )
-        self.allocator.attach(optimizer)
+        self.allocator.attach(optimizer, sync_gradients)
 
     @property
     def notes(self) -> list[str]:

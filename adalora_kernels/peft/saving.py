@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, triplets_there
 from ..allocator import RankAllocator
+from ..distributed.shards import whole_tensor
 
 # The three parameters of an adapter, and the dimension in which each counts its triplets.
 FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
@@ -152,13 +153,13 @@ def adapted_layers(
 
 
 def _alive_without_allocator(adapters: list[Adapter], known: dict[str, list[bool]]) -> list[Tensor]:
-    nonzero = [adapter.lora_E.detach().cpu().squeeze(1) != 0 for adapter in adapters]
+    nonzero = [whole_tensor(a.lora_E.detach()).cpu().squeeze(1) != 0 for a in adapters]
     is_new = not any(bool(part.any()) for part in nonzero)
     if not is_new:
         return nonzero
     result = []
     for adapter in adapters:
-        alive = triplets_there(*adapter.parameters).cpu()
+        alive = triplets_there(*map(whole_tensor, adapter.parameters)).cpu()
         pattern = known.get(module_name(adapter.name, adapter.key), [])
         result.append(alive & _flags(pattern) if len(pattern) == len(alive) else alive)
     return result

@@ -1,0 +1,238 @@
+"""What an allocator learns from the parts of sharded adapters that one process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.shards import Layout, is_dtensor, local_grads, whole_tensor
+from ..reference import triplet_scores
+
+# In which dimension lora_A, lora_E and lora_B count their triplets.
+_RANK_DIMS = (0, 0, 1)
+
+
+class Shards(Layout):
+    """The parts of all adapters that this process holds, as adapters of their own.
+
+    The importance update knows adapters (lora_A, lora_E, lora_B) of one rank; of a sharded one a
+    process may hold other triplets of each factor. So every part is an adapter of its own here,
+    whose other two factors are a few zeros without a gradient: its scores are the part's alone.
+    What each of them adds to which triplet of which whole adapter, this knows.
+
+    Args:
+        parameters: lora_A, lora_E and lora_B of each adapter in turn; some are DTensors.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters)
+        self._n = sum(lora_E.shape[0] for lora_E in parameters[1::3])
+        self._others: dict[tuple[int, ...], Tensor] = {}
+        # The parts that have entries at all, and for each parameter which of them is its own.
+        self._held = [i for i, piece in enumerate(self.pieces) if piece.numel > 0]
+        self._number = {i: number for number, i in enumerate(self._held)}
+        device = self.local(parameters[0]).device
+        places: list[int] = []
+        taken: list[int] = []
+        weights: list[float] = []
+        firsts = _starts([lora_E.shape[0] for lora_E in parameters[1::3]])
+        start = 0
+        for i in self._held:
+            piece, factor = self.pieces[i], i % 3
+            dim = _RANK_DIMS[factor]
+            count = piece.size[dim]
+            if piece.counted:
+                first = factor * self._n + firsts[i // 3] + piece.offset[dim]
+                places += range(first, first + count)
+                taken += range(start, start + count)
+                # The kernel takes the mean over what is here.
+                weights += [piece.size[1 - dim] / piece.shape[1 - dim]] * count
+            start += count
+        self.count = start
+        self._places = torch.tensor(places, dtype=torch.int64, device=device)
+        self._taken = torch.tensor(taken, dtype=torch.int64, device=device)
+        self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
+        rows = [
+            range(first + piece.offset[0], first + piece.offset[0] + piece.size[0])
+            for first, piece in zip(firsts, self.pieces[1::3], strict=True)
+        ]
+        self._rows = torch.tensor([i for r in rows for i in r], dtype=torch.int64, device=device)
+
+    def parts(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """lora_A, lora_E and lora_B of each part that is here, as an adapter of its own."""
+        return self._as_adapters(self.locals([parameters[i] for i in self._held]))
+
+    def _as_adapters(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        result = []
+        for i, part in zip(self._held, parts, strict=True):
+            rank = part.shape[_RANK_DIMS[i % 3]]
+            column, row = self._zeros((rank, 1), part), self._zeros((1, rank), part)
+            adapter = [column, column, row]
+            adapter[i % 3] = part
+            result += adapter
+        return result
+
+    def _zeros(self, shape: tuple[int, int], like: Tensor) -> Tensor:
+        # Nothing writes to it, so that one serves all.
+        zeros = self._others.get(shape)
+        if zeros is None or zeros.dtype != like.dtype or zeros.device != like.device:
+            zeros = self._others[shape] = like.new_zeros(shape)
+        return zeros
+
+    def grads(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of `parts`."""
+        grads, result = local_grads(parameters), []
+        for i in self._held:
+            adapter: list[Tensor | None] = [None, None, None]
+            adapter[i % 3] = grads[i]
+            result += adapter
+        return result
+
+    def importance_update_(
+        self,
+        parameters: Sequence[Tensor],
+        exp_avg_ipt: list[Tensor],
+        exp_avg_unc: list[Tensor],
+        scores: Tensor,
+        skipped: Tensor,
+        beta1: float,
+        beta2: float,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """The op of that name for `parts`, unless any process has a gradient of inf or NaN.
+
+        Args: those of the op, and `scores` (count,) those of the parts.
+        """
+        grads = self.grads(parameters)
+        scale = self._scale(grads, grad_scale)
+        skipped.add_(~scale.isfinite())
+        if not any(grad is not None for grad in grads):
+            return
+        torch.ops.adalora.importance_update_(
+            self.parts(parameters),
+            grads,
+            exp_avg_ipt,
+            exp_avg_unc,
+            scores,
+            torch.zeros_like(skipped),  # A process that holds nothing would not have counted.
+            beta1,
+            beta2,
+            scale,
+        )
+
+    def scores_of(self, exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tensor:
+        """The scores (count,) of `parts`, from the averages of each."""
+        if not exp_avg_ipt:
+            return self._weights.new_zeros(0)
+        return triplet_scores(exp_avg_ipt, exp_avg_unc)
+
+    def _scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> Tensor:
+        """What the gradients are scaled by, one float32: inf if any process has inf or NaN.
+
+        Reads nothing from the device; one number crosses processes.
+        """
+        device = self._places.device
+        scale = torch.ones(1, device=device) if grad_scale is None else grad_scale.view(1)
+        held = [grad for grad in grads if grad is not None]
+        norms = torch._foreach_norm(held, torch.inf) if held else []
+        # What is concatenated takes the widest dtype.
+        finite = torch.cat([scale, *(norm.view(1) for norm in norms)]).isfinite().all()
+        bad = self.maximum((~finite).to(torch.int32).view(1)) > 0
+        return torch.full_like(scale, torch.inf).where(bad, scale)
+
+    def together(self, scores: Tensor) -> Tensor:
+        """The scores (n,) of whole triplets, the same bits for all processes.
+
+        Args:
+            scores: those of `parts`, (count,).
+        """
+        # One slot for each factor of each triplet: a sum at one place would have no fixed order.
+        slots = scores.new_zeros(3 * self._n)
+        slots[self._places] = scores[self._taken] * self._weights.to(scores.dtype)
+        return self.sum_in_order(slots.view(3, self._n).sum(0))
+
+    def placed(self, parts: Sequence[Tensor], narrow_dtype: torch.dtype) -> list[Tensor]:
+        """Averages that lie as `parts` do, as a tensor for each parameter, placed as that is."""
+        result = []
+        for i, (piece, parameter) in enumerate(zip(self.pieces, self.tensors, strict=True)):
+            if i in self._number:
+                local = parts[3 * self._number[i] + i % 3]
+            else:
+                is_double = parameter.dtype == torch.float64
+                dtype = torch.float64 if is_double else narrow_dtype
+                local = self._places.new_empty(piece.size, dtype=dtype)
+            result.append(self.like(local, i))
+        return result
+
+    def fill_(self, parts: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copy a value of each parameter, in whatever way it is placed, to where `parts` lie."""
+        for i, value in enumerate(values):
+            parameter: Any = self.tensors[i]
+            placed: Any = value
+            if (
+                is_dtensor(value)
+                and is_dtensor(parameter)
+                and placed.device_mesh == parameter.device_mesh
+                and placed.placements == parameter.placements
+            ):
+                part = self.local(value)
+            else:
+                part = self.part(whole_tensor(value), i)
+            if i in self._number:
+                parts[3 * self._number[i] + i % 3].copy_(part)
+
+    def lies_as(self, other: Shards) -> bool:
+        """Whether all processes hold the same of each parameter as by another one."""
+        return self.pieces == other.pieces and self.axes == other.axes
+
+    def write_zeros_(self, lora_E: Sequence[Tensor], dead: Tensor) -> None:
+        """Write 0 into the lora_E of what is dead, (n,) bool, where this process holds it."""
+        held = [part for part in self.locals(lora_E) if part.numel() > 0]
+        if held:
+            flat = torch.cat(held).masked_fill_(dead[self._rows].unsqueeze(1), 0.0)
+            torch._foreach_copy_(held, flat.split_with_sizes([len(part) for part in held]))
+
+    def there(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Which whole triplets have any value that is not 0, and which a lora_E; both (n,) bool."""
+        flags = torch.zeros(2, self._n, dtype=torch.int32, device=self._places.device)
+        firsts = _starts([lora_E.shape[0] for lora_E in parameters[1::3]])
+        for i in self._held:
+            piece, factor = self.pieces[i], i % 3
+            dim = _RANK_DIMS[factor]
+            first = firsts[i // 3] + piece.offset[dim]
+            own = (self.local(parameters[i]) != 0).any(1 - dim).to(torch.int32)
+            for row in flags if factor == 1 else flags[:1]:
+                row[first : first + len(own)] |= own
+        whole = self.maximum(flags.view(-1)).view(2, self._n).bool()
+        return whole[0], whole[1]
+
+    def recall(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters themselves, where the model has a whole copy in their place.
+
+        FSDP2 leaves such copies where it has not resharded after a forward, for instance that of an
+        evaluation. They have no gradient; whatever else is put into a model gets one.
+        """
+        return [
+            cast(nn.Parameter, before) if self._is_copy(now, before) else now
+            for now, before in zip(parameters, self.tensors, strict=True)
+        ]
+
+    @staticmethod
+    def _is_copy(now: Tensor, before: Tensor) -> bool:
+        return (
+            now is not before
+            and not is_dtensor(now)
+            and is_dtensor(before)
+            and now.grad is None
+            and now.shape == before.shape
+        )
+
+
+def _starts(ranks: Sequence[int]) -> list[int]:
+    starts = [0]
+    for rank in ranks:
+        starts.append(starts[-1] + rank)
+    return starts[:-1]

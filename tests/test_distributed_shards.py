@@ -1,0 +1,170 @@
+"""Adapters that FSDP2 shards are trained, pruned and regularised as those of one process."""
+
+import re
+
+import pytest
+import shards_runs
+import torch
+from ranks import on_ranks
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The training in one process, which has all the data."""
+    return shards_runs.alone()
+
+
+def assert_same(results, expected, bound=1e-9):
+    """All processes have the same bits, and what they have is what one process has."""
+    assert len({result["hash"] for result in results}) == 1
+    for result in results:
+        assert result["pattern"] == expected["pattern"]
+        assert result["summary"] == expected["summary"]
+        assert result["orth_reg"] == pytest.approx(expected["orth_reg"], rel=bound)
+        for name, parameter in expected["parameters"].items():
+            error = (result["parameters"][name] - parameter).norm() / parameter.norm().clamp_min(1)
+            assert error <= bound, (name, error)
+    summary = expected["summary"]
+    assert summary["total_rank"] == summary["target_budget"] < summary["init_budget"]
+
+
+def assert_all_same(world, cases, expected, bound=1e-9):
+    results = on_ranks(world, "shards_runs:sharded", {"cases": cases}, seconds=300)
+    for number, case in enumerate(cases):
+        try:
+            assert_same([result[number] for result in results], expected, bound)
+        except AssertionError as error:
+            raise AssertionError(f"{case} on {world}: {error}") from error
+
+
+def test_fsdp2_is_one_process(alone):
+    assert_all_same(2, [{"attach": "before"}], alone)
+
+
+IN = {"placement": "in"}
+HSDP = {"kind": "hsdp"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, [IN, {"compiled": True}, {"checkpointed": True}, {"policy": "offload"}]),
+        (4, [{}, IN, HSDP | IN, {"attach": "before", "checkpointed": True, "compiled": True}]),
+        (4, [HSDP, HSDP | IN | {"attach": "before"}, {"attach": "made"}]),
+        (2, [{"between": "evaluation"}, {"between": "unsharded"}, {"between": "evaluation"} | IN]),
+    ],
+    ids=["2", "4", "hsdp", "between"],
+)
+def test_each_way_of_sharding_is_one_process(world, cases, alone):
+    assert_all_same(world, cases, alone)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
+def test_regulariser_in_the_loss_is_one_process(world):
+    assert_same(on_ranks(world, "shards_runs:by_hand"), shards_runs.by_hand(is_sharded=False))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "mesh_dims", "r"), [(2, 1, 6), (4, 1, 6), (4, 1, 1), (4, 2, 6), (4, 2, 3)]
+)
+def test_any_placement_is_one_process(world, mesh_dims, r):
+    for result in on_ranks(world, "shards_runs:placed", {"mesh_dims": mesh_dims, "r": r}):
+        assert result["error"] <= 1e-12
+        assert result["patterns"][0] == result["patterns"][1] == result["patterns"][2]
+
+
+@pytest.mark.full
+def test_mixed_precision_prunes_the_same(alone):
+    assert_all_same(2, [{"policy": "mixed"}], alone, bound=1e-4)
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
+def test_inf_on_one_process_makes_all_skip(world):
+    results = on_ranks(world, "shards_runs:with_inf")
+    assert len({result["hash"] for result in results}) == 1
+    for result in results:
+        # The learning ends at 22, the pattern is not looked at here.
+        assert result["skipped"] == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]
+    learns = [step not in (3, 4, 9) for step in range(1, 12)]
+    holders = [result["changed"] for result in results if any(result["changed"])]
+    assert holders and all(changed == learns for changed in holders)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [7, 21, 25], ids=["budgeting", "before-final", "frozen"])
+def test_checkpoint_of_two_goes_on_with_any_number(at, alone, tmp_path):
+    arguments = {"folder": str(tmp_path), "at": at}
+    uninterrupted = on_ranks(2, "shards_runs:save", arguments)
+    assert_same(uninterrupted, alone)
+    arguments["frozen"] = at >= 22
+    same = on_ranks(2, "shards_runs:resume", arguments)
+    assert {r["hash"] for r in same} == {r["hash"] for r in uninterrupted}
+    assert_same(on_ranks(4, "shards_runs:resume", arguments), alone)
+    assert_same(on_ranks(1, "shards_runs:resume", arguments | {"is_sharded": False}), alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "placement"),
+    [
+        (2, "rows"),
+        pytest.param(2, "in", marks=pytest.mark.full),
+        pytest.param(4, "rows", marks=pytest.mark.full),
+    ],
+)
+def test_a_step_sends_what_the_page_says(world, placement):
+    """docs/scaling.md has these formulas. Nothing is read from the device in a step."""
+    adapters = shards_runs.allocator_of(shards_runs.net()).adapters
+    ranks = [len(adapter.lora_E) for adapter in adapters]
+    size, others = 8, world - 1  # float64
+    flag = ("all_reduce", 2 * 4 * others / world)
+    scores = ("all_gather", size * sum(ranks) * others)
+    rows = -(-ranks[0] // world)
+    lora_A = ("all_gather", size * sum(rows * a.lora_A.shape[1] for a in adapters) * others)
+    products = sum(r * r for r in ranks)
+    if placement == "rows":
+        regulariser = [lora_A, ("all_reduce", 2 * size * products * others / world)]
+    else:
+        regulariser = [("all_reduce", 2 * size * 2 * products * others / world)]
+    for steps in on_ranks(world, "shards_runs:sent", {"placement": placement}):
+        # The schedule: no pruning until tinit 4, then every fourth step, and the final one is 22.
+        for step, (sent, waits) in enumerate(steps, 1):
+            assert waits == []
+            expected = [*regulariser]
+            if step < 22:
+                expected.append(flag)
+            if step == 22 or (4 < step < 22 and step % 4 == 0):
+                expected.append(scores)
+            assert sent == expected, step
+
+
+@pytest.mark.full
+def test_what_is_refused():
+    for errors in on_ranks(2, "shards_runs:refused"):
+        for name, words in {
+            "shrink": "ValueError: shrink.* needs whole adapters",
+            "load of a shrunk one": "ValueError: state is of a model that was shrunk",
+            "partial": "ValueError: .*Partial",
+            "3-D": "ValueError: the parameters of head.lora_E",
+        }.items():
+            assert re.match(words, errors[name]), (name, errors[name])
+    for error in on_ranks(4, "shards_runs:refused_meshes"):
+        assert error.startswith("ValueError: the adapters are sharded over device meshes"), error
+
+
+@pytest.mark.full
+def test_what_is_not_trained_stays():
+    results = on_ranks(2, "shards_runs:partly_trained")
+    expected = shards_runs.partly_trained(is_sharded=False)
+    assert len(expected["summary"]["untrained"]) == 3
+    assert_same(results, expected)
+
+
+@pytest.mark.full
+def test_float32_adapters_with_bfloat16_averages():
+    results = on_ranks(4, "shards_runs:partly_trained", {"dtype": torch.float32})
+    expected = shards_runs.partly_trained(is_sharded=False, dtype=torch.float32)
+    assert len({result["hash"] for result in results}) == 1
+    assert results[0]["summary"] == expected["summary"]
