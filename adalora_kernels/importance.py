@@ -1,8 +1,9 @@
-"""The importance update of a whole model in `torch._foreach` calls, on any device.
+"""The importance of the triplets of a whole model in few calls of torch, on any device.
 
-It runs where the compiled library has no code. `reference.importance_update_` is the definition,
-which takes one matrix after the other. Here what has one shape lies in one stack: the number of
-calls depends on the shapes and, beyond the size of a stack, on the entries of the model.
+Its update runs where the compiled library has no code. The definitions, which take one matrix
+after the other, are `reference.importance_update_` and `reference.triplet_norms`. Here what has one
+shape lies in one stack: the number of calls depends on the shapes and, beyond the size of a stack,
+on the entries of the model.
 """
 
 from __future__ import annotations
@@ -61,6 +62,26 @@ def importance_update_(
         # Eq. (7); lora_E is, like lora_A, a matrix of r rows, but of one entry each.
         means = _products(avg_ipt, avg_unc).mean(1 if group[0] % 3 == 2 else 2)
         torch._foreach_add_([scores_of[i // 3] for i in group], means.unbind())
+
+
+def triplet_squares(params: list[Tensor]) -> list[Tensor]:
+    """The sum of squares of each triplet's part of each parameter; `reference.triplet_norms`.
+
+    Args:
+        params: lora_A (r, in), lora_E (r, 1) and lora_B (out, r) of each adapter in turn.
+
+    Returns:
+        A tensor (r,) for each, float64 if it is, else float32.
+    """
+    wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in params]
+    # What has no entry is in no group.
+    result = [p.new_zeros(p.shape[i % 3 == 2], dtype=wide[i]) for i, p in enumerate(params)]
+    for group in _groups(params, [None] * len(params)):
+        stack = _stack(_of(params, group)).to(wide[group[0]])
+        squares = torch.linalg.vecdot(stack, stack, dim=1 if group[0] % 3 == 2 else 2)
+        for i, part in zip(group, squares.unbind(), strict=True):
+            result[i] = part
+    return result
 
 
 def _groups(params: list[Tensor], grads: list[Tensor | None]) -> Iterator[list[int]]:

@@ -289,6 +289,24 @@ def triplet_scores(exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor]) -> Tens
     )
 
 
+def triplet_norms(params: list[Tensor]) -> Tensor:
+    """‖lora_A_i‖ · |lora_E_i| · ‖lora_B_i‖: the Frobenius norm of a triplet's ΔW, but for scaling.
+
+    Args:
+        params: lora_A (r, in), lora_E (r, 1) and lora_B (out, r) of each adapter in turn.
+
+    Returns:
+        (total rank,), in module order, float64 if the parameters are, else float32.
+    """
+    norm = torch.linalg.vector_norm
+    return torch.cat(
+        [
+            norm(_widen(A), dim=1) * _widen(E).abs().squeeze(1) * norm(_widen(B), dim=0)
+            for A, E, B in zip(*(params[i::3] for i in range(3)), strict=True)
+        ]
+    )
+
+
 def top_b_mask(scores: Tensor, budget: int | Tensor) -> Tensor:
     """Eq. (6), over all matrices at once: which `budget` of the flat `scores` (n,) are kept, bool.
 

@@ -170,10 +170,10 @@ def outcome(model, allocator):
     }
 
 
-def alone(steps=STEPS):
+def alone(steps=STEPS, **options):
     """The same training in one process, without torch.distributed."""
     model = net()
-    allocator, optimizer = allocator_of(model), adamw(model)
+    allocator, optimizer = allocator_of(model, **options), adamw(model)
     allocator.attach(optimizer)
     train(model, optimizer, allocator, range(1, steps + 1))
     return outcome(model, allocator)
@@ -187,7 +187,7 @@ def made(attach="after", **options):
         block.is_checkpointed = options.get("checkpointed", False)
     if attach == "made":
         shard(model, **kinds)
-    allocator = allocator_of(model)
+    allocator = allocator_of(model, importance=options.get("importance", "paper"))
     if attach in ("after", "made"):
         if attach == "after":
             shard(model, **kinds)

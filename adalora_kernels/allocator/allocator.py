@@ -23,7 +23,7 @@ from .attach import FollowsOptimizers, chain, check_is_optimizer
 from .reminder import Reminder, expect_steps
 from .schedule import BudgetSchedule
 from .shrink import shrink_
-from .state import FORMAT, AllocatorState
+from .state import FORMAT, AllocatorState, check_importance
 
 
 class RankAllocator(FollowsOptimizers):
@@ -35,7 +35,7 @@ class RankAllocator(FollowsOptimizers):
     total_step - tfinal. Works on our layers, loralib's and PEFT's.
 
     Memory: two averages in float32 (float64 for float64 parameters) per adapter entry, freed when
-    the pattern is frozen.
+    the pattern is frozen; none with importance="norm".
 
     In a CUDA graph: `step` is `advance` (what only the host knows: the step's number and budget,
     written to the device) and then `update` (what runs on the device). Capture `update` with the
@@ -56,6 +56,10 @@ class RankAllocator(FollowsOptimizers):
         target_r: average number of triplets per matrix at the end.
         total_step, tinit, tfinal, deltaT: see `BudgetSchedule`. total_step may follow by
             `set_total_step`.
+        importance: what triplets are compared by. "paper": sensitivity times uncertainty, averaged
+            over the steps (eq. 7 to 11). "norm": ‖lora_A_i‖ · |lora_E_i| · ‖lora_B_i‖ at the step
+            that prunes, the norm of what triplet i adds to the weight, but for scaling; it needs
+            no averages and no gradients (docs/recipe.md).
         beta1, beta2: decay of the averages of sensitivity and uncertainty (eq. 9, 10), in (0, 1).
         target_total_rank: triplets at the end over all matrices, in place of target_r per matrix.
         adapter_name: which of PEFT's named adapters; by default the trainable ones.
@@ -96,6 +100,7 @@ class RankAllocator(FollowsOptimizers):
         tinit: int = 0,
         tfinal: int = 0,
         deltaT: int = 1,
+        importance: str = "paper",
         beta1: float = 0.85,
         beta2: float = 0.85,
         target_total_rank: int | None = None,
@@ -108,6 +113,7 @@ class RankAllocator(FollowsOptimizers):
         target_r = as_int("target_r", target_r, 0)
         if target_total_rank is not None:
             target_total_rank = as_int("target_total_rank", target_total_rank, 0)
+        importance = check_importance(importance)
         self.beta1 = as_beta("beta1", beta1)
         self.beta2 = as_beta("beta2", beta2)
         orth_reg_weight = as_weight("orth_reg_weight", orth_reg_weight)
@@ -120,7 +126,8 @@ class RankAllocator(FollowsOptimizers):
         self._look_up_places()
         self._start_following()
         # The ranks in it are the initial ones, also when `shrink` makes the parameters smaller.
-        self._state = AllocatorState(parameters_of(self.adapters, self._places), state_dtype)
+        parameters = parameters_of(self.adapters, self._places)
+        self._state = AllocatorState(parameters, state_dtype, importance)
         self.schedule = BudgetSchedule(
             init_budget=sum(self._state.ranks),
             target_budget=(
@@ -163,6 +170,28 @@ class RankAllocator(FollowsOptimizers):
         """
         total_step = as_int("total_step", total_step, 1)
         self.schedule = replace(self.schedule, total_step=total_step)
+
+    @property
+    def importance(self) -> str:
+        """What triplets are compared by: "paper" or "norm". It can be set while no run has begun.
+
+        Raises:
+            ValueError: it is set to something else.
+            RuntimeError: it is set in a run.
+        """
+        return self._state.importance
+
+    @importance.setter
+    def importance(self, importance: str) -> None:
+        if check_importance(importance) == self.importance:
+            return
+        if self.begun:
+            raise RuntimeError(
+                f"importance={importance!r} comes too late: at step {self.global_step} triplets "
+                f"are compared by {self.importance!r}"
+            )
+        self._state.importance = importance
+        self._state.make_averages(self._parameters())
 
     def step(self, global_step: int, *, grad_scale: float | Tensor | None = None) -> int:
         """Update the importance averages and, where the schedule says so, prune.
@@ -217,6 +246,8 @@ class RankAllocator(FollowsOptimizers):
         """What the schedule wants at this step; the host knows it, so nothing else is launched."""
         schedule = self.schedule
         prunes = self.frozen or schedule.masks_at(self.global_step)
+        if prunes and not self.frozen:
+            self._state.score(parameters)
         if self._brings_together(self.global_step):
             self._state.prune_with_others(parameters[1::3])
         elif prunes or self._state.members.restarted:
@@ -289,6 +320,7 @@ class RankAllocator(FollowsOptimizers):
         self.reminder.allocator_stepped()
         if self._learns(self.global_step):
             self._state.learn(parameters, self.beta1, self.beta2, scale)
+            self._state.score(parameters)
         self._prune(parameters)
 
     def _learns(self, global_step: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.shards import Layout, is_dtensor, local_grads, whole_tensor
+from ..importance import triplet_squares
 from ..reference import triplet_scores
 
 # In which dimension lora_A, lora_E and lora_B count their triplets.
@@ -153,6 +154,15 @@ class Shards(Layout):
         slots = scores.new_zeros(3 * self._n)
         slots[self._places] = scores[self._taken] * self._weights.to(scores.dtype)
         return self.sum_in_order(slots.view(3, self._n).sum(0))
+
+    def norms(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """`reference.triplet_norms` (n,) of whole triplets; the same bits for all processes."""
+        squares = triplet_squares(self.parts(parameters))
+        own = [squares[3 * k + i % 3].to(dtype) for k, i in enumerate(self._held)]
+        slots = self._weights.new_zeros(3 * self._n, dtype=dtype)
+        if own:
+            slots[self._places] = torch.cat(own)[self._taken]
+        return self.sum_in_order(slots).view(3, self._n).sqrt().prod(0)
 
     def placed(self, parts: Sequence[Tensor], narrow_dtype: torch.dtype) -> list[Tensor]:
         """Averages that lie as `parts` do, as a tensor for each parameter, placed as that is."""

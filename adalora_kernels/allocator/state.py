@@ -13,13 +13,23 @@ from .. import ops
 from ..adapters import triplets_there
 from ..distributed.shards import any_dtensor, local_grads, whole_tensor
 from ..distributed.stages import Stages
+from ..importance import triplet_squares
 from ..reference import flat_averages, flat_views
 from .members import Members
 from .shards import Shards
 
 FORMAT = 1
 # What states of an earlier version don't have.
-_NEWER = {"had_gradient", "there", "restarted"}
+_NEWER = {"had_gradient", "there", "restarted", "importance"}
+# What triplets are compared by: eq. 7 to 11, or the norm of what each adds to the weight.
+IMPORTANCES = ("paper", "norm")
+
+
+def check_importance(importance: object) -> str:
+    """Return `importance`; ValueError if it is neither "paper" nor "norm"."""
+    if not isinstance(importance, str) or importance not in IMPORTANCES:
+        raise ValueError(f"importance must be 'paper' or 'norm', got {importance!r}")
+    return importance
 
 
 class AllocatorState:
@@ -35,14 +45,14 @@ class AllocatorState:
         parameters: lora_A, lora_E and lora_B of each adapter in turn.
         narrow_dtype: that of the averages, float32 or bfloat16. For float64 parameters they are
             float64.
+        importance: one of IMPORTANCES. By "norm" there are no averages.
 
     Attributes:
         ranks: the number of triplets that each adapter starts with; n is their sum.
         exp_avg_ipt, exp_avg_unc: the averages (eq. 9, 10) of all parameters, each in one flat
             tensor, or in one for each dtype (`reference.flat_views`); empty once the pattern is
             frozen.
-        scores: the importance of each triplet (eq. 7), (n,) float32, or float64 for float64
-            parameters.
+        scores: the importance of each triplet, (n,) float32, or float64 for float64 parameters.
         mask: which triplets live, (n,) bool. One that is not there never does.
         skipped: how many steps had inf or NaN gradients, (1,) int64.
         budget: how many triplets may live at the current step, (1,) int64.
@@ -66,7 +76,9 @@ class AllocatorState:
     _has_averages: bool
     _views: tuple[list[Tensor], list[Tensor]] | None
 
-    def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype, importance: str = "paper"
+    ) -> None:
         devices = {p.device for p in parameters}
         if len(devices) > 1:
             raise ValueError(
@@ -76,7 +88,7 @@ class AllocatorState:
         if narrow_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
-        self._narrow_dtype = narrow_dtype
+        self._narrow_dtype, self.importance = narrow_dtype, importance
         self.shards = Shards(parameters) if any_dtensor(parameters) else None
         self.stages: Stages | None = None
         self._make(parameters)
@@ -136,7 +148,10 @@ class AllocatorState:
         return flat.split_with_sizes(self.ranks)
 
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
-        """Let both averages begin at 0."""
+        """Let both averages begin at 0, where the importance is made of them."""
+        if self.importance != "paper":
+            self.drop_averages()
+            return
         parts = parameters if self.shards is None else self.shards.parts(parameters)
         self.exp_avg_ipt, self.exp_avg_unc = (
             flat_averages(parts, self._narrow_dtype) for _ in range(2)
@@ -149,7 +164,9 @@ class AllocatorState:
 
     def drop_averages(self) -> None:
         """Free the averages: nothing is learnt any more."""
-        self.exp_avg_ipt, self.exp_avg_unc, self._views = [], [], None
+        self.exp_avg_ipt, self.exp_avg_unc = [], []
+        self._averaged, self._views = [], None
+        self._own_scores = self.scores.new_zeros(0)
         self._has_averages, self._are_apart = False, False
 
     def _averages(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -245,7 +262,9 @@ class AllocatorState:
     def learn(
         self, parameters: Sequence[Tensor], beta1: float, beta2: float, grad_scale: Tensor | None
     ) -> None:
-        """Update the averages and the scores from the gradients of the parameters."""
+        """Update the averages, if there are any, and the scores from the parameters' gradients."""
+        if self.importance != "paper":
+            return
         if self.stages is not None:
             grads = local_grads(parameters)
             grad_scale = self.stages.scale(grads, grad_scale, self.scores.device)
@@ -267,6 +286,17 @@ class AllocatorState:
             beta2,
             grad_scale,
         )
+
+    def score(self, parameters: Sequence[Tensor]) -> None:
+        """Let `scores` be those of a pruning that follows, where no average makes them."""
+        if self.importance == "paper":
+            return
+        if self.shards is not None:
+            self.scores.copy_(self.shards.norms(parameters, self.scores.dtype))
+            return
+        squares = triplet_squares(list(parameters))
+        A, E, B = (torch.cat(squares[i::3]).to(self.scores.dtype).sqrt() for i in range(3))
+        self.scores.copy_(A * E * B)
 
     def bring_scores_together(self) -> None:
         """Let `scores` be those of whole triplets. Processes talk where they are not yet."""
@@ -343,6 +373,7 @@ class AllocatorState:
             "scores": self.scores.clone(),
             "mask": self.mask.clone(),
             "skipped": self.skipped.clone(),
+            "importance": self.importance,
             **self.members.state(),
         }
 
@@ -354,6 +385,11 @@ class AllocatorState:
             raise ValueError(f"state is for other adapters: {difference}")
         if saved["ranks"] != self.ranks:
             raise ValueError(f"state is for ranks {saved['ranks']}, the model has {self.ranks}")
+        by = saved.get("importance", "paper")
+        if by != self.importance and not saved["frozen"]:
+            raise ValueError(
+                f"state is of a run with importance {by!r}, this one has {self.importance!r}"
+            )
         if saved["shrunk"] and not like["shrunk"] and self.shards is not None:
             raise ValueError(
                 "state is of a model that was shrunk, and these adapters are sharded: load it into "
@@ -363,7 +399,7 @@ class AllocatorState:
         patterns = [state["mask"].tolist() for state in (saved, like)]
         if like["shrunk"] and not (saved["shrunk"] and patterns[0] == patterns[1]):
             raise ValueError("state is for other triplets than those that shrink() left here")
-        shapes = [p.shape for p in params]
+        shapes = [p.shape for p in params] if self.importance == "paper" else []
         averages = {} if saved["frozen"] else {"exp_avg_ipt": shapes, "exp_avg_unc": shapes}
         expected: dict[str, Any] = {
             **averages,
@@ -384,7 +420,7 @@ class AllocatorState:
     def load(self, saved: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Take over what `check` has found to fit."""
         self.follow(parameters)
-        if not saved["frozen"]:
+        if not saved["frozen"] and self.importance == "paper":
             if not self._has_averages:
                 self.make_averages(parameters)
             self._set_averages(saved["exp_avg_ipt"], saved["exp_avg_unc"])

@@ -16,6 +16,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
+from ..allocator.state import check_importance
 from ..distributed.groups import Group, check_group
 from ..starts import check_start, start_, start_adapters_
 from .allocator import PeftRankAllocator
@@ -39,6 +40,7 @@ def apply(
     peft_model: nn.Module,
     start: str = "paper",
     *,
+    importance: str | None = None,
     check_replicas: bool | Group | None = None,
     process_group: Group | None = None,
 ) -> ApplyReport:
@@ -67,8 +69,9 @@ def apply(
             what it adds is exactly 0 with either (docs/recipe.md). It draws from torch's global
             random numbers: processes that train together need the same seed here. This reads the
             device.
-        check_replicas, process_group: those of the model's `RankAllocator`; None leaves it as it
-            is. With the latter, all processes of the group have to call this together.
+        importance, check_replicas, process_group: those of the model's `RankAllocator`; None
+            leaves it as it is. With the last, all processes of the group have to call this
+            together.
 
     Returns:
         An `ApplyReport`.
@@ -76,12 +79,15 @@ def apply(
     Raises:
         TypeError: not a model with AdaLoRA adapters of PEFT; or check_replicas or process_group
             is of another type.
+        RuntimeError: importance is another one than that of the run, which has begun.
         ValueError: no AdaLoRA layer in it, several trainable AdaLoRA adapters or models, a
             rank_pattern of ranks, or as `RankAllocator`; start is another one, or "lora" where
-            no adapter is trainable, or where it has been trained or loaded. Nothing has been
-            changed then.
+            no adapter is trainable, or where it has been trained or loaded; or importance is
+            another one. Nothing has been changed then.
     """
     start = check_start(start)
+    if importance is not None:
+        check_importance(importance)
     check_group("check_replicas", check_replicas)
     check_group("process_group", process_group)
     adapted = AdaptedModel.find_all(peft_model)
@@ -95,6 +101,9 @@ def apply(
     if start != "paper" and not new:
         raise ValueError(f"start={start!r} needs a trainable adapter, and peft_model has none")
     allocators = [one.make_allocator() for one in adapted.values()]
+    for one, allocator in zip(adapted.values(), allocators, strict=True):
+        if one is trained and allocator is not None and importance is not None:
+            allocator.importance = importance
     start_adapters_(new, start)
     report = ApplyReport()
     for (name, one), allocator in zip(adapted.items(), allocators, strict=True):

@@ -84,9 +84,10 @@ class PeftRankAllocator(RankAllocator):
     def begin_anew(self, root: nn.Module) -> None:
         """Begin with the ranks that the layers have now, after they have got new parameters."""
         self.detach()
-        check_replicas, stages = self.check_replicas, self._state.stages
+        importance, stages = self.importance, self._state.stages
+        check_replicas = self.check_replicas
         PeftRankAllocator.__init__(self, root, self.config, self.adapter_name)
-        self.check_replicas = check_replicas
+        self.importance, self.check_replicas = importance, check_replicas
         if stages is not None:
             self.share_budget(stages.group)
 
