@@ -80,11 +80,11 @@ def run(engine, first, last, accumulate=1):
             engine.step()
 
 
-def alone(kind, world, accumulate, clip, weight, first=1):
+def alone(kind, world, accumulate, clip, weight, first=1, **options):
     """The same training in one process, which begins with the batch of step `first`."""
     model = make_model(kind)
     optimizer = make_optimizer(model)
-    allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE)
+    allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE, **options)
     allocator.attach(optimizer)
     for step in range(first, STEPS + 1):
         parts = micro_batches(step, world * accumulate)
@@ -134,10 +134,11 @@ def report(model, allocator, expected=None):
     return result
 
 
-def train(stage, kind="plain", accumulate=1, clip=None, weight=0.1, **more):
+def train(stage, kind="plain", accumulate=1, clip=None, weight=0.1, importance="paper", **more):
     """A whole training; `more` is of DeepSpeed's config."""
     model = make_model(kind)
-    allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE)
+    options = {"importance": importance}
+    allocator = RankAllocator(model, orth_reg_weight=weight, **SCHEDULE, **options)
     if clip is not None:
         more["gradient_clipping"] = clip
     engine = start(model, config_of(stage, accumulate, **more))
@@ -146,7 +147,8 @@ def train(stage, kind="plain", accumulate=1, clip=None, weight=0.1, **more):
     skipped = engine.skipped_steps
     if skipped:
         allocator.skip(allocator.global_step)  # As the Trainer's callback does after each.
-    expected = alone(kind, dist.get_world_size(), accumulate, clip, weight, 1 + skipped)
+    world = dist.get_world_size()
+    expected = alone(kind, world, accumulate, clip, weight, 1 + skipped, **options)
     return report(model, allocator, expected) | {"skipped": skipped}
 
 

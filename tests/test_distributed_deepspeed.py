@@ -38,6 +38,8 @@ CASES = {
         "zero2-no-regulariser": (2, {"weight": 0.0, "accumulate": 2}),
         "zero2-bf16": (2, {"bf16": {"enabled": True}}),
         "zero2-fp16": (2, {"fp16": FP16, "clip": CLIP}),
+        "zero2-norm": (2, {"importance": "norm"}),
+        "zero3-norm": (3, {"importance": "norm", "clip": CLIP}),
         "zero3-offload": (3, {"clip": CLIP, "zero": OFFLOADED}),
         "zero3-frozen": (3, {"kind": "frozen"}),
         "zero3-no-regulariser": (3, {"weight": 0.0}),

@@ -247,7 +247,7 @@ class RankAllocator(FollowsOptimizers):
         schedule = self.schedule
         prunes = self.frozen or schedule.masks_at(self.global_step)
         if prunes and not self.frozen:
-            self._state.score(parameters)
+            self._score(parameters)
         if self._brings_together(self.global_step):
             self._state.prune_with_others(parameters[1::3])
         elif prunes or self._state.members.restarted:
@@ -320,7 +320,7 @@ class RankAllocator(FollowsOptimizers):
         self.reminder.allocator_stepped()
         if self._learns(self.global_step):
             self._state.learn(parameters, self.beta1, self.beta2, scale)
-            self._state.score(parameters)
+            self._score(parameters)
         self._prune(parameters)
 
     def _learns(self, global_step: int) -> bool:
@@ -336,6 +336,14 @@ class RankAllocator(FollowsOptimizers):
                 "no adapter has a gradient: call step() after backward() and before zero_grad()"
             )
         return False
+
+    def _score(self, parameters: list[nn.Parameter]) -> None:
+        """Make the scores of a pruning that follows, where they are not those of the averages."""
+        if self.importance == "paper":
+            return
+        if self._copies is not None:
+            self._copies.read_values()
+        self._state.score(parameters)
 
     def _prune(self, parameters: list[nn.Parameter]) -> None:
         if self.shrunk:

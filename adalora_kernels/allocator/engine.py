@@ -86,7 +86,8 @@ class FollowsEngines(AmongProcesses):
         if not zero.overflow and (copies.have_gradients or not learns):
             if learns:
                 copies.set_gradients(gradient_scale(zero, loss_scale, copies.device))
-                copies.read_values()
+                if self._state.importance == "paper":
+                    copies.read_values()
             self._step(self.global_step + 1, None)
         copies.drop_gradients()
 

@@ -288,9 +288,7 @@ class AllocatorState:
         )
 
     def score(self, parameters: Sequence[Tensor]) -> None:
-        """Let `scores` be those of a pruning that follows, where no average makes them."""
-        if self.importance == "paper":
-            return
+        """Let `scores` be the norms of what each triplet adds to the weight, but for scaling."""
         if self.shards is not None:
             self.scores.copy_(self.shards.norms(parameters, self.scores.dtype))
             return
