@@ -1,9 +1,11 @@
 """Column-wise and row-wise layers on several processes are those of one process."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import tensor_parallel_runs
 import torch
 from ranks import on_ranks
 from torch.distributed.tensor import Replicate, Shard
@@ -50,11 +52,17 @@ def check_layers(report):
         assert result["grads"] == result["placements"], case
 
 
-def check_training(results):
+@functools.cache
+def alone(kind):
+    """The training of one process."""
+    return tensor_parallel_runs.alone(kind)
+
+
+def check_training(results, kind):
     """All processes have the same, and what one process has."""
-    assert len({result["found"]["hash"] for result in results}) == 1
-    for result in results:
-        found, expected = result["found"], result["expected"]
+    expected = alone(kind)
+    assert len({found["hash"] for found in results}) == 1
+    for found in results:
         for name, parameter in expected["parameters"].items():
             difference = (found["parameters"][name] - parameter).norm()
             assert difference <= 1e-9 * parameter.norm(), name
@@ -75,7 +83,7 @@ def test_layers_and_a_training_are_those_of_one_process():
         "training": {"kind": "net"},
     }
     reports = on_ranks(2, "tensor_parallel_runs:several", {"functions": functions})
-    check_training([report["training"] for report in reports])
+    check_training([report["training"] for report in reports], "net")
     for report in reports:
         check_layers(report["layers"])
         for state, errors in report["peft_layers"].items():
@@ -104,7 +112,7 @@ def test_layers_and_a_training_are_those_of_one_process():
 
 @pytest.mark.full
 def test_layers_of_four_processes_some_of_which_have_nothing():
-    for report in on_ranks(4, "tensor_parallel_runs:layers", {"cases": LAYERS}):
+    for report in on_ranks(4, "parallel_layers_runs:layers", {"cases": LAYERS}):
         check_layers(report)
 
 
@@ -140,18 +148,26 @@ def test_plans():
         adalora_plan("colwise")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_layers(dropout):
-    for report in on_ranks(2, "tensor_parallel_runs:compiled", {"dropout": dropout}):
-        for style, errors in report.items():
-            assert max(errors) < 1e-13, (style, errors)
+@pytest.fixture(scope="module")
+def layer_reports():
+    """What two processes have found, by function."""
+    functions = {"compiled": {}, "narrow": {}, "dropout": {}}
+    reports = on_ranks(2, "tensor_parallel_runs:several", {"functions": functions})
+    return {name: [report[name] for report in reports] for name in functions}
 
 
 @pytest.mark.full
-def test_narrow_dtypes():
+def test_compiled_layers(layer_reports):
+    for report in layer_reports["compiled"]:
+        assert len(report) == 6
+        for case, errors in report.items():
+            assert max(errors) < 1e-13, (case, errors)
+
+
+@pytest.mark.full
+def test_narrow_dtypes(layer_reports):
     """float32 adapters over a bfloat16 base, and autocast."""
-    for report in on_ranks(2, "tensor_parallel_runs:narrow"):
+    for report in layer_reports["narrow"]:
         for case, (errors, alike, dtype) in report.items():
             assert alike and dtype == "torch.bfloat16", case
             # Row-wise, y is a sum of two numbers that have been rounded, and is rounded again.
@@ -159,8 +175,8 @@ def test_narrow_dtypes():
 
 
 @pytest.mark.full
-def test_dropout_is_one_mask_of_what_is_whole_and_several_of_what_lies_in_parts():
-    first, second = on_ranks(2, "tensor_parallel_runs:dropout")
+def test_dropout_is_one_mask_of_what_is_whole_and_several_of_what_lies_in_parts(layer_reports):
+    first, second = layer_reports["dropout"]
     # Column-wise: each column of y is the sum of the entries that are left.
     y = torch.cat([first["column"]["y"], second["column"]["y"]], 1)
     assert torch.equal(y, y[:, :1].expand_as(y)) and torch.equal(
@@ -194,14 +210,12 @@ def test_a_llama_has_the_gradients_of_one_process(world):
         (4, {"kind": "net"}),
         (4, {"kind": "net", "dp": 2}),
         (2, {"kind": "llama"}),
-        (4, {"kind": "llama"}),
-        (4, {"kind": "llama", "dp": 2}),
         (4, {"kind": "llama", "dp": 2, "micro_batches": 2, "recomputed": True}),
     ],
     ids=lambda value: " ".join(f"{v}" for v in value.values()) if isinstance(value, dict) else None,
 )
 def test_a_training_is_that_of_one_process(world, options):
-    check_training(on_ranks(world, "tensor_parallel_runs:training", options))
+    check_training(on_ranks(world, "tensor_parallel_runs:training", options), options["kind"])
 
 
 @pytest.mark.full
@@ -229,11 +243,11 @@ def test_checkpoints_and_files(tmp_path):
     folder = str(tmp_path)
     on_ranks(2, "tensor_parallel_runs:save", {"folder": folder})
     (one,) = on_ranks(1, "tensor_parallel_runs:checkpoints_of_one", {"folder": folder})
-    check_training([one])
+    check_training([one["found"]], "llama")
     for world, dp in ((2, 1), (4, 2)):
         arguments = {"folder": folder, "dp": dp}
         found = on_ranks(world, "tensor_parallel_runs:resume", arguments)
-        check_training([{"found": f, "expected": one["expected"]} for f in found])
+        check_training(found, "llama")
     saved, expected = one["files"]
     assert saved.keys() == expected.keys()
     assert {name.partition("/")[0] for name in saved} >= {"compact", "full", "lora"}
