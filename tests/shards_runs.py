@@ -49,10 +49,10 @@ class Net(nn.Module):
     are 2, 2, 2 and 0); and 10 columns can't be divided evenly.
     """
 
-    def __init__(self, r=6, dtype=torch.float64):
+    def __init__(self, r=6, dtype=torch.float64, outputs=3):
         super().__init__()
         self.blocks = nn.ModuleList(Block(8, 10, r, dtype) for _ in range(2))
-        self.head = SVDLinear(8, 3, r=r, dtype=dtype)
+        self.head = SVDLinear(8, outputs, r=r, dtype=dtype)
 
     def forward(self, x):
         for block in self.blocks:
@@ -123,7 +123,7 @@ def train(model, optimizer, allocator, steps, before_step=None, between=None):
                 model.set_requires_gradient_sync(i == len(own) - 1)
                 if between == "unsharded":
                     model.set_reshard_after_backward(i == len(own) - 1)
-            ((model(x) - target).square().mean() / len(own)).backward()
+            ((model(x)[..., :3] - target).square().mean() / len(own)).backward()
         if before_step is not None:
             before_step(step)
         optimizer.step()

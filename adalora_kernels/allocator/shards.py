@@ -170,19 +170,43 @@ class Shards(Layout):
     def fill_(self, parts: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Copy a value of each parameter, in whatever way it is placed, to where `parts` lie."""
         for i, value in enumerate(values):
-            parameter: Any = self.tensors[i]
-            placed: Any = value
-            if (
-                is_dtensor(value)
-                and is_dtensor(parameter)
-                and placed.device_mesh == parameter.device_mesh
-                and placed.placements == parameter.placements
-            ):
+            if self._is_placed_alike(value, i):
                 part = self.local(value)
             else:
                 part = self.part(whole_tensor(value), i)
             if i in self._number:
                 parts[3 * self._number[i] + i % 3].copy_(part)
+
+    def _is_placed_alike(self, value: Any, i: int) -> bool:
+        parameter: Any = self.tensors[i]
+        return (
+            is_dtensor(value)
+            and is_dtensor(parameter)
+            and value.device_mesh == parameter.device_mesh
+            and value.placements == parameter.placements
+        )
+
+    def are_parts_of_others(
+        self, exp_avg_ipt: Sequence[Tensor], exp_avg_unc: Sequence[Tensor], scores: Tensor
+    ) -> bool:
+        """Whether saved DTensors hold what another process held, and not what this one holds.
+
+        They do where one process has pickled its own, and all have read that. The scores (n,) are
+        those of the whole then, and those that all processes find together are others.
+        """
+        both = (exp_avg_ipt, exp_avg_unc)
+        if not all(self._is_placed_alike(a, i) for each in both for i, a in enumerate(each)):
+            return False
+        held = [self.locals(each) for each in both]
+        fits = all(a.shape == self.pieces[i].size for each in held for i, a in enumerate(each))
+        own = scores.new_zeros(self.count).to(self._places.device)
+        if fits:
+            parts = [self._as_adapters([each[i] for i in self._held]) for each in held]
+            own.copy_(self.scores_of(*parts))
+        together, scores = self.together(own), scores.to(own.device)
+        is_other = bool(scores.any()) and bool((together - scores).norm() > 0.01 * scores.norm())
+        flag = torch.tensor([is_other or not fits], dtype=torch.int32, device=own.device)
+        return bool(self.maximum(flag))
 
     def lies_as(self, other: Shards) -> bool:
         """Whether all processes hold the same of each parameter as by another one."""
