@@ -1,11 +1,14 @@
 """Adapters that FSDP2 shards are trained, pruned and regularised as those of one process."""
 
 import re
+import weakref
 
 import pytest
 import shards_runs
 import torch
 from ranks import on_ranks
+
+from adalora_kernels.distributed import shard_placement
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,21 @@ def test_checkpoint_of_two_goes_on_with_any_number(at, alone, tmp_path):
     assert {r["hash"] for r in same} == {r["hash"] for r in uninterrupted}
     assert_same(on_ranks(4, "shards_runs:resume", arguments), alone)
     assert_same(on_ranks(1, "shards_runs:resume", arguments | {"is_sharded": False}), alone)
+
+
+def test_shard_placement():
+    model = shards_runs.net()
+    placement = shard_placement(model, 4)
+    for name, parameter in model.named_parameters():
+        expected = 1 if name.endswith("lora_A") and parameter.shape[1] % 4 == 0 else None
+        assert getattr(placement(parameter), "dim", None) == expected, name
+    gone = weakref.ref(model.head.lora_A)
+    del parameter, model
+    assert gone() is None and placement(torch.nn.Parameter(torch.zeros(2, 8))) is None
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        shard_placement(None, 2)
+    with pytest.raises(ValueError, match="world_size must be at least 1"):
+        shard_placement(torch.nn.Module(), 0)
 
 
 @pytest.mark.parametrize(
