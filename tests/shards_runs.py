@@ -244,33 +244,39 @@ def with_inf(at=(3, 4, 9)):
     return {"changed": changed, "skipped": skipped, "hash": outcome(model, allocator)["hash"]}
 
 
-def save(folder, at):
-    """Train until a step, and save with torch.distributed.checkpoint; then train to the end."""
+def save(folder, steps):
+    """Train, and save with torch.distributed.checkpoint after some steps."""
     model, allocator, optimizer = made()
-    train(model, optimizer, allocator, range(1, at + 1))
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
-    dcp.save(state, checkpoint_id=folder)
-    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
+    for before, at in zip([0, *steps], [*steps, STEPS], strict=True):
+        train(model, optimizer, allocator, range(before + 1, at + 1))
+        if at in steps:
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+            dcp.save(state, checkpoint_id=f"{folder}/{at}")
     return outcome(model, allocator)
 
 
-def resume(folder, at, is_sharded=True, frozen=False):
-    """Load what `save` has written into a new model, sharded or not, and train to the end."""
-    model = net()
-    allocator = allocator_of(model)
-    if is_sharded:
-        shard(model)
-    optimizer = adamw(model)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
-    # A frozen pattern has no averages, which those of a new allocator are not found among.
-    planner = DefaultLoadPlanner(allow_partial_load=frozen)
-    dcp.load(state, checkpoint_id=folder, planner=planner)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    allocator.attach(optimizer)
-    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
-    return outcome(model, allocator)
+def resume(folder, steps, is_sharded=True):
+    """Load each of what `save` has written into a new model, and train to the end."""
+    results = []
+    for at in steps:
+        model = net()
+        allocator = allocator_of(model)
+        if is_sharded:
+            shard(model)
+        optimizer = adamw(model)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+        # A final pattern has no averages; a new allocator looks for them.
+        planner = DefaultLoadPlanner(allow_partial_load=at >= allocator.schedule.final_step)
+        dcp.load(state, checkpoint_id=f"{folder}/{at}", planner=planner)
+        set_state_dict(
+            model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+        )
+        allocator.attach(optimizer)
+        train(model, optimizer, allocator, range(at + 1, STEPS + 1))
+        results.append(outcome(model, allocator))
+    return results
 
 
 def placements_on(mesh_dims, factor):
@@ -299,7 +305,12 @@ def placements_on(mesh_dims, factor):
     }[factor]
 
 
-def placed(mesh_dims, r=6):
+def placed(cases):
+    """What `placed_in` says of each case."""
+    return [placed_in(*case) for case in cases]
+
+
+def placed_in(mesh_dims, r):
     """Steps by hand on given gradients, with an adapter for each way of placing its factors.
 
     The same by a model without DTensors: the differences, and both patterns.
