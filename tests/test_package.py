@@ -33,7 +33,7 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps", "shards"},
+    {"members", "steps", "shards", "devices"},
 ]
 DISTRIBUTED = [{"replicas", "engines", "stages"}, {"shards", "groups"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]

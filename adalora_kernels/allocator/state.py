@@ -14,6 +14,7 @@ from ..adapters import triplets_there
 from ..distributed.shards import any_dtensor, local_grads, whole_tensor
 from ..distributed.stages import Stages
 from ..reference import flat_averages, flat_views
+from .devices import Devices, are_apart, device_of
 from .members import Members
 from .shards import Shards
 
@@ -48,7 +49,8 @@ class AllocatorState:
         budget: how many triplets may live at the current step, (1,) int64.
         prunes: whether the current step prunes, (1,) bool.
         members: which triplets compete.
-        shards: where the parts of sharded parameters lie; None where none is a DTensor.
+        shards: where the parts of sharded parameters lie, or the adapters of a model that is on
+            several devices; None where none is a DTensor and all are on one device.
         stages: the processes whose adapters have the same budget, if there are such.
 
     Raises:
@@ -67,17 +69,12 @@ class AllocatorState:
     _views: tuple[list[Tensor], list[Tensor]] | None
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
-        devices = {p.device for p in parameters}
-        if len(devices) > 1:
-            raise ValueError(
-                "model must have all its adapters on one device, "
-                f"got {', '.join(sorted(map(str, devices)))}"
-            )
+        _check_devices(parameters)
         if narrow_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype = narrow_dtype
-        self.shards = Shards(parameters) if any_dtensor(parameters) else None
+        self.shards = _layout_of(parameters)
         self.stages: Stages | None = None
         self._make(parameters)
 
@@ -100,7 +97,8 @@ class AllocatorState:
         else:
             self.make_averages(parameters)
         self.scores.zero_()
-        self._own_scores.zero_()
+        if self.shards is not None:
+            self._own_scores.copy_(self.shards.scores_of(*self._averages()))
         self._are_apart = False
         self.skipped.zero_()
         self.prunes.zero_()
@@ -138,9 +136,8 @@ class AllocatorState:
     def make_averages(self, parameters: Sequence[Tensor]) -> None:
         """Let both averages begin at 0."""
         parts = parameters if self.shards is None else self.shards.parts(parameters)
-        self.exp_avg_ipt, self.exp_avg_unc = (
-            flat_averages(parts, self._narrow_dtype) for _ in range(2)
-        )
+        make = self.shards.new_averages if isinstance(self.shards, Devices) else flat_averages
+        self.exp_avg_ipt, self.exp_avg_unc = (make(parts, self._narrow_dtype) for _ in range(2))
         self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parts]
         self._has_averages = True
         self._own_scores = self.scores.new_zeros(0 if self.shards is None else self.shards.count)
@@ -194,8 +191,9 @@ class AllocatorState:
 
     def _shard(self, parameters: Sequence[Tensor]) -> None:
         """Divide the averages as the parameters are now. Processes talk if they were divided."""
-        shards = Shards(parameters) if any_dtensor(parameters) else None
-        if shards is not None and self.shards is not None and shards.lies_as(self.shards):
+        shards = _layout_of(parameters)
+        former = self.shards
+        if isinstance(shards, Shards) and isinstance(former, Shards) and shards.lies_as(former):
             self.shards = shards
             return
         self.bring_scores_together()
@@ -212,11 +210,19 @@ class AllocatorState:
             Whether they have been sharded since.
         """
         shards = self.shards
-        if any_dtensor(parameters) if shards is None else not shards.holds(parameters):
+        is_whole = shards is None and not any_dtensor(parameters)
+        if is_whole and self.scores.is_meta and not parameters[0].is_meta:
+            self.shards = _layout_of(parameters)
+            self._make(parameters)
+            return False
+        if is_whole:
+            if are_apart(parameters):
+                self._shard(parameters)
+        elif shards is None or not shards.holds(parameters):
             self._shard(parameters)
         device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
         is_there = self.scores.device == device and self.scores.dtype == dtype
-        is_new = shards is None and self.shards is not None
+        is_new = shards is None and isinstance(self.shards, Shards)
         if is_there and not self._lie_elsewhere(parameters):
             return is_new
         if self.scores.is_meta:
@@ -225,7 +231,7 @@ class AllocatorState:
         self.bring_scores_together()
         before = self._averages_of_parameters()
         if self.shards is not None:
-            self.shards = Shards(parameters)  # which has tensors of its own on the device
+            self.shards = _layout_of(parameters)  # which has tensors of its own on the device
         self.scores = self.scores.to(device, dtype)
         if self._has_averages:
             self.make_averages(parameters)
@@ -393,6 +399,25 @@ class AllocatorState:
             getattr(self, name).copy_(whole_tensor(saved[name]))
         self.members.load(saved)
         self.members.look(parameters[1::3])
+
+
+def _layout_of(parameters: Sequence[Tensor]) -> Shards | Devices | None:
+    """What knows where parts of the adapters are that are not in one place."""
+    if any_dtensor(parameters):
+        return Shards(parameters)
+    return Devices(parameters) if len(set(map(device_of, parameters))) > 1 else None
+
+
+def _check_devices(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError if adapters are on devices that can't be allocated together."""
+    devices = {p.device for p in parameters}
+    has_meta = any(device.type == "meta" for device in devices)
+    if len(devices) > 1 and (has_meta or any_dtensor(parameters)):
+        kind = "some of them meta" if has_meta else "sharded"
+        raise ValueError(
+            "model must have all its adapters on one device, or on several of one process, got "
+            f"{', '.join(sorted(map(str, devices)))}, {kind}"
+        )
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
