@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import RankAllocator, SVDLinear, orth_reg, orth_reg_grad_
@@ -29,12 +29,14 @@ class Block(nn.Module):
         self.up = SVDLinear(width, hidden, r=r, bias=True, dtype=dtype)
         self.norm = nn.LayerNorm(hidden, dtype=dtype)
         self.down = SVDLinear(hidden, width, r=r, dtype=dtype)
-        self.is_checkpointed = False
+        self.is_checkpointed = self.is_skipped = False
 
     def _forward(self, x):
         return x + self.down(torch.tanh(self.norm(self.up(x))))
 
     def forward(self, x):
+        if self.is_skipped:
+            return x
         if self.is_checkpointed:
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
@@ -115,7 +117,7 @@ def train(model, optimizer, allocator, steps, before_step=None, between=None):
     if isinstance(model, FSDPModule):
         share, rank = dist.get_world_size(), dist.get_rank()
     for step in steps:
-        own = batches(step)[rank::share]
+        own = batches(step, model.head.lora_A.dtype)[rank::share]
         for i, (x, target) in enumerate(own):
             if share > 1:
                 model.set_requires_gradient_sync(i == len(own) - 1)
@@ -396,6 +398,58 @@ def by_hand(is_sharded=True):
         allocator.step(step)
         optimizer.zero_grad()
     allocator.orth_reg = orth_reg(model, 0.1).detach()
+    return outcome(model, allocator)
+
+
+def refused():
+    """What is refused, by name: the error."""
+    model, allocator, optimizer = made()
+    train(model, optimizer, allocator, range(1, STEPS + 1))
+    errors = {"shrink": error_of(allocator.shrink, optimizer)}
+    shrunk = net()
+    other = allocator_of(shrunk)
+    other.load_state_dict({**allocator.state_dict(), "shrunk": True})
+    before = other.state_dict()
+    fresh = made()
+    errors["load of a shrunk one"] = error_of(fresh[1].load_state_dict, before)
+    mesh = init_device_mesh("cpu", (2,))
+    for name, change in {
+        "partial": lambda p: DTensor.from_local(p, mesh, [Partial()], run_check=False),
+        "3-D": lambda p: distribute_tensor(p.unsqueeze(0), mesh, [Replicate()]),
+    }.items():
+        wrong = net()
+        wrong.head.lora_B = nn.Parameter(change(wrong.head.lora_B.detach()))
+        errors[name] = error_of(allocator_of, wrong)
+    return errors
+
+
+def refused_meshes():
+    """Adapters on two meshes that divide four processes in different ways."""
+    model = net()
+    fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model.blocks[1], mesh=mesh_of("hsdp"))
+    return error_of(allocator_of, model)
+
+
+def error_of(function, *arguments):
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def partly_trained(is_sharded=True, dtype=torch.float64):
+    """A block that is skipped has no gradients, and one adapter is frozen."""
+    model = net(dtype=dtype)
+    model.blocks[1].is_skipped = True
+    model.blocks[0].down.lora_E.requires_grad_(False)
+    allocator = allocator_of(model, state_dtype=torch.bfloat16)
+    if is_sharded:
+        shard(model)
+    optimizer = adamw(model)
+    allocator.attach(optimizer)
+    train(model, optimizer, allocator, range(1, STEPS + 1))
     return outcome(model, allocator)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adalora_kernels import RankAllocator, SVDLinear
-from adalora_kernels.allocator import attach, devices, state
+from adalora_kernels.allocator import devices, state
 
 STEPS = 20
 SCHEDULE = {"target_r": 3, "total_step": STEPS, "tinit": 2, "tfinal": 5, "deltaT": 2}
@@ -27,8 +27,7 @@ SCHEDULE = {"target_r": 3, "total_step": STEPS, "tinit": 2, "tfinal": 5, "deltaT
 def said_to_be_apart(monkeypatch):
     """Let parameters be on different devices by what stands in `place`, which tests set."""
     place = {}
-    for module in (attach, devices, state):
-        monkeypatch.setattr(module, "device_of", lambda p: place.get(id(p), p.device))
+    monkeypatch.setattr(devices, "device_of", lambda p: place.get(id(p), p.device))
     return place
 
 

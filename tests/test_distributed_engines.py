@@ -1,5 +1,6 @@
 """Accelerate and the Trainer with FSDP2: the training of one process, its checkpoints and files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def assert_same_files(folder, expected, names):
         assert actual.keys() == wanted.keys()
         for key, tensor in wanted.items():
             assert torch.allclose(actual[key], tensor, rtol=1e-9, atol=1e-9), (name, key)
+        configs = (Path(each, name, "adapter_config.json") for each in (folder, expected))
+        one, other = (json.loads(path.read_text()) for path in configs)
+        assert one == other
 
 
 def test_trainer_is_one_process_and_exports(trained_alone, tmp_path):

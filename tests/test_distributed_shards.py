@@ -1,7 +1,10 @@
 """Adapters that FSDP2 shards are trained, pruned and regularised as those of one process."""
 
+import re
+
 import pytest
 import shards_runs
+import torch
 from ranks import on_ranks
 
 
@@ -135,3 +138,33 @@ def test_a_step_sends_what_the_page_says(world, placement):
             if step == 22 or (4 < step < 22 and step % 4 == 0):
                 expected.append(scores)
             assert sent == expected, step
+
+
+@pytest.mark.full
+def test_what_is_refused():
+    for errors in on_ranks(2, "shards_runs:refused"):
+        for name, words in {
+            "shrink": "ValueError: shrink.* needs whole adapters",
+            "load of a shrunk one": "ValueError: state is of a model that was shrunk",
+            "partial": "ValueError: .*Partial",
+            "3-D": "ValueError: the parameters of head.lora_E",
+        }.items():
+            assert re.match(words, errors[name]), (name, errors[name])
+    for error in on_ranks(4, "shards_runs:refused_meshes"):
+        assert error.startswith("ValueError: the adapters are sharded over device meshes"), error
+
+
+@pytest.mark.full
+def test_what_is_not_trained_stays():
+    results = on_ranks(2, "shards_runs:partly_trained")
+    expected = shards_runs.partly_trained(is_sharded=False)
+    assert len(expected["summary"]["untrained"]) == 3
+    assert_same(results, expected)
+
+
+@pytest.mark.full
+def test_float32_adapters_with_bfloat16_averages():
+    results = on_ranks(4, "shards_runs:partly_trained", {"dtype": torch.float32})
+    expected = shards_runs.partly_trained(is_sharded=False, dtype=torch.float32)
+    assert len({result["hash"] for result in results}) == 1
+    assert results[0]["summary"] == expected["summary"]

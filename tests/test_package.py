@@ -33,7 +33,8 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps", "shards", "devices"},
+    {"members", "steps", "devices"},
+    {"shards"},
 ]
 DISTRIBUTED = [{"replicas", "engines", "stages"}, {"shards", "groups"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]

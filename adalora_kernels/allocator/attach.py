@@ -19,7 +19,7 @@ from ..distributed.engines import Triples, why_lacking
 from ..distributed.groups import Group
 from ..distributed.replicas import GradientSync, average
 from ..orthogonality import orth_reg_grad_
-from .devices import Devices, device_of
+from .devices import Devices, regularise_
 from .processes import AmongProcesses
 from .steps import Steps
 
@@ -193,24 +193,12 @@ class FollowsOptimizers(AmongProcesses):
         weight = self.orth_reg_weight
         if self._state.stages is not None:
             weight = self._weight_here(weight)
-        self.orth_reg = self._regularise(weight, grad_scale_of(optimizer))
+        scale = grad_scale_of(optimizer)
+        if isinstance(self._state.shards, Devices):
+            self.orth_reg = regularise_(self.adapters_left, weight, scale)
+        else:
+            self.orth_reg = orth_reg_grad_(self.adapters_left, weight, grad_scale=scale)
         return self.orth_reg
-
-    def _regularise(self, weight: float, grad_scale: Tensor | None) -> Tensor:
-        """Add the regulariser's gradient on each device; its value is on the first one."""
-        adapters, home = self.adapters_left, self._device
-        if not isinstance(self._state.shards, Devices):
-            return orth_reg_grad_(adapters, weight, grad_scale=grad_scale)
-        groups: dict[torch.device, list[Adapter]] = {}
-        for adapter in adapters:
-            groups.setdefault(device_of(adapter.lora_E), []).append(adapter)
-        values = []
-        for group in groups.values():
-            device = group[0].lora_E.device
-            scale = None if grad_scale is None else grad_scale.to(device)
-            share = weight * len(group) / len(adapters)
-            values.append(orth_reg_grad_(group, share, grad_scale=scale).to(home))
-        return torch.stack(values).sum()
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._steps.ends(optimizer):

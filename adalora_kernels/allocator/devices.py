@@ -8,8 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import triplets_there
+from ..adapters import Adapter, triplets_there
+from ..distributed.shards import any_dtensor
+from ..orthogonality import orth_reg_grad_
 from ..reference import triplet_scores
+from .shards import Shards
 
 T = TypeVar("T")
 
@@ -181,3 +184,38 @@ class Devices:
 def _of(each: Sequence[T], adapters: Sequence[int]) -> list[T]:
     """Of something for each parameter, that of some adapters."""
     return [each[3 * i + k] for i in adapters for k in range(3)]
+
+
+def layout_of(parameters: Sequence[Tensor]) -> Shards | Devices | None:
+    """What knows where parts of the adapters are that are not in one place."""
+    if any_dtensor(parameters):
+        return Shards(parameters)
+    return Devices(parameters) if len(set(map(device_of, parameters))) > 1 else None
+
+
+def check_devices(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError if adapters are on devices that can't be allocated together."""
+    devices = {p.device for p in parameters}
+    has_meta = any(device.type == "meta" for device in devices)
+    if len(devices) > 1 and (has_meta or any_dtensor(parameters)):
+        kind = "some of them meta" if has_meta else "sharded"
+        raise ValueError(
+            "model must have all its adapters on one device, or on several of one process, got "
+            f"{', '.join(sorted(map(str, devices)))}, {kind}"
+        )
+
+
+def regularise_(adapters: Sequence[Adapter], weight: float, grad_scale: Tensor | None) -> Tensor:
+    """`orth_reg_grad_` of adapters that may be on several devices; its value is on the first."""
+    groups: dict[torch.device, list[Adapter]] = {}
+    for adapter in adapters:
+        groups.setdefault(device_of(adapter.lora_E), []).append(adapter)
+    if len(groups) < 2:
+        return orth_reg_grad_(adapters, weight, grad_scale=grad_scale)
+    values = []
+    for group in groups.values():
+        device = group[0].lora_E.device
+        scale = None if grad_scale is None else grad_scale.to(device)
+        share = weight * len(group) / len(adapters)
+        values.append(orth_reg_grad_(group, share, grad_scale=scale).to(adapters[0].lora_E.device))
+    return torch.stack(values).sum()

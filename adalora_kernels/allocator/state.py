@@ -14,7 +14,7 @@ from ..adapters import triplets_there
 from ..distributed.shards import any_dtensor, local_grads, whole_tensor
 from ..distributed.stages import Stages
 from ..reference import flat_averages, flat_views
-from .devices import Devices, are_apart, device_of
+from .devices import Devices, are_apart, check_devices, layout_of
 from .members import Members
 from .shards import Shards
 
@@ -69,12 +69,12 @@ class AllocatorState:
     _views: tuple[list[Tensor], list[Tensor]] | None
 
     def __init__(self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype) -> None:
-        _check_devices(parameters)
+        check_devices(parameters)
         if narrow_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype = narrow_dtype
-        self.shards = _layout_of(parameters)
+        self.shards = layout_of(parameters)
         self.stages: Stages | None = None
         self._make(parameters)
 
@@ -191,7 +191,7 @@ class AllocatorState:
 
     def _shard(self, parameters: Sequence[Tensor]) -> None:
         """Divide the averages as the parameters are now. Processes talk if they were divided."""
-        shards = _layout_of(parameters)
+        shards = layout_of(parameters)
         former = self.shards
         if isinstance(shards, Shards) and isinstance(former, Shards) and shards.lies_as(former):
             self.shards = shards
@@ -212,7 +212,7 @@ class AllocatorState:
         shards = self.shards
         is_whole = shards is None and not any_dtensor(parameters)
         if is_whole and self.scores.is_meta and not parameters[0].is_meta:
-            self.shards = _layout_of(parameters)
+            self.shards = layout_of(parameters)
             self._make(parameters)
             return False
         if is_whole:
@@ -231,7 +231,7 @@ class AllocatorState:
         self.bring_scores_together()
         before = self._averages_of_parameters()
         if self.shards is not None:
-            self.shards = _layout_of(parameters)  # which has tensors of its own on the device
+            self.shards = layout_of(parameters)  # which has tensors of its own on the device
         self.scores = self.scores.to(device, dtype)
         if self._has_averages:
             self.make_averages(parameters)
@@ -399,25 +399,6 @@ class AllocatorState:
             getattr(self, name).copy_(whole_tensor(saved[name]))
         self.members.load(saved)
         self.members.look(parameters[1::3])
-
-
-def _layout_of(parameters: Sequence[Tensor]) -> Shards | Devices | None:
-    """What knows where parts of the adapters are that are not in one place."""
-    if any_dtensor(parameters):
-        return Shards(parameters)
-    return Devices(parameters) if len(set(map(device_of, parameters))) > 1 else None
-
-
-def _check_devices(parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError if adapters are on devices that can't be allocated together."""
-    devices = {p.device for p in parameters}
-    has_meta = any(device.type == "meta" for device in devices)
-    if len(devices) > 1 and (has_meta or any_dtensor(parameters)):
-        kind = "some of them meta" if has_meta else "sharded"
-        raise ValueError(
-            "model must have all its adapters on one device, or on several of one process, got "
-            f"{', '.join(sorted(map(str, devices)))}, {kind}"
-        )
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -412,7 +412,10 @@ def _in_order(dtensor: Any) -> list[tuple[int, int]]:
             continue
         dim = _divided_dim(placement)
         if dim is None:
-            raise ValueError(f"an adapter's parameter has the placement {placement}")
+            raise ValueError(
+                f"an adapter's parameter {tuple(dtensor.shape)} has the placement {placement!r}: "
+                "only Shard and Replicate can be trained"
+            )
         dim = dim % dtensor.dim()
         if getattr(placement, "split_factor", 1) == 1:
             first.append((mesh_dim, dim))
