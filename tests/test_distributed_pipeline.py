@@ -42,6 +42,26 @@ def test_stages_share_one_budget(world, cases):
 
 
 @pytest.mark.full
+def test_stages_have_replicas():
+    results = on_ranks(4, "pipeline_runs:train_replicas_of_stages")
+    expected = train(1, None)
+    for result in (r["attached"] for r in results):
+        for name, flags in result["pattern"].items():
+            assert flags == expected["pattern"][name], name
+        for name, value in result["values"].items():
+            wanted = expected["values"][name]
+            assert (value - wanted).norm() <= 1e-9 * wanted.norm(), name
+
+
+@pytest.mark.full
+def test_pefts_models_share_a_budget():
+    results = on_ranks(2, "pipeline_runs:pefts_stages")
+    assert [targets for targets, _ in results] == [[12, 12]] * 2
+    first, second = (rank for _, rank in results)
+    assert first + second == 12 and first > second
+
+
+@pytest.mark.full
 def test_what_shares_no_budget_is_refused():
     for said in on_ranks(2, "pipeline_runs:mistakes"):
         assert said["the same"].startswith("ValueError: process_group is for processes with diff")
