@@ -4,6 +4,8 @@ import pytest
 from pipeline_runs import RANKS, STEPS, train
 from ranks import on_ranks
 
+from adalora_kernels.allocator.members import Members
+
 
 @pytest.mark.parametrize(
     ("world", "cases"),
@@ -71,3 +73,13 @@ def test_what_shares_no_budget_is_refused():
         assert said["synced"].startswith("ValueError: sync_gradients=True would average over the s")
         assert said["updated"].startswith("RuntimeError: update() does not bring")
         assert said["alone"] == "no error" and said["budget alone"]
+
+
+def test_a_stage_of_which_nothing_is_trained_takes_no_part():
+    members = Members([2, 3], torch.device("cpu"))
+    lora_E = [torch.zeros(r, 1, requires_grad=True) for r in (2, 3)]
+    members.look(lora_E)
+    assert members.taking == [True, True]
+    members.others_had = True
+    members.look(lora_E)
+    assert members.taking == [False, False] and not members.in_play.any()
