@@ -1,6 +1,7 @@
 """One budget over the stages of a pipeline: the ranks are those of one process."""
 
 import pytest
+import torch
 from pipeline_runs import RANKS, STEPS, train
 from ranks import on_ranks
 
