@@ -64,8 +64,15 @@ def importance_update_(
         torch._foreach_add_([scores_of[i // 3] for i in group], means.unbind())
 
 
+def triplet_norms(params: list[Tensor]) -> Tensor:
+    """As `reference.triplet_norms`."""
+    squares = triplet_squares(params)
+    A, E, B = (torch.cat(squares[i::3]) for i in range(3))
+    return A.sqrt_() * E.sqrt_() * B.sqrt_()
+
+
 def triplet_squares(params: list[Tensor]) -> list[Tensor]:
-    """The sum of squares of each triplet's part of each parameter; `reference.triplet_norms`.
+    """The sum of squares of each triplet's part of each parameter.
 
     Args:
         params: lora_A (r, in), lora_E (r, 1) and lora_B (out, r) of each adapter in turn.

@@ -48,24 +48,37 @@ def numbers_of(rank, world):
     return [list(part) for part in torch.arange(len(RANKS)).tensor_split(world)][rank]
 
 
-def train(world, rank, attached=True, group=None):
-    """Train as one stage of `world`, or the whole in one process (rank None)."""
+def train(world, rank, attached=True, group=None, replicas=None, half=None):
+    """Train as one stage of `world`, or the whole in one process (rank None).
+
+    With `replicas`, a process group, over one half of the micro-batches.
+    """
     torch.manual_seed(0)
     numbers = range(len(RANKS)) if rank is None else numbers_of(rank, world)
     model = Layers(numbers)
     optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
     allocator = RankAllocator(
-        model, orth_reg_weight=0.1 if attached else 0.0, process_group=group, **SCHEDULE
+        model,
+        orth_reg_weight=0.1 if attached else 0.0,
+        process_group=group,
+        check_replicas=replicas or False,
+        **SCHEDULE,
     )
     if attached:
-        allocator.attach(optimizer)
+        allocator.attach(optimizer, sync_gradients=replicas or False)
     schedule = None
     if rank is not None:
-        stage = PipelineStage(model, rank, world, torch.device("cpu"))
-        schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=loss_of)
+        stage = PipelineStage(model, rank, world, torch.device("cpu"), group=group)
+        count = MICRO_BATCHES if half is None else MICRO_BATCHES // 2
+        schedule = ScheduleGPipe(stage, count, loss_fn=loss_of)
     budgets, skipped = [], 0
     for step in range(1, STEPS + 1):
-        run(model, schedule, rank, world, *batch(step, torch.float64))
+        data = batch(step, torch.float64)
+        if half is not None:
+            data = [t.chunk(2)[half] for t in data]
+        run(model, schedule, rank, world, *data)
+        if replicas is not None:
+            allocator.sync_gradients()  # The schedule has divided the gradients after its backward.
         optimizer.step()
         if not attached:
             if step == 9 and "4" in model.layers:
@@ -100,6 +113,57 @@ def train_stages(cases):
         case: train(world, rank, attached=case == "attached", group=dist.group.WORLD)
         for case in cases
     }
+
+
+def train_replicas_of_stages():
+    """Two pipelines of two stages, each over half of the data."""
+    rank = dist.get_rank()
+    pipelines = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    replicas = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    half, stage = divmod(rank, 2)
+    return {"attached": train(2, stage, group=pipelines[half], replicas=replicas[stage], half=half)}
+
+
+def pefts_stages():
+    """The budgets of PEFT's models that share one, and which triplets live at the end."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    from adalora_kernels.peft import apply
+
+    torch.manual_seed(0)
+    own, rank = nn.ModuleDict(), dist.get_rank()
+    for i in (rank, rank + 10):
+        own[f"layer{i}"] = nn.Linear(16, 16)
+    schedule = {"tinit": 2, "tfinal": 3, "total_step": 12}
+    config = AdaLoraConfig(init_r=6, target_r=3, target_modules=list(own), **schedule)
+    model = get_peft_model(Row(own), config)
+    allocator = apply(model, process_group=dist.group.WORLD).allocator
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    allocator.attach(optimizer)
+    targets = [allocator.schedule.target_budget]
+    for step in range(1, 13):
+        # The first process has far larger gradients, and so keeps more.
+        (model(batch(step)[0]).square().mean() * (100.0 if rank == 0 else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 6:
+            state = allocator.state_dict()
+            allocator.detach()
+            allocator.load_state_dict(state)
+            allocator.attach(optimizer)
+            targets.append(allocator.schedule.target_budget)
+    return targets, sum(allocator.ranks().values())
+
+
+class Row(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = torch.tanh(layer(x))
+        return x
 
 
 def mistakes():

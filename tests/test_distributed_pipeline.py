@@ -1,8 +1,11 @@
 """One budget over the stages of a pipeline: the ranks are those of one process."""
 
 import pytest
+import torch
 from pipeline_runs import RANKS, STEPS, train
 from ranks import on_ranks
+
+from adalora_kernels.allocator.members import Members
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,26 @@ def test_stages_share_one_budget(world, cases):
 
 
 @pytest.mark.full
+def test_stages_have_replicas():
+    results = on_ranks(4, "pipeline_runs:train_replicas_of_stages")
+    expected = train(1, None)
+    for result in (r["attached"] for r in results):
+        for name, flags in result["pattern"].items():
+            assert flags == expected["pattern"][name], name
+        for name, value in result["values"].items():
+            wanted = expected["values"][name]
+            assert (value - wanted).norm() <= 1e-9 * wanted.norm(), name
+
+
+@pytest.mark.full
+def test_pefts_models_share_a_budget():
+    results = on_ranks(2, "pipeline_runs:pefts_stages")
+    assert [targets for targets, _ in results] == [[12, 12]] * 2
+    first, second = (rank for _, rank in results)
+    assert first + second == 12 and first > second
+
+
+@pytest.mark.full
 def test_what_shares_no_budget_is_refused():
     for said in on_ranks(2, "pipeline_runs:mistakes"):
         assert said["the same"].startswith("ValueError: process_group is for processes with diff")
@@ -51,3 +74,13 @@ def test_what_shares_no_budget_is_refused():
         assert said["synced"].startswith("ValueError: sync_gradients=True would average over the s")
         assert said["updated"].startswith("RuntimeError: update() does not bring")
         assert said["alone"] == "no error" and said["budget alone"]
+
+
+def test_a_stage_of_which_nothing_is_trained_takes_no_part():
+    members = Members([2, 3], torch.device("cpu"))
+    lora_E = [torch.zeros(r, 1, requires_grad=True) for r in (2, 3)]
+    members.look(lora_E)
+    assert members.taking == [True, True]
+    members.others_had = True
+    members.look(lora_E)
+    assert members.taking == [False, False] and not members.in_play.any()

@@ -34,7 +34,8 @@ ALLOCATOR = [
     {"begin"},
     {"report"},
     {"state", "shrink", "reminder", "schedule"},
-    {"members", "steps", "shards"},
+    {"members", "steps", "devices"},
+    {"shards"},
 ]
 DISTRIBUTED = [
     {"deepspeed", "replicas", "engines", "stages", "tensor_parallel", "local_layer"},

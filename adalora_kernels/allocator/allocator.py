@@ -443,8 +443,9 @@ class RankAllocator(FollowsOptimizers):
                     "model and the allocator, load both into a model that is not sharded, call "
                     "shrink() there, and shard it then"
                 )
-            lora_E: list[Tensor] = [*self._whole_parameters()[1::3]]
-            self._shrink(self._state.mask | (torch.cat(lora_E) != 0).squeeze(1), optimizer)
+            mask = self._state.mask
+            lora_E = [E.to(mask.device) for E in self._whole_parameters()[1::3]]
+            self._shrink(mask | (torch.cat(lora_E) != 0).squeeze(1), optimizer)
 
     def _shrink(self, kept: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         optimizers = [] if optimizer is None else chain(optimizer)

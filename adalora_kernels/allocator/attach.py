@@ -20,6 +20,7 @@ from ..distributed.engines import Triples, why_lacking
 from ..distributed.groups import Group
 from ..distributed.replicas import GradientSync, average
 from ..orthogonality import orth_reg_grad_
+from .devices import Devices, regularise_
 from .engine import FollowsEngines
 from .processes import AmongProcesses
 from .steps import Steps
@@ -226,9 +227,11 @@ class FollowsOptimizers(FollowsEngines):
         weight = self.orth_reg_weight
         if self._state.stages is not None:
             weight = self._weight_here(weight)
-        self.orth_reg = orth_reg_grad_(
-            self.adapters_left, weight, grad_scale=grad_scale_of(optimizer)
-        )
+        scale = grad_scale_of(optimizer)
+        if isinstance(self._state.shards, Devices):
+            self.orth_reg = regularise_(self.adapters_left, weight, scale)
+        else:
+            self.orth_reg = orth_reg_grad_(self.adapters_left, weight, grad_scale=scale)
         return self.orth_reg
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -63,7 +63,7 @@ def _cut_(
     parameter: nn.Parameter, states: Iterable[dict[str, Any]], dim: int, alive: Tensor
 ) -> None:
     """Keep the `alive` indices along `dim` of a parameter, its gradient and its optimizer state."""
-    shape, grad = parameter.shape, parameter.grad
+    shape, grad, alive = parameter.shape, parameter.grad, alive.to(parameter.device)
     parameter.grad = None
     parameter.data = parameter.data.index_select(dim, alive)
     if grad is not None:

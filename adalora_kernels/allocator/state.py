@@ -13,8 +13,9 @@ from .. import ops
 from ..adapters import triplets_there
 from ..distributed.shards import any_dtensor, local_grads, whole_tensor
 from ..distributed.stages import Stages
-from ..importance import triplet_squares
+from ..importance import triplet_norms
 from ..reference import flat_averages, flat_views
+from .devices import Devices, are_apart, check_devices, layout_of
 from .members import Members
 from .shards import Shards
 
@@ -58,7 +59,8 @@ class AllocatorState:
         budget: how many triplets may live at the current step, (1,) int64.
         prunes: whether the current step prunes, (1,) bool.
         members: which triplets compete.
-        shards: where the parts of sharded parameters lie; None where none is a DTensor.
+        shards: where the parts of sharded parameters lie, or the adapters of a model that is on
+            several devices; None where none is a DTensor and all are on one device.
         stages: the processes whose adapters have the same budget, if there are such.
 
     Raises:
@@ -79,17 +81,12 @@ class AllocatorState:
     def __init__(
         self, parameters: Sequence[Tensor], narrow_dtype: torch.dtype, importance: str = "paper"
     ) -> None:
-        devices = {p.device for p in parameters}
-        if len(devices) > 1:
-            raise ValueError(
-                "model must have all its adapters on one device, "
-                f"got {', '.join(sorted(map(str, devices)))}"
-            )
+        check_devices(parameters)
         if narrow_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be float32 or bfloat16, got {narrow_dtype}")
         self.ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
         self._narrow_dtype, self.importance = narrow_dtype, importance
-        self.shards = Shards(parameters) if any_dtensor(parameters) else None
+        self.shards = layout_of(parameters)
         self.stages: Stages | None = None
         self._make(parameters)
 
@@ -112,7 +109,8 @@ class AllocatorState:
         else:
             self.make_averages(parameters)
         self.scores.zero_()
-        self._own_scores.zero_()
+        if self.shards is not None:
+            self._own_scores.copy_(self.shards.scores_of(*self._averages()))
         self._are_apart = False
         self.skipped.zero_()
         self.prunes.zero_()
@@ -153,9 +151,8 @@ class AllocatorState:
             self.drop_averages()
             return
         parts = parameters if self.shards is None else self.shards.parts(parameters)
-        self.exp_avg_ipt, self.exp_avg_unc = (
-            flat_averages(parts, self._narrow_dtype) for _ in range(2)
-        )
+        make = self.shards.new_averages if isinstance(self.shards, Devices) else flat_averages
+        self.exp_avg_ipt, self.exp_avg_unc = (make(parts, self._narrow_dtype) for _ in range(2))
         self._averaged = [torch.empty_like(p.detach(), device="meta") for p in parts]
         self._has_averages = True
         self._own_scores = self.scores.new_zeros(0 if self.shards is None else self.shards.count)
@@ -211,8 +208,9 @@ class AllocatorState:
 
     def _shard(self, parameters: Sequence[Tensor]) -> None:
         """Divide the averages as the parameters are now. Processes talk if they were divided."""
-        shards = Shards(parameters) if any_dtensor(parameters) else None
-        if shards is not None and self.shards is not None and shards.lies_as(self.shards):
+        shards = layout_of(parameters)
+        former = self.shards
+        if isinstance(shards, Shards) and isinstance(former, Shards) and shards.lies_as(former):
             self.shards = shards
             return
         self.bring_scores_together()
@@ -229,11 +227,19 @@ class AllocatorState:
             Whether they have been sharded since.
         """
         shards = self.shards
-        if any_dtensor(parameters) if shards is None else not shards.holds(parameters):
+        is_whole = shards is None and not any_dtensor(parameters)
+        if is_whole and self.scores.is_meta and not parameters[0].is_meta:
+            self.shards = layout_of(parameters)
+            self._make(parameters)
+            return False
+        if is_whole:
+            if are_apart(parameters):
+                self._shard(parameters)
+        elif shards is None or not shards.holds(parameters):
             self._shard(parameters)
         device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
         is_there = self.scores.device == device and self.scores.dtype == dtype
-        is_new = shards is None and self.shards is not None
+        is_new = shards is None and isinstance(self.shards, Shards)
         if is_there and not self._lie_elsewhere(parameters):
             return is_new
         if self.scores.is_meta:
@@ -242,7 +248,7 @@ class AllocatorState:
         self.bring_scores_together()
         before = self._averages_of_parameters()
         if self.shards is not None:
-            self.shards = Shards(parameters)  # which has tensors of its own on the device
+            self.shards = layout_of(parameters)  # which has tensors of its own on the device
         self.scores = self.scores.to(device, dtype)
         if self._has_averages:
             self.make_averages(parameters)
@@ -292,9 +298,7 @@ class AllocatorState:
         if self.shards is not None:
             self.scores.copy_(self.shards.norms(parameters, self.scores.dtype))
             return
-        squares = triplet_squares(list(parameters))
-        A, E, B = (torch.cat(squares[i::3]).to(self.scores.dtype).sqrt() for i in range(3))
-        self.scores.copy_(A * E * B)
+        self.scores.copy_(triplet_norms(list(parameters)))
 
     def bring_scores_together(self) -> None:
         """Let `scores` be those of whole triplets. Processes talk where they are not yet."""
@@ -388,7 +392,7 @@ class AllocatorState:
             raise ValueError(
                 f"state is of a run with importance {by!r}, this one has {self.importance!r}"
             )
-        if saved["shrunk"] and not like["shrunk"] and self.shards is not None:
+        if saved["shrunk"] and not like["shrunk"] and isinstance(self.shards, Shards):
             raise ValueError(
                 "state is of a model that was shrunk, and these adapters are sharded: load it into "
                 "the model before that is sharded"
@@ -411,7 +415,7 @@ class AllocatorState:
             actual = [t.shape for t in value] if isinstance(value, list) else value.shape
             if actual != shape:
                 raise ValueError(f"state has {key} of shape {actual}, expected {shape}")
-        if self.shards is not None and not saved["frozen"]:
+        if isinstance(self.shards, Shards) and not saved["frozen"]:
             named = ("exp_avg_ipt", "exp_avg_unc", "scores")
             if self.shards.are_parts_of_others(*(saved[name] for name in named)):
                 raise ValueError(

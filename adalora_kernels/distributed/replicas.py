@@ -138,9 +138,10 @@ class GradientSync:
             if grad is not None and grad._version != version:
                 self._versions.clear()
                 raise RuntimeError(
-                    "the gradients have been changed (clipped, for instance) since the last "
-                    "backward(), before they were averaged over the processes: call "
-                    "allocator.sync_gradients() after the last backward() and before clipping"
+                    "the gradients have been changed since the last backward() (clipped, or "
+                    "divided by a pipeline's schedule), before they were averaged over the "
+                    "processes: call allocator.sync_gradients() after the last backward(), before "
+                    "clipping and after schedule.step()"
                 )
 
     @torch.no_grad()
