@@ -39,6 +39,7 @@ ALLOCATOR = [
 ]
 DISTRIBUTED = [
     {"deepspeed", "replicas", "engines", "stages", "tensor_parallel", "local_layer"},
+    {"layout"},
     {"shards", "groups"},
 ]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
