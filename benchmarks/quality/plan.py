@@ -13,7 +13,8 @@ Results = dict[str, dict[str, Any]]
 
 def file_of(spec: Spec) -> str:
     """Where a run is kept, below the folder of results; all that it depends on by itself."""
-    rank = f"_r{spec['rank']}" if spec["rank"] else ""
+    first = f"{spec['init_r']}-" if spec["init_r"] else ""
+    rank = f"_r{first}{spec['rank']}" if spec["rank"] else ""
     name = f"{spec['method']}{rank}_{spec['rate']:g}_{spec['phase']}{spec['seed']}"
     return f"{spec['task']}/{name}.json"
 
