@@ -39,7 +39,7 @@ def small(task, names, rank=2, init_r=3, seeds=1, **changes):
 
 def one(study, method, **changes):
     """Carry out one run of a small study in this process."""
-    (spec, rates), *_ = plan.cells({**study["plan"][0], "methods": [method]}, study)
+    (spec, _, rates), *_ = plan.cells({**study["plan"][0], "methods": [method]}, study)
     return run.work({**spec, "rate": rates[0], "seed": 0, "phase": "test", **changes}, study)
 
 

@@ -79,7 +79,7 @@ def sensitivity(found: list[Cell], titles: dict[str, str]) -> str:
     """Tabulate the dev loss of seed 0 over the rates, with the chosen one marked."""
     rows = []
     for cell in found:
-        if not cell.tuned:
+        if not (cell.tuned and cell.has_own_rate):
             continue
         row = {"method": titles[cell.spec["method"]], "r": cell.spec["rank"] or "–"}
         for i, rate in enumerate(cell.rates):
@@ -148,7 +148,7 @@ def costs(study: dict[str, Any], results: Results, titles: dict[str, str]) -> It
     """Tabulate seconds and memory of a step, each the median over processes."""
     for entry in study["costs"]:
         rows, first = [], None
-        for spec, _ in cells(entry, study):
+        for spec, *_ in cells(entry, study):
             spec |= {"rate": 1e-4, "phase": "cost"}
             names = (file_of({**spec, "seed": i}) for i in range(entry["rounds"]))
             runs = [results[name] for name in names if name in results]
@@ -176,8 +176,8 @@ def unfinished(study: dict[str, Any], results: Results) -> str:
     """Tabulate which runs of the plan are not done."""
     rows = []
     for entry in study["plan"]:
-        for spec, rates in cells(entry, study):
-            cell = Cell(spec, rates, entry["seeds"], results)
+        for spec, tuned, rates in cells(entry, study):
+            cell = Cell(spec, tuned, rates, entry["seeds"], results)
             if len(cell.tuned) < len(rates) or len(cell.runs) < entry["seeds"]:
                 rows.append(
                     {
