@@ -198,6 +198,18 @@ def test_the_plan_asks_fresh_seeds_at_the_best_rate_only():
     ]
 
 
+def test_a_method_can_take_the_rate_of_another():
+    study = small("planted", ["ada-lora-at-loras-rate"])
+    found = list(plan.jobs(study, {}))
+    assert [s["method"] for s in found] == ["lora", "lora"], "it is not tuned itself"
+    losses = {0.002: 0.5, 0.004: 0.6}
+    results = {plan.file_of(s): {"dev": {"loss": losses[s["rate"]]}} for s in found}
+    fresh = [spec for spec in plan.jobs(study, results) if spec["phase"] == "test"]
+    assert [(s["method"], s["init_r"], s["rate"]) for s in fresh] == [
+        ("ada-lora-at-loras-rate", 3, 0.002)
+    ]
+
+
 def test_statistics_of_seeds():
     ours, theirs = {1: 1.0, 2: 2.0, 3: 4.0, 9: 7.0}, {1: 0.5, 2: 2.5, 3: 2.0, 4: 0.0}
     count, mean, error, p = figures.paired(ours, theirs)
