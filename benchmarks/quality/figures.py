@@ -66,6 +66,11 @@ def left_plateau(curve: Sequence[tuple[int, float]], share: float = 0.25) -> flo
     return next(below) if lowest < first else float("nan")
 
 
+def budget_of(spec: Spec) -> str:
+    """What the tables say of the ranks: init_r → target_r, or those of LoRA."""
+    return f"{spec['init_r']} → {spec['rank']}" if spec["init_r"] else f"{spec['rank'] or '–'}"
+
+
 class Cell:
     """One method on one task with one budget: its spec, the rate that was chosen, its runs.
 

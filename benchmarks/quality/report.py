@@ -14,6 +14,7 @@ from benchmarks.quality import pictures
 from benchmarks.quality.figures import (
     Cell,
     all_cells,
+    budget_of,
     correlation,
     left_plateau,
     mean_and_error,
@@ -61,7 +62,7 @@ def outcomes(found: list[Cell], titles: dict[str, str]) -> str:
         same = next(lora, None)
         row = {
             "method": titles[cell.spec["method"]],
-            "r": f"{cell.spec['init_r']} → {rank}" if cell.spec["init_r"] else rank or "–",
+            "r": budget_of(cell.spec),
             "rate": "–" if cell.rate is None else f"{cell.rate:g}",
             "seeds": f"{len(cell.runs)} of {cell.seeds}",
         }
@@ -81,7 +82,7 @@ def sensitivity(found: list[Cell], titles: dict[str, str]) -> str:
     for cell in found:
         if not (cell.tuned and cell.has_own_rate):
             continue
-        row = {"method": titles[cell.spec["method"]], "r": cell.spec["rank"] or "–"}
+        row = {"method": titles[cell.spec["method"]], "r": budget_of(cell.spec)}
         for i, rate in enumerate(cell.rates):
             run = cell.tuned.get(rate)
             loss = "–" if run is None else f"{run['dev']['loss']:.4f}" if run["dev"] else "diverged"
@@ -101,7 +102,7 @@ def patterns(found: list[Cell], titles: dict[str, str]) -> str:
         ranks = [list(run["ranks"].values()) for run in runs]
         row = {
             "method": titles[cell.spec["method"]],
-            "r": f"{cell.spec['init_r']} → {cell.spec['rank']}",
+            "r": budget_of(cell.spec),
             "seeds": len(runs),
             "ranks": f"{min(map(min, ranks))} to {max(map(max, ranks))}",
             "matrices without": _of((r.count(0) for r in ranks), 1),
@@ -134,7 +135,7 @@ def plateaus(found: list[Cell], titles: dict[str, str]) -> str:
     rows = [
         {
             "method": titles[cell.spec["method"]],
-            "r": cell.spec["rank"] or "–",
+            "r": budget_of(cell.spec),
             "rate": f"{cell.rate:g}",
             "step": _of((left_plateau(run["curve"]) for run in cell.runs.values()), 0),
         }
@@ -161,7 +162,7 @@ def costs(study: dict[str, Any], results: Results, titles: dict[str, str]) -> It
             rows.append(
                 {
                     "method": titles[spec["method"]],
-                    "r": f"{spec['init_r']} → {spec['rank']}" if spec["init_r"] else spec["rank"],
+                    "r": budget_of(spec),
                     "processes": len(runs),
                     "seconds per step": f"{np.median(time):.4f} ({min(time):.4f}-{max(time):.4f})",
                     "of LoRA's": f"{np.median(time) / first:.3f}",
@@ -183,7 +184,7 @@ def unfinished(study: dict[str, Any], results: Results) -> str:
                     {
                         "task": entry["task"],
                         "method": study["methods"][spec["method"]]["title"],
-                        "r": spec["rank"] or "–",
+                        "r": budget_of(spec),
                         "rates tried": f"{len(cell.tuned)} of {len(rates)}",
                         "fresh seeds": f"{len(cell.runs)} of {entry['seeds']}",
                     }
