@@ -140,7 +140,8 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     }
     names = ("test_importance.py", "test_flat_averages.py", "test_prune.py", "test_launcher.py")
     files = [__file__, *(ROOT / "tests" / name for name in names)]
-    chosen = "library-cpu or test_prune or (what_triton_does and not for_all)"
+    # Without the fork: up to GCC 13 this sanitizer's own locks do not survive one among threads.
+    chosen = "library-cpu or test_prune or (what_triton_does and not for_all and not fork)"
     test = [sys.executable, "-m", "pytest", "-x", *files, "-k", chosen]
     done = subprocess.run(test, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

@@ -47,8 +47,10 @@ def run(folder, scenarios):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("launcher"), SCENARIOS)
+def outcomes(tmp_path_factory, request):
+    items = (i for i in request.session.items if i.path == request.path)
+    chosen = {i.callspec.params["scenario"] for i in items if "scenario" in i.fixturenames}
+    return run(tmp_path_factory.mktemp("launcher"), [s for s in SCENARIOS if s in chosen])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

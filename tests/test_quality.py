@@ -39,7 +39,7 @@ def small(task, names, rank=2, init_r=3, seeds=1, **changes):
 
 def one(study, method, **changes):
     """Carry out one run of a small study in this process."""
-    (spec, rates), *_ = plan.cells({**study["plan"][0], "methods": [method]}, study)
+    (spec, _, rates), *_ = plan.cells({**study["plan"][0], "methods": [method]}, study)
     return run.work({**spec, "rate": rates[0], "seed": 0, "phase": "test", **changes}, study)
 
 
@@ -195,6 +195,18 @@ def test_the_plan_asks_fresh_seeds_at_the_best_rate_only():
         (1, "ada-lora", 0.004),
         (2, "lora", 0.004),
         (2, "ada-lora", 0.004),
+    ]
+
+
+def test_a_method_can_take_the_rate_of_another():
+    study = small("planted", ["ada-lora-at-loras-rate"])
+    found = list(plan.jobs(study, {}))
+    assert [s["method"] for s in found] == ["lora", "lora"], "it is not tuned itself"
+    losses = {0.002: 0.5, 0.004: 0.6}
+    results = {plan.file_of(s): {"dev": {"loss": losses[s["rate"]]}} for s in found}
+    fresh = [spec for spec in plan.jobs(study, results) if spec["phase"] == "test"]
+    assert [(s["method"], s["init_r"], s["rate"]) for s in fresh] == [
+        ("ada-lora-at-loras-rate", 3, 0.002)
     ]
 
 

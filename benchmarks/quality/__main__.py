@@ -61,7 +61,7 @@ def measure_cost(study: dict[str, Any], folder: Path) -> None:
     """Measure every method of the plan's costs in a process each, in turn, round after round."""
     for entry in study["costs"]:
         for seed in range(entry["rounds"]):
-            for spec, _ in cells(entry, study):
+            for spec, *_ in cells(entry, study):
                 spec |= {"rate": 1e-4, "seed": seed, "phase": "cost", "timed": entry["timed"]}
                 with pool_of(1) as pool:
                     result = pool.submit(run.work, spec, study).result()

@@ -66,14 +66,24 @@ def left_plateau(curve: Sequence[tuple[int, float]], share: float = 0.25) -> flo
     return next(below) if lowest < first else float("nan")
 
 
-class Cell:
-    """One method on one task with one budget: its spec, the rate that was chosen, its runs."""
+def budget_of(spec: Spec) -> str:
+    """What the tables say of the ranks: init_r → target_r, or those of LoRA."""
+    return f"{spec['init_r']} → {spec['rank']}" if spec["init_r"] else f"{spec['rank'] or '–'}"
 
-    def __init__(self, spec: Spec, rates: list[float], seeds: int, results: Results) -> None:
-        self.spec, self.rates, self.seeds = spec, rates, seeds
-        tuned = ({**spec, "rate": rate, "seed": 0, "phase": "tune"} for rate in rates)
-        self.tuned = {s["rate"]: results[file_of(s)] for s in tuned if file_of(s) in results}
-        self.rate = best_rate(spec, rates, results)
+
+class Cell:
+    """One method on one task with one budget: its spec, the rate that was chosen, its runs.
+
+    Its rate is chosen by the runs of `tuned`: its own spec, or that of another method.
+    """
+
+    def __init__(
+        self, spec: Spec, tuned: Spec, rates: list[float], seeds: int, results: Results
+    ) -> None:
+        self.spec, self.rates, self.seeds, self.has_own_rate = spec, rates, seeds, tuned == spec
+        tries = ({**tuned, "rate": rate, "seed": 0, "phase": "tune"} for rate in rates)
+        self.tuned = {s["rate"]: results[file_of(s)] for s in tries if file_of(s) in results}
+        self.rate = best_rate(tuned, rates, results)
         fresh = (
             {**spec, "rate": self.rate, "seed": i, "phase": "test"} for i in range(1, seeds + 1)
         )
@@ -97,6 +107,6 @@ def all_cells(study: dict[str, Any], results: Results) -> dict[str, list[Cell]]:
     """The cells of the plan, by task."""
     found: dict[str, list[Cell]] = {}
     for entry in study["plan"]:
-        for spec, rates in cells(entry, study):
-            found.setdefault(entry["task"], []).append(Cell(spec, rates, entry["seeds"], results))
+        for cell in cells(entry, study):
+            found.setdefault(entry["task"], []).append(Cell(*cell, entry["seeds"], results))
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.quality.figures import Cell, mean_and_error
+from benchmarks.quality.figures import Cell, budget_of, mean_and_error
 
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
 _COLUMNS = 2
@@ -46,7 +46,8 @@ def _draw_curves(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
     for one, ((task, rank), found) in zip(axes, panels.items(), strict=False):
         for cell in found:
             steps, losses = cell.curve()
-            label = f"{titles[cell.spec['method']]} ({len(losses)})"
+            budget = f", {budget_of(cell.spec)}" if cell.spec["init_r"] else ""
+            label = f"{titles[cell.spec['method']]}{budget} ({len(losses)})"
             line = one.plot(steps, losses.mean(0), label=label)[0]
             one.fill_between(steps, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
         one.set_title(f"{task}, r = {rank}: training loss, least to most (seeds)", fontsize=8)
@@ -55,14 +56,19 @@ def _draw_curves(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
     _save(figure, folder, "curves")
 
 
+def _kind_of(cell: Cell) -> tuple[str, float]:
+    """The method, and how many times its final rank it begins with: a line over the budgets."""
+    return cell.spec["method"], cell.spec["init_r"] / cell.spec["rank"]
+
+
 def _draw_budgets(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
     """Draw the test loss with standard errors over the budget, and over the rates on dev."""
     shown = {task: [c for c in found if c.spec["rank"]] for task, found in by_task.items()}
     figure, axes = _figure(2 * len(shown), 3.6)
     for i, (task, found) in enumerate(shown.items()):
         budgets, rates = axes[2 * i : 2 * i + 2]
-        for method in dict.fromkeys(cell.spec["method"] for cell in found):
-            own = [cell for cell in found if cell.spec["method"] == method]
+        for method, share in dict.fromkeys(map(_kind_of, found)):
+            own = [cell for cell in found if _kind_of(cell) == (method, share)]
             points = [
                 (c.spec["rank"], *mean_and_error([*c.metric("loss").values()]))
                 for c in own
@@ -70,15 +76,14 @@ def _draw_budgets(by_task: ByTask, titles: dict[str, str], folder: Path) -> None
             ]
             if points:
                 x, y, error = np.array(sorted(points)).T
-                budgets.errorbar(
-                    x, y, np.nan_to_num(error), marker="o", capsize=3, label=titles[method]
-                )
+                label = titles[method] + (f", init_r = {share:g} r" if share else "")
+                budgets.errorbar(x, y, np.nan_to_num(error), marker="o", capsize=3, label=label)
             for cell in own:
                 known = {
                     r: run["dev"]["loss"] for r, run in sorted(cell.tuned.items()) if run["dev"]
                 }
                 if method in _SHOWN and known:
-                    label = f"{titles[method]}, r = {cell.spec['rank']}"
+                    label = f"{titles[method]}, r = {budget_of(cell.spec)}"
                     rates.plot([*known], [*known.values()], marker="o", label=label)
         budgets.set_title(f"{task}: test loss over r", fontsize=8)
         rates.set_title(f"{task}: dev loss over the learning rate", fontsize=8)
@@ -113,7 +118,7 @@ def _draw_ranks(by_task: ByTask, titles: dict[str, str], folder: Path) -> None:
         figure.colorbar(one.imshow(grid, cmap="Blues", vmin=0, aspect="auto"), ax=one)
         one.set_yticks(range(len(kinds)), kinds)
         spec = cell.spec
-        title = f"{spec['task']}, {titles[spec['method']]}, {spec['init_r']} → {spec['rank']}"
+        title = f"{spec['task']}, {titles[spec['method']]}, {budget_of(spec)}"
         one.set_title(title, fontsize=8)
     _save(figure, folder, "ranks")
 

@@ -13,24 +13,31 @@ Results = dict[str, dict[str, Any]]
 
 def file_of(spec: Spec) -> str:
     """Where a run is kept, below the folder of results; all that it depends on by itself."""
-    rank = f"_r{spec['rank']}" if spec["rank"] else ""
+    first = f"{spec['init_r']}-" if spec["init_r"] else ""
+    rank = f"_r{first}{spec['rank']}" if spec["rank"] else ""
     name = f"{spec['method']}{rank}_{spec['rate']:g}_{spec['phase']}{spec['seed']}"
     return f"{spec['task']}/{name}.json"
 
 
-def cells(entry: dict[str, Any], study: dict[str, Any]) -> Iterator[tuple[Spec, list[float]]]:
-    """Each method of an entry of the plan, with the rates to choose from."""
+def cells(entry: dict[str, Any], study: dict[str, Any]) -> Iterator[tuple[Spec, Spec, list[float]]]:
+    """Each method of an entry of the plan, whose rate it takes, and the rates to choose from.
+
+    Whose is its own, or that of the method in its `rate_of`.
+    """
     for name in entry["methods"]:
-        method = study["methods"][name]
-        is_adalora = method["kind"] == "adalora"
-        has_rank = is_adalora or method["kind"] == "lora"
-        spec = {
-            "task": entry["task"],
-            "method": name,
-            "rank": entry["rank"] if has_rank else 0,
-            "init_r": entry["init_r"] if is_adalora else 0,
-        }
-        yield spec, study["tasks"][entry["task"]]["rates"][method["rates"]]
+        tuned = study["methods"][name].get("rate_of", name)
+        rates = study["tasks"][entry["task"]]["rates"][study["methods"][tuned]["rates"]]
+        yield _spec(entry, name, study), _spec(entry, tuned, study), rates
+
+
+def _spec(entry: dict[str, Any], name: str, study: dict[str, Any]) -> Spec:
+    kind = study["methods"][name]["kind"]
+    return {
+        "task": entry["task"],
+        "method": name,
+        "rank": entry["rank"] if kind in ("lora", "adalora") else 0,
+        "init_r": entry["init_r"] if kind == "adalora" else 0,
+    }
 
 
 def best_rate(spec: Spec, rates: list[float], results: Results) -> float | None:
@@ -53,9 +60,9 @@ def jobs(study: dict[str, Any], results: Results) -> Iterator[Spec]:
     """
     for entry in study["plan"]:
         found = list(cells(entry, study))
-        for spec, rates in found:
-            yield from ({**spec, "rate": rate, "seed": 0, "phase": "tune"} for rate in rates)
-        chosen = [(spec, best_rate(spec, rates, results)) for spec, rates in found]
+        for _, tuned, rates in found:
+            yield from ({**tuned, "rate": rate, "seed": 0, "phase": "tune"} for rate in rates)
+        chosen = [(spec, best_rate(tuned, rates, results)) for spec, tuned, rates in found]
         for seed in range(1, entry["seeds"] + 1):
             for spec, rate in chosen:
                 if rate is not None:
@@ -65,7 +72,7 @@ def jobs(study: dict[str, Any], results: Results) -> Iterator[Spec]:
 def config_of(spec: Spec, study: dict[str, Any]) -> dict[str, Any]:
     """The task and the method of a run, without the rates to choose from."""
     parts = {"task": study["tasks"][spec["task"]], "method": study["methods"][spec["method"]]}
-    left_out = ("rates", "title")
+    left_out = ("rates", "rate_of", "title")
     return {k: {n: v for n, v in part.items() if n not in left_out} for k, part in parts.items()}
 
 

@@ -14,6 +14,7 @@ from benchmarks.quality import pictures
 from benchmarks.quality.figures import (
     Cell,
     all_cells,
+    budget_of,
     correlation,
     left_plateau,
     mean_and_error,
@@ -61,7 +62,7 @@ def outcomes(found: list[Cell], titles: dict[str, str]) -> str:
         same = next(lora, None)
         row = {
             "method": titles[cell.spec["method"]],
-            "r": f"{cell.spec['init_r']} → {rank}" if cell.spec["init_r"] else rank or "–",
+            "r": budget_of(cell.spec),
             "rate": "–" if cell.rate is None else f"{cell.rate:g}",
             "seeds": f"{len(cell.runs)} of {cell.seeds}",
         }
@@ -79,9 +80,9 @@ def sensitivity(found: list[Cell], titles: dict[str, str]) -> str:
     """Tabulate the dev loss of seed 0 over the rates, with the chosen one marked."""
     rows = []
     for cell in found:
-        if not cell.tuned:
+        if not (cell.tuned and cell.has_own_rate):
             continue
-        row = {"method": titles[cell.spec["method"]], "r": cell.spec["rank"] or "–"}
+        row = {"method": titles[cell.spec["method"]], "r": budget_of(cell.spec)}
         for i, rate in enumerate(cell.rates):
             run = cell.tuned.get(rate)
             loss = "–" if run is None else f"{run['dev']['loss']:.4f}" if run["dev"] else "diverged"
@@ -101,7 +102,7 @@ def patterns(found: list[Cell], titles: dict[str, str]) -> str:
         ranks = [list(run["ranks"].values()) for run in runs]
         row = {
             "method": titles[cell.spec["method"]],
-            "r": f"{cell.spec['init_r']} → {cell.spec['rank']}",
+            "r": budget_of(cell.spec),
             "seeds": len(runs),
             "ranks": f"{min(map(min, ranks))} to {max(map(max, ranks))}",
             "matrices without": _of((r.count(0) for r in ranks), 1),
@@ -134,7 +135,7 @@ def plateaus(found: list[Cell], titles: dict[str, str]) -> str:
     rows = [
         {
             "method": titles[cell.spec["method"]],
-            "r": cell.spec["rank"] or "–",
+            "r": budget_of(cell.spec),
             "rate": f"{cell.rate:g}",
             "step": _of((left_plateau(run["curve"]) for run in cell.runs.values()), 0),
         }
@@ -148,7 +149,7 @@ def costs(study: dict[str, Any], results: Results, titles: dict[str, str]) -> It
     """Tabulate seconds and memory of a step, each the median over processes."""
     for entry in study["costs"]:
         rows, first = [], None
-        for spec, _ in cells(entry, study):
+        for spec, *_ in cells(entry, study):
             spec |= {"rate": 1e-4, "phase": "cost"}
             names = (file_of({**spec, "seed": i}) for i in range(entry["rounds"]))
             runs = [results[name] for name in names if name in results]
@@ -161,7 +162,7 @@ def costs(study: dict[str, Any], results: Results, titles: dict[str, str]) -> It
             rows.append(
                 {
                     "method": titles[spec["method"]],
-                    "r": f"{spec['init_r']} → {spec['rank']}" if spec["init_r"] else spec["rank"],
+                    "r": budget_of(spec),
                     "processes": len(runs),
                     "seconds per step": f"{np.median(time):.4f} ({min(time):.4f}-{max(time):.4f})",
                     "of LoRA's": f"{np.median(time) / first:.3f}",
@@ -176,14 +177,14 @@ def unfinished(study: dict[str, Any], results: Results) -> str:
     """Tabulate which runs of the plan are not done."""
     rows = []
     for entry in study["plan"]:
-        for spec, rates in cells(entry, study):
-            cell = Cell(spec, rates, entry["seeds"], results)
+        for spec, tuned, rates in cells(entry, study):
+            cell = Cell(spec, tuned, rates, entry["seeds"], results)
             if len(cell.tuned) < len(rates) or len(cell.runs) < entry["seeds"]:
                 rows.append(
                     {
                         "task": entry["task"],
                         "method": study["methods"][spec["method"]]["title"],
-                        "r": spec["rank"] or "–",
+                        "r": budget_of(spec),
                         "rates tried": f"{len(cell.tuned)} of {len(rates)}",
                         "fresh seeds": f"{len(cell.runs)} of {entry['seeds']}",
                     }
