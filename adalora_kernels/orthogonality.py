@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import ops, reference
 from .adapters import Adapter, find_adapters
 from .checks import as_grad_scale, as_weight, check_floating, shape_of
-from .distributed.shards import Layout, any_dtensor, local_grads
+from .distributed.layout import Layout
+from .distributed.shards import any_dtensor, local_grads, local_tensors
 from .fusing import why_plain
 
 Pairs: TypeAlias = nn.Module | Iterable[tuple[Tensor, Tensor] | Adapter]
@@ -197,13 +198,13 @@ def _sharded_total(
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum over all matrices, and its gradients, times `factor`, of what this process holds."""
     dims = [0] * count + [1] * (len(tensors) - count)
-    matrices = layout.gather_vectors(layout.locals(tensors), dims)
+    matrices = layout.gather_vectors(local_tensors(tensors), dims)
     products = [_zero(matrices).view(1, 1)[:0, :0]] * len(matrices)  # of those of rank 0
     for stack in _stacks(matrices, count):
         for i, product in zip(stack.members, stack.products().unbind(), strict=True):
             products[i] = product
     total, slopes = _penalties(layout.sum_products(products, dims), squared)
-    gradients = list(layout.locals(tensors))  # of rank 0 there is nothing else
+    gradients = list(local_tensors(tensors))  # of rank 0 there is nothing else
     for stack in _stacks(matrices, count):
         slope = torch.stack([slopes[i] for i in stack.members])
         if factor is not None:

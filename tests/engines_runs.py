@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
-from shards_runs import MICRO_BATCHES, STEPS, adamw, batches, net, outcome
+from shards_runs import MICRO_BATCHES, STEPS, adamw, batches, net, outcome, train
 from shards_runs import allocator_of as made_for
 from torch.distributed.fsdp import fully_shard
 from trainer_runs import STEPS as TRAINER_STEPS
 from trainer_runs import collated, make, rows, save_every, trainer_of
 from transformers import Trainer
 
-from adalora_kernels.export import export_lora, load_adapter, save_adapter
+from adalora_kernels.export import export_lora, load_adapter, load_state, save_adapter, save_state
 from adalora_kernels.peft import allocator_of, apply
 
 
@@ -112,6 +112,34 @@ def pefts_loop(out, is_sharded=True):
     allocator.orth_reg = torch.zeros(())
     assert outcome(other, allocator)["hash"] == before["hash"]
     return before
+
+
+def registered(folder, outputs):
+    """`register_for_checkpointing`: what Accelerate writes holds one process's shards.
+
+    Returns the error of loading it, and whether the allocator is as it was; then the same with
+    what `save_state` writes, which is whole.
+    """
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    model = net(outputs=outputs)
+    allocator, optimizer = made_for(model), adamw(model)
+    accelerator = told_of_fsdp(Accelerator(cpu=True), "Block")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    allocator.attach(optimizer)
+    train(model, optimizer, allocator, range(1, 8))
+    accelerator.register_for_checkpointing(allocator)
+    accelerator.save_state(folder)
+    save_state(allocator, os.path.join(folder, "allocator.safetensors"))
+    accelerator.wait_for_everyone()
+    before = outcome(model, allocator)["hash"]
+    error = None
+    try:
+        accelerator.load_state(folder)
+    except ValueError as raised:
+        error = str(raised)
+    unchanged = outcome(model, allocator)["hash"] == before
+    allocator.load_state_dict(load_state(os.path.join(folder, "allocator.safetensors")))
+    return {"error": error, "same": [unchanged, outcome(model, allocator)["hash"] == before]}
 
 
 def with_accelerate(attach="before", **options):

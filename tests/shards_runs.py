@@ -49,10 +49,10 @@ class Net(nn.Module):
     are 2, 2, 2 and 0); and 10 columns can't be divided evenly.
     """
 
-    def __init__(self, r=6, dtype=torch.float64):
+    def __init__(self, r=6, dtype=torch.float64, outputs=3):
         super().__init__()
         self.blocks = nn.ModuleList(Block(8, 10, r, dtype) for _ in range(2))
-        self.head = SVDLinear(8, 3, r=r, dtype=dtype)
+        self.head = SVDLinear(8, outputs, r=r, dtype=dtype)
 
     def forward(self, x):
         for block in self.blocks:
@@ -123,7 +123,7 @@ def train(model, optimizer, allocator, steps, before_step=None, between=None):
                 model.set_requires_gradient_sync(i == len(own) - 1)
                 if between == "unsharded":
                     model.set_reshard_after_backward(i == len(own) - 1)
-            ((model(x) - target).square().mean() / len(own)).backward()
+            ((model(x)[..., :3] - target).square().mean() / len(own)).backward()
         if before_step is not None:
             before_step(step)
         optimizer.step()
@@ -244,33 +244,39 @@ def with_inf(at=(3, 4, 9)):
     return {"changed": changed, "skipped": skipped, "hash": outcome(model, allocator)["hash"]}
 
 
-def save(folder, at):
-    """Train until a step, and save with torch.distributed.checkpoint; then train to the end."""
+def save(folder, steps):
+    """Train, and save with torch.distributed.checkpoint after some steps."""
     model, allocator, optimizer = made()
-    train(model, optimizer, allocator, range(1, at + 1))
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
-    dcp.save(state, checkpoint_id=folder)
-    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
+    for before, at in zip([0, *steps], [*steps, STEPS], strict=True):
+        train(model, optimizer, allocator, range(before + 1, at + 1))
+        if at in steps:
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+            dcp.save(state, checkpoint_id=f"{folder}/{at}")
     return outcome(model, allocator)
 
 
-def resume(folder, at, is_sharded=True, frozen=False):
-    """Load what `save` has written into a new model, sharded or not, and train to the end."""
-    model = net()
-    allocator = allocator_of(model)
-    if is_sharded:
-        shard(model)
-    optimizer = adamw(model)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
-    # A frozen pattern has no averages, which those of a new allocator are not found among.
-    planner = DefaultLoadPlanner(allow_partial_load=frozen)
-    dcp.load(state, checkpoint_id=folder, planner=planner)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    allocator.attach(optimizer)
-    train(model, optimizer, allocator, range(at + 1, STEPS + 1))
-    return outcome(model, allocator)
+def resume(folder, steps, is_sharded=True):
+    """Load each of what `save` has written into a new model, and train to the end."""
+    results = []
+    for at in steps:
+        model = net()
+        allocator = allocator_of(model)
+        if is_sharded:
+            shard(model)
+        optimizer = adamw(model)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state, "allocator": allocator}
+        # A final pattern has no averages; a new allocator looks for them.
+        planner = DefaultLoadPlanner(allow_partial_load=at >= allocator.schedule.final_step)
+        dcp.load(state, checkpoint_id=f"{folder}/{at}", planner=planner)
+        set_state_dict(
+            model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+        )
+        allocator.attach(optimizer)
+        train(model, optimizer, allocator, range(at + 1, STEPS + 1))
+        results.append(outcome(model, allocator))
+    return results
 
 
 def placements_on(mesh_dims, factor):
@@ -299,7 +305,12 @@ def placements_on(mesh_dims, factor):
     }[factor]
 
 
-def placed(mesh_dims, r=6):
+def placed(cases):
+    """What `placed_in` says of each case."""
+    return [placed_in(*case) for case in cases]
+
+
+def placed_in(mesh_dims, r):
     """Steps by hand on given gradients, with an adapter for each way of placing its factors.
 
     The same by a model without DTensors: the differences, and both patterns.

@@ -30,6 +30,15 @@ def test_accelerate_is_one_process(options, alone):
     assert_same(on_ranks(2, "engines_runs:with_accelerate", options), alone)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("outputs", [3, 4], ids=["of-other-shapes", "of-the-same-shapes"])
+def test_what_accelerate_pickles_of_one_process_is_refused(outputs, tmp_path):
+    arguments = {"folder": str(tmp_path), "outputs": outputs}
+    for result in on_ranks(2, "engines_runs:registered", arguments):
+        assert result["error"] is not None and "save_state" in result["error"]
+        assert result["same"] == [True, True]
+
+
 @pytest.fixture(scope="module")
 def trained_alone(tmp_path_factory):
     """The Trainer in one process with twice the accumulation: what it returns, and its folder."""

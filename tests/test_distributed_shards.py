@@ -1,11 +1,14 @@
 """Adapters that FSDP2 shards are trained, pruned and regularised as those of one process."""
 
 import re
+import weakref
 
 import pytest
 import shards_runs
 import torch
 from ranks import on_ranks
+
+from adalora_kernels.distributed import shard_placement
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +70,13 @@ def test_regulariser_in_the_loss_is_one_process(world):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("world", "mesh_dims", "r"), [(2, 1, 6), (4, 1, 6), (4, 1, 1), (4, 2, 6), (4, 2, 3)]
-)
-def test_any_placement_is_one_process(world, mesh_dims, r):
-    for result in on_ranks(world, "shards_runs:placed", {"mesh_dims": mesh_dims, "r": r}):
-        assert result["error"] <= 1e-12
-        assert result["patterns"][0] == result["patterns"][1] == result["patterns"][2]
+@pytest.mark.parametrize(("world", "cases"), [(2, [(1, 6)]), (4, [(1, 6), (1, 1), (2, 6), (2, 3)])])
+def test_any_placement_is_one_process(world, cases):
+    """The cases: dimensions of the mesh, and the rank."""
+    for results in on_ranks(world, "shards_runs:placed", {"cases": cases}):
+        for result in results:
+            assert result["error"] <= 1e-12
+            assert result["patterns"][0] == result["patterns"][1] == result["patterns"][2]
 
 
 @pytest.mark.full
@@ -81,12 +84,10 @@ def test_mixed_precision_prunes_the_same(alone):
     assert_all_same(2, [{"policy": "mixed"}], alone, bound=1e-4)
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
-def test_inf_on_one_process_makes_all_skip(world):
-    results = on_ranks(world, "shards_runs:with_inf")
+def test_inf_on_one_process_makes_all_skip():
+    results = on_ranks(4, "shards_runs:with_inf")
     assert len({result["hash"] for result in results}) == 1
     for result in results:
-        # The learning ends at 22, the pattern is not looked at here.
         assert result["skipped"] == [0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]
     learns = [step not in (3, 4, 9) for step in range(1, 12)]
     holders = [result["changed"] for result in results if any(result["changed"])]
@@ -94,16 +95,32 @@ def test_inf_on_one_process_makes_all_skip(world):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("at", [7, 21, 25], ids=["budgeting", "before-final", "frozen"])
-def test_checkpoint_of_two_goes_on_with_any_number(at, alone, tmp_path):
-    arguments = {"folder": str(tmp_path), "at": at}
+def test_checkpoints_of_two_go_on_with_any_number(alone, tmp_path):
+    # While it prunes; before the step that makes the pattern final; and after that.
+    arguments = {"folder": str(tmp_path), "steps": [7, 21, 25]}
     uninterrupted = on_ranks(2, "shards_runs:save", arguments)
     assert_same(uninterrupted, alone)
-    arguments["frozen"] = at >= 22
-    same = on_ranks(2, "shards_runs:resume", arguments)
-    assert {r["hash"] for r in same} == {r["hash"] for r in uninterrupted}
-    assert_same(on_ranks(4, "shards_runs:resume", arguments), alone)
-    assert_same(on_ranks(1, "shards_runs:resume", arguments | {"is_sharded": False}), alone)
+    for world in (2, 4, 1):
+        results = on_ranks(world, "shards_runs:resume", arguments | {"is_sharded": world > 1})
+        for resumed in zip(*results, strict=True):
+            assert_same(resumed, alone)
+            if world == 2:
+                assert resumed[0]["hash"] == uninterrupted[0]["hash"]
+
+
+def test_shard_placement():
+    model = shards_runs.net()
+    placement = shard_placement(model, 4)
+    for name, parameter in model.named_parameters():
+        expected = 1 if name.endswith("lora_A") and parameter.shape[1] % 4 == 0 else None
+        assert getattr(placement(parameter), "dim", None) == expected, name
+    gone = weakref.ref(model.head.lora_A)
+    del parameter, model
+    assert gone() is None and placement(torch.nn.Parameter(torch.zeros(2, 8))) is None
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        shard_placement(None, 2)
+    with pytest.raises(ValueError, match="world_size must be at least 1"):
+        shard_placement(torch.nn.Module(), 0)
 
 
 @pytest.mark.parametrize(

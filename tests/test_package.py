@@ -36,7 +36,7 @@ ALLOCATOR = [
     {"members", "steps", "devices"},
     {"shards"},
 ]
-DISTRIBUTED = [{"replicas", "engines", "stages"}, {"shards", "groups"}]
+DISTRIBUTED = [{"replicas", "engines", "stages"}, {"groups", "layout"}, {"shards"}]
 KERNELS = [{"tune", "encode"}, {"svd_linear"}, {"recipe"}, {"launch"}]
 PEFT = [{"model", "report"}, {"allocator"}, {"config", "layers"}, {"saving"}]
 EXPORT = [{"load", "save"}, {"adapter", "state"}, {"files"}]

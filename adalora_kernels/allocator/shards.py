@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed.shards import Layout, is_dtensor, local_grads, whole_tensor
+from ..distributed.layout import Layout
+from ..distributed.shards import is_dtensor, local_grads, local_tensors, whole_tensor
 from ..reference import triplet_scores
 
 # In which dimension lora_A, lora_E and lora_B count their triplets.
@@ -34,7 +35,7 @@ class Shards(Layout):
         # The parts that have entries at all, and for each parameter which of them is its own.
         self._held = [i for i, piece in enumerate(self.pieces) if piece.numel > 0]
         self._number = {i: number for number, i in enumerate(self._held)}
-        device = self.local(parameters[0]).device
+        device = local_tensors(parameters[:1])[0].device
         places: list[int] = []
         taken: list[int] = []
         weights: list[float] = []
@@ -63,7 +64,7 @@ class Shards(Layout):
 
     def parts(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """lora_A, lora_E and lora_B of each part that is here, as an adapter of its own."""
-        return self._as_adapters(self.locals([parameters[i] for i in self._held]))
+        return self._as_adapters(local_tensors([parameters[i] for i in self._held]))
 
     def _as_adapters(self, parts: Sequence[Tensor]) -> list[Tensor]:
         result = []
@@ -170,19 +171,43 @@ class Shards(Layout):
     def fill_(self, parts: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Copy a value of each parameter, in whatever way it is placed, to where `parts` lie."""
         for i, value in enumerate(values):
-            parameter: Any = self.tensors[i]
-            placed: Any = value
-            if (
-                is_dtensor(value)
-                and is_dtensor(parameter)
-                and placed.device_mesh == parameter.device_mesh
-                and placed.placements == parameter.placements
-            ):
-                part = self.local(value)
+            if self._is_placed_alike(value, i):
+                (part,) = local_tensors([value])
             else:
                 part = self.part(whole_tensor(value), i)
             if i in self._number:
                 parts[3 * self._number[i] + i % 3].copy_(part)
+
+    def _is_placed_alike(self, value: Any, i: int) -> bool:
+        parameter: Any = self.tensors[i]
+        return (
+            is_dtensor(value)
+            and is_dtensor(parameter)
+            and value.device_mesh == parameter.device_mesh
+            and value.placements == parameter.placements
+        )
+
+    def are_parts_of_others(
+        self, exp_avg_ipt: Sequence[Tensor], exp_avg_unc: Sequence[Tensor], scores: Tensor
+    ) -> bool:
+        """Whether saved DTensors hold what another process held, and not what this one holds.
+
+        They do where one process has pickled its own, and all have read that. The scores (n,) are
+        those of the whole then, and those that all processes find together are others.
+        """
+        both = (exp_avg_ipt, exp_avg_unc)
+        if not all(self._is_placed_alike(a, i) for each in both for i, a in enumerate(each)):
+            return False
+        held = [local_tensors(each) for each in both]
+        fits = all(a.shape == self.pieces[i].size for each in held for i, a in enumerate(each))
+        own = scores.new_zeros(self.count).to(self._places.device)
+        if fits:
+            parts = [self._as_adapters([each[i] for i in self._held]) for each in held]
+            own.copy_(self.scores_of(*parts))
+        together, scores = self.together(own), scores.to(own.device)
+        is_other = bool(scores.any()) and bool((together - scores).norm() > 0.01 * scores.norm())
+        flag = torch.tensor([is_other or not fits], dtype=torch.int32, device=own.device)
+        return bool(self.maximum(flag))
 
     def lies_as(self, other: Shards) -> bool:
         """Whether all processes hold the same of each parameter as by another one."""
@@ -190,7 +215,7 @@ class Shards(Layout):
 
     def write_zeros_(self, lora_E: Sequence[Tensor], dead: Tensor) -> None:
         """Write 0 into the lora_E of what is dead, (n,) bool, where this process holds it."""
-        held = [part for part in self.locals(lora_E) if part.numel() > 0]
+        held = [part for part in local_tensors(lora_E) if part.numel() > 0]
         if held:
             flat = torch.cat(held).masked_fill_(dead[self._rows].unsqueeze(1), 0.0)
             torch._foreach_copy_(held, flat.split_with_sizes([len(part) for part in held]))
@@ -203,7 +228,7 @@ class Shards(Layout):
             piece, factor = self.pieces[i], i % 3
             dim = _RANK_DIMS[factor]
             first = firsts[i // 3] + piece.offset[dim]
-            own = (self.local(parameters[i]) != 0).any(1 - dim).to(torch.int32)
+            own = (local_tensors([parameters[i]])[0] != 0).any(1 - dim).to(torch.int32)
             for row in flags if factor == 1 else flags[:1]:
                 row[first : first + len(own)] |= own
         whole = self.maximum(flags.view(-1)).view(2, self._n).bool()

@@ -383,6 +383,14 @@ class AllocatorState:
             actual = [t.shape for t in value] if isinstance(value, list) else value.shape
             if actual != shape:
                 raise ValueError(f"state has {key} of shape {actual}, expected {shape}")
+        if isinstance(self.shards, Shards) and not saved["frozen"]:
+            named = ("exp_avg_ipt", "exp_avg_unc", "scores")
+            if self.shards.are_parts_of_others(*(saved[name] for name in named)):
+                raise ValueError(
+                    "state has DTensors with the shards of another process: what torch.save "
+                    "(Accelerate's register_for_checkpointing) writes of sharded adapters is one "
+                    "process's only. Use torch.distributed.checkpoint or export.save_state"
+                )
         had = saved.get("had_gradient", self.ranks)
         if len(had) != len(self.ranks):
             raise ValueError(f"state has had_gradient of length {len(had)}, not {len(self.ranks)}")
