@@ -30,7 +30,7 @@ from adalora_kernels.distributed import (
     ReplicatedAdaLora,
     RowwiseAdaLora,
     adalora_plan,
-    shards,
+    layout,
 )
 
 STEPS = 30
@@ -231,7 +231,7 @@ def sent_by_steps():
 
         return call
 
-    places = (dist, "all_reduce"), (shards, "_all_gather")
+    places = (dist, "all_reduce"), (layout, "_all_gather")
     originals = [getattr(module, name) for module, name in places]
     report = []
     for step in range(1, 10):

@@ -166,7 +166,7 @@ def test_views_for_a_while_are_seen_and_parameters_again():
     del layer.lora_E
     layer.lora_E = view
     assert allocator._parameters()[4] is view
-    with pytest.raises(ValueError, match="sharded or flattened"):
+    with pytest.raises(ValueError, match="sharded by FullyShardedDataParallel"):
         allocator.advance(1)
     del layer.lora_E
     with pytest.raises(ValueError, match=r"layers\.1\.lora_E has been deleted, or"):

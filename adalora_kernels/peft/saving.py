@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, triplets_there
 from ..allocator import RankAllocator
-from ..distributed.shards import whole_tensor
+from ..distributed.shards import is_dtensor, whole_tensor
 
 # The three parameters of an adapter, and the dimension in which each counts its triplets.
 FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
@@ -239,6 +239,10 @@ def state_for_file(
         state_dict: parameters by PEFT's names, of the model itself or of another moment of it: it
             is these values that decide.
         checkpoint: whether the training goes on from it.
+
+    Raises:
+        ValueError: not a checkpoint, and the parameters are sharded: to gather them here would
+            wait for ever where only one process saves.
     """
     result = dict(state_dict)
     for layer in layers:
@@ -246,6 +250,12 @@ def state_for_file(
         keys = [key if key in result else f"base_model.model.{key}" for key in keys]
         if _is_elsewhere(layer, result[keys[1]]):
             continue
+        if not checkpoint and is_dtensor(result[keys[1]]):
+            raise ValueError(
+                f"state_dict has {keys[1]} as a DTensor: gather it first, in all processes "
+                "(torch's get_model_state_dict with full_state_dict=True), and hand it to "
+                "save_pretrained(state_dict=...) or get_peft_model_state_dict(state_dict=...)"
+            )
         chosen = layer.chosen(result[keys[1]], checkpoint=checkpoint)
         for key, (_, dim) in zip(keys, FACTORS, strict=True):
             form = layer.compact if checkpoint else layer.whole
