@@ -20,13 +20,26 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parent
 
 
+class Ended(NamedTuple):
+    """How a process ended that returned nothing: its exit code (-9 if killed), and its error."""
+
+    code: int
+    error: str
+
+
 def on_ranks(
-    world: int, function: str, arguments: dict[str, Any] | None = None, *, seconds: float = 120.0
+    world: int,
+    function: str,
+    arguments: dict[str, Any] | None = None,
+    *,
+    seconds: float = 120.0,
+    may_fail: bool = False,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call `"module:function"` on `world` processes; RuntimeError with their output if one fails.
 
@@ -34,12 +47,16 @@ def on_ranks(
         world: how many processes.
         function: a module below tests/, and the name of a function in it.
         arguments: its keyword arguments.
-        seconds: after which all are killed.
+        seconds: after which all are killed, which is a RuntimeError.
+        may_fail: leave the others alone when one fails; what a process does not return is an
+            `Ended` then.
+        backend: of the processes. With "nccl" each has the GPU of its own rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments or {}))
         paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-        command = [sys.executable, __file__, str(world), function, folder]
+        failing = "may fail" if may_fail else "all or none"
+        command = [sys.executable, __file__, str(world), function, folder, backend, failing]
         process = subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
@@ -54,32 +71,49 @@ def on_ranks(
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             raise RuntimeError(f"{function} hung for {seconds} s:\n{output}") from None
-        if process.returncode:
+        if process.returncode and not may_fail:
             raise RuntimeError(f"{function} failed:\n{output}")
-        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world)]
+        return [_result(Path(folder, str(rank)), output) for rank in range(world)]
 
 
-def _on_rank(rank: int, world: int, function: Any, folder: str) -> None:
+def _result(path: Path, output: str) -> Any:
+    """What a process has returned, or how it ended."""
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    code, error = path.with_suffix(".code"), path.with_suffix(".error")
+    if not code.exists():
+        raise RuntimeError(f"nothing is known of rank {path.name}:\n{output}")
+    return Ended(int(code.read_text()), error.read_text() if error.exists() else "")
+
+
+def _on_rank(rank: int, world: int, name: str, folder: str, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=60),
     )
-    result = function(**pickle.loads(Path(folder, "arguments").read_bytes()))
+    result = _function(name)(**pickle.loads(Path(folder, "arguments").read_bytes()))
     Path(folder, str(rank)).write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _main(world: int, name: str, folder: str) -> int:
+def _function(name: str) -> Any:
     module, _, function = name.partition(":")
-    called = getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(module), function)
+
+
+def _main(world: int, name: str, folder: str, backend: str, may_fail: bool) -> int:
+    if backend == "gloo":
+        _function(name)  # Each process that is forked has it then; but CUDA outlives no fork.
     children: dict[int, int] = {}
     for rank in range(world):
         child = os.fork()
@@ -87,10 +121,11 @@ def _main(world: int, name: str, folder: str) -> int:
             # torchrun's variables, which libraries read.
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             try:
-                _on_rank(rank, world, called, folder)
-            except BaseException:
+                _on_rank(rank, world, name, folder, backend)
+            except BaseException as error:
                 traceback.print_exc()
                 sys.stderr.flush()
+                Path(folder, f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
                 time.sleep(0.2)  # Let the others say what they have to say before they are killed.
                 os._exit(1)
             os._exit(0)
@@ -99,13 +134,16 @@ def _main(world: int, name: str, folder: str) -> int:
     while children:
         child, status = os.wait()
         rank = children.pop(child)
-        if status and not failed:
-            print(f"rank {rank} of {world} ended with status {status}", flush=True)
+        code = os.waitstatus_to_exitcode(status)
+        Path(folder, f"{rank}.code").write_text(str(code))
+        if code and not failed:
+            print(f"rank {rank} of {world} ended with {code}", flush=True)
             failed = 1
-            for other in children:
+            for other in () if may_fail else children:
                 os.kill(other, signal.SIGTERM)
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    _world, _name, _folder, _backend, _may_fail = sys.argv[1:]
+    sys.exit(_main(int(_world), _name, _folder, _backend, _may_fail == "may fail"))
