@@ -7,9 +7,12 @@ import torch.distributed as dist
 from helpers import batch, trainable
 from replicas_runs import error_of
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from adalora_kernels import RankAllocator, SVDLinear
+from adalora_kernels.distributed.shards import local_tensors, whole_tensor
 
 STEPS = 30
 SCHEDULE = {"target_r": 3, "total_step": STEPS, "tinit": 4, "tfinal": 6, "deltaT": 2}
@@ -48,14 +51,17 @@ def numbers_of(rank, world):
     return [list(part) for part in torch.arange(len(RANKS)).tensor_split(world)][rank]
 
 
-def train(world, rank, attached=True, group=None, replicas=None, half=None):
+def train(world, rank, attached=True, group=None, replicas=None, half=None, mesh=None):
     """Train as one stage of `world`, or the whole in one process (rank None).
 
-    With `replicas`, a process group, over one half of the micro-batches.
+    With `replicas`, a process group, or a `mesh` over which FSDP2 shards the stage, over one half
+    of the micro-batches.
     """
     torch.manual_seed(0)
     numbers = range(len(RANKS)) if rank is None else numbers_of(rank, world)
     model = Layers(numbers)
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
     allocator = RankAllocator(
         model,
@@ -81,15 +87,16 @@ def train(world, rank, attached=True, group=None, replicas=None, half=None):
             allocator.sync_gradients()  # The schedule has divided the gradients after its backward.
         optimizer.step()
         if not attached:
-            if step == 9 and "4" in model.layers:
-                # Seen by the stage that has it, and skipped by all.
-                model.layers["4"].lora_A.grad[0, 0] = math.inf
+            if step == 9 and "4" in model.layers and half != 0:
+                # Seen by one process of the stage that has it, and skipped by all.
+                local_tensors([model.layers["4"].lora_A.grad])[0][:1, 0] = math.inf
             budgets.append(allocator.step(step))
         optimizer.zero_grad()
         skipped = allocator.summary()["skipped_steps"]
     summary = allocator.summary()
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     return {
-        "values": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
+        "values": {n: whole_tensor(p) for n, p in trained.items()},
         "pattern": allocator.rank_pattern,
         "budgets": budgets,
         "skipped": skipped,
@@ -122,6 +129,17 @@ def train_replicas_of_stages():
     replicas = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     half, stage = divmod(rank, 2)
     return {"attached": train(2, stage, group=pipelines[half], replicas=replicas[stage], half=half)}
+
+
+def train_sharded_stages(cases):
+    """Two stages, each sharded over two processes, of which each has half of the data."""
+    stage, half = divmod(dist.get_rank(), 2)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
+    group, mesh = mesh["stage"].get_group(), mesh["shard"]
+    return {
+        case: train(2, stage, case == "attached", group=group, half=half, mesh=mesh)
+        for case in cases
+    }
 
 
 def pefts_stages():

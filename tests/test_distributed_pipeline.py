@@ -9,15 +9,18 @@ from adalora_kernels.allocator.members import Members
 
 
 @pytest.mark.parametrize(
-    ("world", "cases"),
+    ("world", "cases", "stages"),
     [
-        pytest.param(2, ["attached"], id="2", marks=pytest.mark.full),
-        pytest.param(2, ["by_hand"], id="2_by_hand", marks=pytest.mark.full),
-        pytest.param(4, ["attached", "by_hand"], id="4"),
+        pytest.param(2, ["attached"], "stages", id="2", marks=pytest.mark.full),
+        pytest.param(2, ["by_hand"], "stages", id="2_by_hand", marks=pytest.mark.full),
+        pytest.param(4, ["attached", "by_hand"], "stages", id="4"),
+        pytest.param(
+            4, ["attached", "by_hand"], "sharded_stages", id="4_sharded", marks=pytest.mark.full
+        ),
     ],
 )
-def test_stages_share_one_budget(world, cases):
-    results = on_ranks(world, "pipeline_runs:train_stages", {"cases": cases})
+def test_stages_share_one_budget(world, cases, stages):
+    results = on_ranks(world, f"pipeline_runs:train_{stages}", {"cases": cases})
     for case in cases:
         expected = train(1, None, attached=case == "attached")
         assert sum(map(sum, expected["pattern"].values())) == 3 * len(RANKS) + 3
@@ -38,7 +41,9 @@ def test_stages_share_one_budget(world, cases):
         assert seen == expected["values"].keys()
         assert error <= 1e-9, (case, error)
         if case == "attached":
+            # Sharded stages have two processes each, and each the whole of its stage.
             parts = sum(r[case]["orth_reg"] for r in results)
+            parts /= 2 if stages == "sharded_stages" else 1
             assert parts == pytest.approx(expected["orth_reg"], rel=1e-12)
         else:
             assert len(expected["budgets"]) == STEPS
