@@ -266,7 +266,6 @@ def by_accelerate(stage):
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
     model, rank, world = make_model(), dist.get_rank(), dist.get_world_size()
     config = config_of(stage, 2, gradient_clipping=0.05)

@@ -37,7 +37,6 @@ def config_of(stage):
 def prepare(folder, stage, accumulation=1, **options):
     world = dist.get_world_size()
     # What torchrun sets beside RANK and its like.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
     data = rows(STEPS * BATCH * accumulation * world)
     return trainer_of(

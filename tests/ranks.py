@@ -120,6 +120,7 @@ def _main(world: int, name: str, folder: str, backend: str, may_fail: bool) -> i
         if child == 0:
             # torchrun's variables, which libraries read.
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
             try:
                 _on_rank(rank, world, name, folder, backend)
             except BaseException as error:

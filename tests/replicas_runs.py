@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 
 import torch
 import torch.distributed as dist
@@ -276,7 +275,6 @@ def trainer_with_checkpointing(folder):
     from adalora_kernels.peft import allocator_of, apply
     from adalora_kernels.trainer import AdaLoraCallback
 
-    os.environ["MASTER_ADDR"] = "127.0.0.1"  # Accelerate asks for it, though all is connected.
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=99, num_hidden_layers=2, **sizes))

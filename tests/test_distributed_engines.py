@@ -20,11 +20,10 @@ def alone():
 @pytest.mark.parametrize(
     "options",
     [
-        {"attach": "before"},
         {"attach": "before", "cpu_ram_efficient_loading": True},
         {"attach": "after", "activation_checkpointing": True},
     ],
-    ids=["before", "before-meta", "after-checkpointing"],
+    ids=["before-meta", "after-checkpointing"],
 )
 def test_accelerate_is_one_process(options, alone):
     assert_same(on_ranks(2, "engines_runs:with_accelerate", options), alone)

@@ -13,7 +13,6 @@ FULL = pytest.mark.full
     ("world", "kind", "place", "step"),
     [
         (2, "sharded", "step", 13),
-        pytest.param(4, "sharded", "step", 13, marks=FULL),
         pytest.param(4, "sharded", "forward", 14, marks=FULL),
         # The others have begun to write a checkpoint, which is not the last whole one.
         pytest.param(2, "sharded", "save", 15, marks=FULL),
