@@ -26,7 +26,8 @@ def adapt(
         method: its entry in study.json. `kind` is "frozen", "full", "lora" or "adalora". Of LoRA,
             `pattern` is "uniform" (the default), "random" or "planted"; all have `rank` triplets
             per matrix on average. Of AdaLoRA: `start`, `regulariser`, `importance`, `reviving`,
-            `plain` (PEFT's own code, to compare the cost), and other fractions than SCHEDULE's.
+            `plain` (PEFT's own code, to compare the cost), `loras_alpha` (the lora_alpha that LoRA
+            of the final rank has, not its scaling), and other fractions than SCHEDULE's.
         rank, init_r: target_r, and for AdaLoRA init_r.
         steps: those of the whole training.
 
@@ -51,7 +52,7 @@ def adapt(
     config = AdaLoraConfig(
         init_r=init_r,
         target_r=rank,
-        lora_alpha=scaling * init_r,
+        lora_alpha=scaling * (rank if method.get("loras_alpha") else init_r),
         target_modules=task.kinds,
         orth_reg_weight=method["regulariser"],
         total_step=steps,
