@@ -26,7 +26,9 @@ def adapt(
         method: its entry in study.json. `kind` is "frozen", "full", "lora" or "adalora". Of LoRA,
             `pattern` is "uniform" (the default), "random" or "planted"; all have `rank` triplets
             per matrix on average. Of AdaLoRA: `start`, `regulariser`, `importance`, `reviving`,
-            `plain` (PEFT's own code, to compare the cost), and other fractions than SCHEDULE's.
+            `plain` (PEFT's own code, to compare the cost), `loras_alpha` (the lora_alpha that LoRA
+            of the final rank has, not its scaling), `even_steps` (such a lora_alpha that its first
+            steps are as large as LoRA's, docs/recipe.md), and other fractions than SCHEDULE's.
         rank, init_r: target_r, and for AdaLoRA init_r.
         steps: those of the whole training.
 
@@ -51,7 +53,7 @@ def adapt(
     config = AdaLoraConfig(
         init_r=init_r,
         target_r=rank,
-        lora_alpha=scaling * init_r,
+        lora_alpha=scaling * _alpha_per_scaling(method, rank, init_r),
         target_modules=task.kinds,
         orth_reg_weight=method["regulariser"],
         total_step=steps,
@@ -63,6 +65,13 @@ def adapt(
     report = adalora_kernels.peft.apply(adapted, start=method["start"])
     score_by(report.allocator, method.get("importance", "paper"), method.get("reviving", True))
     return adapted, report
+
+
+def _alpha_per_scaling(method: dict[str, Any], rank: int, init_r: int) -> float:
+    """What a method's lora_alpha is, divided by LoRA's scaling."""
+    if method.get("even_steps"):
+        return math.sqrt(rank * init_r)
+    return rank if method.get("loras_alpha") else init_r
 
 
 def _pattern(task: Task, model: nn.Module, pattern: str, rank: int) -> dict[str, int]:
