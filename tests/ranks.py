@@ -76,6 +76,21 @@ def on_ranks(
         return [_result(Path(folder, str(rank)), output) for rank in range(world)]
 
 
+def gpus_for_nccl() -> int:
+    """How many processes can talk over NCCL here, 1 or 2; skips the test where none can.
+
+    A single one makes all calls, too.
+    """
+    import pytest
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("needs a torch with NCCL")
+    return min(torch.cuda.device_count(), 2)
+
+
 def _result(path: Path, output: str) -> Any:
     """What a process has returned, or how it ended."""
     if path.exists():

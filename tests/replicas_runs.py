@@ -6,6 +6,7 @@ import hashlib
 import torch
 import torch.distributed as dist
 from helpers import Mlp, batch, trainable
+from shards_runs import device
 from torch import nn
 
 from adalora_kernels import RankAllocator, SVDLinear
@@ -42,7 +43,7 @@ class Mixed(nn.Module):
 
 def parts(step, count):
     """The batch of a step in `count` equal parts."""
-    x, target = batch(step, torch.float64)
+    x, target = (t.to(device()) for t in batch(step, torch.float64))
     return list(zip(x.chunk(count), target.chunk(count), strict=True))
 
 
@@ -67,7 +68,7 @@ def make(kind, noise=0):
     with torch.no_grad():
         for p in trainable(model):
             p += noise
-    return model
+    return model.to(device())
 
 
 def train(kind, world, rank, accumulate=1, clip=False, closure=False, explicit=False, noise=0):
@@ -109,8 +110,10 @@ def train(kind, world, rank, accumulate=1, clip=False, closure=False, explicit=F
 
 
 def result_of(model, allocator):
-    values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    everything = b"".join(t.numpy().tobytes() for t in [*values.values(), allocator._state.mask])
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    values = {n: p.cpu().clone() for n, p in trained.items()}
+    mask = allocator._state.mask.cpu()
+    everything = b"".join(t.numpy().tobytes() for t in [*values.values(), mask])
     return {
         "values": values,
         "ranks": allocator.ranks(),

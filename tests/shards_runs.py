@@ -60,12 +60,18 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def device():
+    """Where this process trains: on its GPU if the processes talk over NCCL."""
+    is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return "cuda" if is_nccl else "cpu"
+
+
 def batches(step, dtype=torch.float64):
     """The micro-batches of a step, the same for everybody who asks."""
     generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randn(MICRO_BATCHES, 5, 8, generator=generator, dtype=torch.float64).to(dtype)
-    target = torch.randn(MICRO_BATCHES, 5, 3, generator=generator, dtype=torch.float64).to(dtype)
-    return list(zip(x, target, strict=True))
+    x = torch.randn(MICRO_BATCHES, 5, 8, generator=generator, dtype=torch.float64)
+    target = torch.randn(MICRO_BATCHES, 5, 3, generator=generator, dtype=torch.float64)
+    return list(zip(x.to(device(), dtype), target.to(device(), dtype), strict=True))
 
 
 def net(**options):
@@ -75,7 +81,7 @@ def net(**options):
     for name, parameter in model.named_parameters():
         if "lora_E" in name:
             nn.init.normal_(parameter, std=0.1)
-    return model
+    return model.to(device())
 
 
 def allocator_of(model, **options):
@@ -92,7 +98,7 @@ def mesh_of(kind):
     world = dist.get_world_size()
     if kind == "hsdp":
         return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh("cpu", (world,))
+    return init_device_mesh(device(), (world,))
 
 
 def shard(model, kind="fsdp", placement="rows", policy="none"):
@@ -152,14 +158,14 @@ def whole(tensor):
 def outcome(model, allocator):
     """All trained parameters and the pattern; what each process holds, too, as a hash."""
     parameters = {
-        n.replace("_checkpoint_wrapped_module.", ""): whole(p.detach())
+        n.replace("_checkpoint_wrapped_module.", ""): whole(p.detach()).cpu()
         for n, p in model.named_parameters()
         if p.requires_grad
     }
     mask, scores = allocator._state.mask, allocator._state.scores
     digest = hashlib.sha256()
     for tensor in [*parameters.values(), mask, scores]:
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return {
         "parameters": parameters,
         "pattern": allocator.rank_pattern,

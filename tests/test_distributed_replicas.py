@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import Mlp
-from ranks import on_ranks
+from ranks import gpus_for_nccl, on_ranks
 from replicas_runs import CASES, STEPS, attached, train
 
 from adalora_kernels import RankAllocator
@@ -15,6 +15,19 @@ FULL = pytest.mark.full
 def distance(ours, theirs):
     a, b = (torch.cat([t.double().flatten() for t in r["values"].values()]) for r in (ours, theirs))
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.gpu
+def test_synced_replicas_over_nccl():
+    world = gpus_for_nccl()
+    results = on_ranks(
+        world, "replicas_runs:train_cases", {"names": ["accumulated"]}, backend="nccl"
+    )
+    expected = train(world=world, rank=None, **CASES["accumulated"])
+    for result in (r["accumulated"] for r in results):
+        assert result["hash"] == results[0]["accumulated"]["hash"]
+        assert result["ranks"] == expected["ranks"]
+        assert distance(result, expected) <= 1e-9
 
 
 @pytest.mark.parametrize(

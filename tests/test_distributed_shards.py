@@ -6,7 +6,7 @@ import weakref
 import pytest
 import shards_runs
 import torch
-from ranks import on_ranks
+from ranks import gpus_for_nccl, on_ranks
 
 from adalora_kernels.distributed import shard_placement
 
@@ -31,8 +31,9 @@ def assert_same(results, expected, bound=1e-9):
     assert summary["total_rank"] == summary["target_budget"] < summary["init_budget"]
 
 
-def assert_all_same(world, cases, expected, bound=1e-9):
-    results = on_ranks(world, "shards_runs:sharded", {"cases": cases}, seconds=300)
+def assert_all_same(world, cases, expected, bound=1e-9, backend="gloo"):
+    arguments = {"cases": cases}
+    results = on_ranks(world, "shards_runs:sharded", arguments, seconds=300, backend=backend)
     for number, case in enumerate(cases):
         try:
             assert_same([result[number] for result in results], expected, bound)
@@ -42,6 +43,12 @@ def assert_all_same(world, cases, expected, bound=1e-9):
 
 def test_fsdp2_is_one_process(alone):
     assert_all_same(2, [{"attach": "before"}], alone)
+
+
+@pytest.mark.gpu
+def test_fsdp2_over_nccl_is_one_process(alone):
+    cases = [{"attach": "before"}, {"placement": "in"}]
+    assert_all_same(gpus_for_nccl(), cases, alone, backend="nccl")
 
 
 IN = {"placement": "in"}
