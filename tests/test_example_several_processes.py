@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,22 +50,28 @@ def outcome(engine):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    process = subprocess.run(
+    process = subprocess.Popen(
         [*command, "--out", folder.name],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         cwd=REPO,
         env=os.environ | environment,
+        start_new_session=True,
     )
-    assert process.returncode == 0, process.stdout + process.stderr
+    try:
+        output, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # With the processes that it has started.
+        output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
     printed = re.findall(
-        r"^2 processes on cpu: loss ([\d.]+), after training ([\d.]+)$", process.stdout, re.M
+        r"^2 processes on cpu: loss ([\d.]+), after training ([\d.]+)$", output, re.M
     )
-    assert len(printed) == 1, process.stdout  # By the first process alone.
+    assert len(printed) == 1, output  # By the first process alone.
     before, after = map(float, printed[0])
-    assert f"'total_rank': {MATRICES * TARGET_R}," in process.stdout
-    assert re.search(rf"^loss in plain PEFT, .*: {after:.4f}$", process.stdout, re.M)
+    assert f"'total_rank': {MATRICES * TARGET_R}," in output
+    assert re.search(rf"^loss in plain PEFT, .*: {after:.4f}$", output, re.M)
     return folder, before, after
 
 
