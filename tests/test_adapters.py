@@ -6,7 +6,7 @@ from helpers import Mlp
 from loralib_twin import TwinLinear
 from torch import nn
 
-from adalora_kernels.adapters import find_adapters, refuse_sharded
+from adalora_kernels.adapters import find_adapters, refuse_flattened
 
 
 def test_ours_and_loralibs():
@@ -72,11 +72,11 @@ def test_refusal():
 )
 def test_what_is_no_whole_parameter_is_refused(factor, value):
     model = Mlp()
-    refuse_sharded(find_adapters(model))
+    refuse_flattened(find_adapters(model))
     adapters = find_adapters(model)
     setattr(model.layers[0], factor, nn.Parameter(value))
-    with pytest.raises(ValueError, match=r"layers\.0\.lora_E .*sharded or flattened \(FSDP"):
-        refuse_sharded(adapters)
+    with pytest.raises(ValueError, match=r"layers\.0\.lora_E .*FullyShardedDataParallel \(FSDP1"):
+        refuse_flattened(adapters)
 
 
 def test_views_and_nothing_in_the_place_of_parameters_are_refused():
@@ -85,7 +85,7 @@ def test_views_and_nothing_in_the_place_of_parameters_are_refused():
     view = layer.lora_A.detach()
     del layer.lora_A
     with pytest.raises(ValueError, match=r"layers\.1\.lora_E has been deleted, or .*FSDP"):
-        refuse_sharded(adapters)
+        refuse_flattened(adapters)
     layer.lora_A = view
     with pytest.raises(ValueError, match="sharded"):
-        refuse_sharded(adapters)
+        refuse_flattened(adapters)

@@ -375,7 +375,8 @@ class AllocatorState:
             "scores": self.scores.clone(),
             "mask": self.mask.clone(),
             "skipped": self.skipped.clone(),
-            "importance": self.importance,
+            # Without it, a state is one of "paper", as those of earlier versions are.
+            **({} if self.importance == "paper" else {"importance": self.importance}),
             **self.members.state(),
         }
 
