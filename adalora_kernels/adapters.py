@@ -183,6 +183,28 @@ def triplets_there(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A != 0).any(1) | (lora_E != 0).any(1) | (lora_B != 0).any(0)
 
 
+def taking_part(
+    trained: Sequence[bool], had_gradient: Sequence[bool], ranks: Sequence[int], any_had: bool
+) -> list[bool]:
+    """Which adapters take part in the allocation.
+
+    Those that need a gradient and, once any has had one, have had one, too. Without a triplet there
+    may be no gradient either.
+
+    Args:
+        trained: which need a gradient.
+        had_gradient: which have had one since the run began.
+        ranks: the number of triplets of each.
+        any_had: whether one of all that share the budget has had one.
+    """
+    if not any_had:
+        return list(trained)
+    return [
+        needs and (had or rank == 0)
+        for needs, had, rank in zip(trained, had_gradient, ranks, strict=True)
+    ]
+
+
 def refuse_flattened(adapters: Sequence[Adapter]) -> None:
     """Raise ValueError if lora_A is not (r, in), lora_E not (r, 1) or lora_B not (out, r).
 

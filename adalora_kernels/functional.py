@@ -289,30 +289,20 @@ def _on_shards(*arguments: Any) -> Tensor | None:
     return on_shards(_seeded, ops.dropout_seed, *arguments)
 
 
-def _seeded(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Any,
-    A: Tensor,
-    E: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """`svd_linear`, or `svd_delta` where a base is given, with the seed of the dropout if any."""
-    options: dict[str, Any] = {"mask": mask, "scaling": scaling}
+def _seeded(x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Any, *rest: Any) -> Tensor:
+    """`svd_linear`, or `svd_delta` where a base is given, with the seed of the dropout if any.
+
+    `rest` is A, E, B, mask, scaling, dropout_p and the seed, as the ops take them.
+    """
+    *factors, mask, scaling, _, seed = rest
     if weight is None:
         if seed is None:
-            return svd_delta(base, x, A, E, B, **options)
-        y, _ = torch.ops.adalora.svd_delta(base, x, A, E, B, mask, scaling, dropout_p, seed)
+            return svd_delta(base, x, *factors, mask=mask, scaling=scaling)
+        y, _ = torch.ops.adalora.svd_delta(base, x, *rest)
     else:
         if seed is None:
-            return svd_linear(x, weight, A, E, B, bias=bias, **options)
-        tensors = x, weight, bias, A, E, B, mask
-        y, _ = torch.ops.adalora.svd_linear(*tensors, scaling, dropout_p, seed)
+            return svd_linear(x, weight, *factors, bias=bias, mask=mask, scaling=scaling)
+        y, _ = torch.ops.adalora.svd_linear(x, weight, bias, *rest)
     return y  # type: ignore[no-any-return]
 
 

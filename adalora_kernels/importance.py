@@ -80,15 +80,49 @@ def triplet_squares(params: list[Tensor]) -> list[Tensor]:
     Returns:
         A tensor (r,) for each, float64 if it is, else float32.
     """
-    wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in params]
     # What has no entry is in no group.
-    result = [p.new_zeros(p.shape[i % 3 == 2], dtype=wide[i]) for i, p in enumerate(params)]
+    result = [
+        p.new_zeros(p.shape[i % 3 == 2], dtype=at_least_float32(p.dtype))
+        for i, p in enumerate(params)
+    ]
     for group in _groups(params, [None] * len(params)):
-        stack = _stack(_of(params, group)).to(wide[group[0]])
-        squares = torch.linalg.vecdot(stack, stack, dim=1 if group[0] % 3 == 2 else 2)
+        own = _of(params, group)
+        squares = _products(own, own).sum(1 if group[0] % 3 == 2 else 2)
         for i, part in zip(group, squares.unbind(), strict=True):
             result[i] = part
     return result
+
+
+def not_finite(grads: Sequence[Tensor | None], scale: Tensor) -> Tensor:
+    """Whether a gradient, or the scale of all, one float32, is inf or NaN: int32 (1,), 1 or 0.
+
+    The gradients are on the device of the scale. Reads nothing from it.
+    """
+    held = [grad for grad in grads if grad is not None and grad.numel() > 0]
+    norms = torch._foreach_norm(held, torch.inf) if held else []
+    # What is concatenated takes the widest dtype.
+    finite = torch.cat([scale, *(norm.view(1) for norm in norms)]).isfinite().all()
+    return (~finite).to(torch.int32).view(1)
+
+
+def scale_unless(bad: Tensor, scale: Tensor) -> Tensor:
+    """The scale of the gradients, or inf, with which the update skips itself, where bad is not 0.
+
+    Args:
+        bad: what `not_finite` has found, here or anywhere.
+        scale: one float32, as `grad_scale_or_1` has it.
+    """
+    return torch.full_like(scale, torch.inf).where(bad > 0, scale)
+
+
+def grad_scale_or_1(grad_scale: Tensor | None, device: torch.device) -> Tensor:
+    """The scale of the gradients, (1,) float32."""
+    return torch.ones(1, device=device) if grad_scale is None else grad_scale.view(1)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, and else float32: what averages of and sums over entries are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _groups(params: list[Tensor], grads: list[Tensor | None]) -> Iterator[list[int]]:

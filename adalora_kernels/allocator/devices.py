@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, triplets_there
 from ..distributed.shards import any_dtensor
-from ..importance import triplet_norms
+from ..importance import (
+    at_least_float32,
+    grad_scale_or_1,
+    not_finite,
+    scale_unless,
+    triplet_norms,
+)
 from ..orthogonality import orth_reg_grad_
 from ..reference import triplet_scores
 from .shards import Shards
@@ -63,12 +70,11 @@ class Devices:
                 )
             groups.setdefault(places[0], []).append(i)
         ranks = [lora_E.shape[0] for lora_E in parameters[1::3]]
-        starts = [sum(ranks[:i]) for i in range(len(ranks))]
+        *starts, self._n = itertools.accumulate(ranks, initial=0)
         self._groups = list(groups.values())
-        dtype = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
+        dtype = at_least_float32(parameters[0].dtype)
         self._scores: list[Tensor] = []
         self._places: list[Tensor] = []
-        self._n = sum(ranks)
         for adapters in self._groups:
             numbers = [starts[i] + k for i in adapters for k in range(ranks[i])]
             own = parameters[3 * adapters[0]].device
@@ -111,7 +117,12 @@ class Devices:
         Args: those of the op; `scores` are not used.
         """
         grads = [p.grad if p.requires_grad else None for p in parameters]
-        scale = self._scale(grads, grad_scale)
+        scale = grad_scale_or_1(grad_scale, self.home)
+        bad = [
+            not_finite(_of(grads, adapters), scale.to(own.device)).to(self.home)
+            for adapters, own in zip(self._groups, self._scores, strict=True)
+        ]
+        scale = scale_unless(torch.cat(bad).amax(0, keepdim=True), scale)
         skipped.add_(~scale.isfinite())
         for adapters, own in zip(self._groups, self._scores, strict=True):
             if not any(grad is not None for grad in _of(grads, adapters)):
@@ -127,17 +138,6 @@ class Devices:
                 beta2,
                 scale.to(own.device),
             )
-
-    def _scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> Tensor:
-        """What the gradients are scaled by, one float32: inf if there is inf or NaN anywhere."""
-        scale = torch.ones(1, device=self.home) if grad_scale is None else grad_scale.view(1)
-        finite = [scale.isfinite()]
-        for adapters in self._groups:
-            held = [g for g in _of(grads, adapters) if g is not None and g.numel() > 0]
-            if held:
-                norms = torch.stack(torch._foreach_norm(held, torch.inf))
-                finite.append(norms.isfinite().all().view(1).to(self.home))
-        return torch.full_like(scale, torch.inf).where(~torch.cat(finite).all(), scale)
 
     def scores_of(self, exp_avg_ipt: Sequence[Tensor], exp_avg_unc: Sequence[Tensor]) -> Tensor:
         """Take over the scores that follow from the averages; returns nothing, (0,)."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import taking_part
+
 
 class Members:
     """Knows who competes for the budget: the host by adapter, the device by triplet.
@@ -65,12 +67,8 @@ class Members:
     def look(self, lora_E: Sequence[Tensor]) -> None:
         """See which adapters take part now. Reads nothing from the device."""
         taking, had = [E.requires_grad for E in lora_E], self.had_gradient
-        if (any(had) or self.others_had) and not all(had):
-            # Without a triplet there may be no gradient either.
-            taking = [
-                takes and (before or rank == 0)
-                for takes, before, rank in zip(taking, had, self._ranks, strict=True)
-            ]
+        if not all(had):
+            taking = taking_part(taking, had, self._ranks, any(had) or self.others_had)
         if taking != self.taking:
             self.taking = taking
             self._tell()

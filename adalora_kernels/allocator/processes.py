@@ -112,7 +112,7 @@ class AmongProcesses(BeginsRuns):
     @property
     def is_of_engine(self) -> bool:
         """Whether this has been attached to an engine that keeps the parameters in parts."""
-        return getattr(self, "_copies", None) is not None
+        return self._copies is not None
 
     @property
     def check_replicas(self) -> bool | Group:

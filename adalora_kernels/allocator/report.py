@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, parameters_of
 from ..distributed.shards import any_dtensor
-from ..distributed.stages import Members
+from ..distributed.stages import Totals
 from .schedule import BudgetSchedule
 from .state import AllocatorState
 
@@ -29,7 +29,7 @@ class Reports:
     # Not empty once a layer is gone.
     _gone: list[Any]
     # Who took part in all stages that share a budget, in the last step that pruned.
-    _everywhere: Members | None = None
+    _everywhere: Totals | None = None
     # What stands for the parameters while they are in parts; see `FollowsEngines`.
     _copies: Any = None
 

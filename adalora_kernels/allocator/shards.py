@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..distributed.layout import Layout
 from ..distributed.shards import is_dtensor, local_grads, local_tensors, whole_tensor
-from ..importance import triplet_squares
+from ..importance import grad_scale_or_1, not_finite, scale_unless, triplet_squares
 from ..reference import triplet_scores
 
 # In which dimension lora_A, lora_E and lora_B count their triplets.
@@ -31,7 +32,6 @@ class Shards(Layout):
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__(parameters)
-        self._n = sum(lora_E.shape[0] for lora_E in parameters[1::3])
         self._others: dict[tuple[int, ...], Tensor] = {}
         # The parts that have entries at all, and for each parameter which of them is its own.
         self._held = [i for i, piece in enumerate(self.pieces) if piece.numel > 0]
@@ -40,14 +40,16 @@ class Shards(Layout):
         places: list[int] = []
         taken: list[int] = []
         weights: list[float] = []
-        firsts = _starts([lora_E.shape[0] for lora_E in parameters[1::3]])
+        # Where the triplets of each adapter begin.
+        ranks = (lora_E.shape[0] for lora_E in parameters[1::3])
+        *self._firsts, self._n = itertools.accumulate(ranks, initial=0)
         start = 0
         for i in self._held:
             piece, factor = self.pieces[i], i % 3
             dim = _RANK_DIMS[factor]
             count = piece.size[dim]
             if piece.counted:
-                first = factor * self._n + firsts[i // 3] + piece.offset[dim]
+                first = factor * self._n + self._firsts[i // 3] + piece.offset[dim]
                 places += range(first, first + count)
                 taken += range(start, start + count)
                 # The kernel takes the mean over what is here.
@@ -59,7 +61,7 @@ class Shards(Layout):
         self._weights = torch.tensor(weights, dtype=torch.float64, device=device)
         rows = [
             range(first + piece.offset[0], first + piece.offset[0] + piece.size[0])
-            for first, piece in zip(firsts, self.pieces[1::3], strict=True)
+            for first, piece in zip(self._firsts, self.pieces[1::3], strict=True)
         ]
         self._rows = torch.tensor([i for r in rows for i in r], dtype=torch.int64, device=device)
 
@@ -109,7 +111,9 @@ class Shards(Layout):
         Args: those of the op, and `scores` (count,) those of the parts.
         """
         grads = self.grads(parameters)
-        scale = self._scale(grads, grad_scale)
+        # One number crosses processes.
+        scale = grad_scale_or_1(grad_scale, self._places.device)
+        scale = scale_unless(self.maximum(not_finite(grads, scale)), scale)
         skipped.add_(~scale.isfinite())
         if not any(grad is not None for grad in grads):
             return
@@ -130,20 +134,6 @@ class Shards(Layout):
         if not exp_avg_ipt:
             return self._weights.new_zeros(0)
         return triplet_scores(exp_avg_ipt, exp_avg_unc)
-
-    def _scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> Tensor:
-        """What the gradients are scaled by, one float32: inf if any process has inf or NaN.
-
-        Reads nothing from the device; one number crosses processes.
-        """
-        device = self._places.device
-        scale = torch.ones(1, device=device) if grad_scale is None else grad_scale.view(1)
-        held = [grad for grad in grads if grad is not None]
-        norms = torch._foreach_norm(held, torch.inf) if held else []
-        # What is concatenated takes the widest dtype.
-        finite = torch.cat([scale, *(norm.view(1) for norm in norms)]).isfinite().all()
-        bad = self.maximum((~finite).to(torch.int32).view(1)) > 0
-        return torch.full_like(scale, torch.inf).where(bad, scale)
 
     def together(self, scores: Tensor) -> Tensor:
         """The scores (n,) of whole triplets, the same bits for all processes.
@@ -233,11 +223,10 @@ class Shards(Layout):
     def there(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Which whole triplets have any value that is not 0, and which a lora_E; both (n,) bool."""
         flags = torch.zeros(2, self._n, dtype=torch.int32, device=self._places.device)
-        firsts = _starts([lora_E.shape[0] for lora_E in parameters[1::3]])
         for i in self._held:
             piece, factor = self.pieces[i], i % 3
             dim = _RANK_DIMS[factor]
-            first = firsts[i // 3] + piece.offset[dim]
+            first = self._firsts[i // 3] + piece.offset[dim]
             own = (local_tensors([parameters[i]])[0] != 0).any(1 - dim).to(torch.int32)
             for row in flags if factor == 1 else flags[:1]:
                 row[first : first + len(own)] |= own
@@ -264,10 +253,3 @@ class Shards(Layout):
             and now.grad is None
             and now.shape == before.shape
         )
-
-
-def _starts(ranks: Sequence[int]) -> list[int]:
-    starts = [0]
-    for rank in ranks:
-        starts.append(starts[-1] + rank)
-    return starts[:-1]

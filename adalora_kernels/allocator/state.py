@@ -13,7 +13,13 @@ from .. import ops
 from ..adapters import triplets_there
 from ..distributed.shards import any_dtensor, local_grads, whole_tensor
 from ..distributed.stages import Stages
-from ..importance import triplet_norms
+from ..importance import (
+    at_least_float32,
+    grad_scale_or_1,
+    not_finite,
+    scale_unless,
+    triplet_norms,
+)
 from ..reference import flat_averages, flat_views
 from .devices import Devices, are_apart, check_devices, layout_of
 from .members import Members
@@ -92,7 +98,7 @@ class AllocatorState:
 
     def _make(self, parameters: Sequence[Tensor]) -> None:
         n, device = sum(self.ranks), parameters[0].device
-        self.scores = torch.zeros(n, dtype=_at_least_float32(parameters[0].dtype), device=device)
+        self.scores = torch.zeros(n, dtype=at_least_float32(parameters[0].dtype), device=device)
         self.make_averages(parameters)
         self.mask = torch.ones(n, dtype=torch.bool, device=device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
@@ -237,7 +243,7 @@ class AllocatorState:
                 self._shard(parameters)
         elif shards is None or not shards.holds(parameters):
             self._shard(parameters)
-        device, dtype = parameters[0].device, _at_least_float32(parameters[0].dtype)
+        device, dtype = parameters[0].device, at_least_float32(parameters[0].dtype)
         is_there = self.scores.device == device and self.scores.dtype == dtype
         is_new = shards is None and isinstance(self.shards, Shards)
         if is_there and not self._lie_elsewhere(parameters):
@@ -272,8 +278,9 @@ class AllocatorState:
         if self.importance != "paper":
             return
         if self.stages is not None:
-            grads = local_grads(parameters)
-            grad_scale = self.stages.scale(grads, grad_scale, self.scores.device)
+            scale = grad_scale_or_1(grad_scale, self.scores.device)
+            bad = self.stages.maximum(not_finite(local_grads(parameters), scale))
+            grad_scale = scale_unless(bad, scale)
         exp_avg_ipt, exp_avg_unc = self._views or (self.exp_avg_ipt, self.exp_avg_unc)
         if self.shards is not None:
             own = (exp_avg_ipt, exp_avg_unc, self._own_scores, self.skipped)
@@ -440,10 +447,6 @@ class AllocatorState:
             getattr(self, name).copy_(whole_tensor(saved[name]))
         self.members.load(saved)
         self.members.look(parameters[1::3])
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_format(saved: dict[str, Any], like: dict[str, Any]) -> None:

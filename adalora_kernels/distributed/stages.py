@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..adapters import taking_part
 from .groups import Group, gathered, hosts_of
 
 _KEY = "adalora_kernels/adapters/"
@@ -62,7 +63,7 @@ class Stages:
 
     def gather_members(
         self, trained: Sequence[bool], had_gradient: Sequence[bool], counts: Sequence[int]
-    ) -> Members:
+    ) -> Totals:
         """Bring together who takes part. The hosts of all processes wait for each other.
 
         Args:
@@ -75,27 +76,21 @@ class Stages:
         own[: len(counts)] = torch.tensor([trained, had_gradient, counts]).T
         everyone = gathered(own, self._hosts).tolist()
         rows = [
-            (bool(needs), bool(had), count, rank)
+            (bool(needs), bool(had), rank, count)
             for theirs, ranks in zip(everyone, self._ranks, strict=True)
             for (needs, had, count), rank in zip(theirs, ranks, strict=False)
         ]
-        any_had = any(had for _, had, _, _ in rows)
-        # As `Members.look` has it: without a triplet there may be no gradient either.
-        taking = [needs and (not any_had or had or not rank) for needs, had, _, rank in rows]
-        counted = sum(count for (_, _, count, _), takes in zip(rows, taking, strict=True) if takes)
-        return Members(any_had, sum(taking), counted, sum(count for _, _, count, _ in rows))
+        needed, with_gradient, ranks, numbers = zip(*rows, strict=True)
+        any_had = any(with_gradient)
+        taking = taking_part(needed, with_gradient, ranks, any_had)
+        counted = sum(count for count, takes in zip(numbers, taking, strict=True) if takes)
+        return Totals(any_had, sum(taking), counted, sum(numbers))
 
-    def scale(
-        self, grads: Sequence[Tensor | None], grad_scale: Tensor | None, device: torch.device
-    ) -> Tensor:
-        """What the gradients are scaled by, one float32: inf if any process has inf or NaN."""
-        scale = torch.ones(1, device=device) if grad_scale is None else grad_scale.view(1)
-        held = [grad for grad in grads if grad is not None and grad.numel() > 0]
-        norms = torch._foreach_norm(held, torch.inf) if held else []
-        finite = torch.cat([scale, *(norm.view(1) for norm in norms)]).isfinite().all()
-        bad = (~finite).to(torch.int32).view(1)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.group)
-        return torch.full_like(scale, torch.inf).where(bad > 0, scale)
+    def maximum(self, flag: Tensor) -> Tensor:
+        """The maximum of a tensor over all processes."""
+        flag = flag.clone()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return flag
 
     def gather_triplets(self, scores: Tensor, in_play: Tensor) -> tuple[Tensor, Tensor]:
         """The scores (N,) float64 and in_play (N,) bool of all processes, in their order."""
@@ -111,7 +106,7 @@ class Stages:
         return flat.split_with_sizes(self._sizes)[self._own]
 
 
-class Members(NamedTuple):
+class Totals(NamedTuple):
     """Who takes part in all stages.
 
     Attributes:
