@@ -38,4 +38,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    os._exit(0)  # See ddp_training.py.
+    os._exit(0)  # See ranks.py.

@@ -144,6 +144,8 @@ def _main(world: int, name: str, folder: str, backend: str, may_fail: bool) -> i
                 Path(folder, f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
                 time.sleep(0.2)  # Let the others say what they have to say before they are killed.
                 os._exit(1)
+            # Without the interpreter's shutdown: there gloo's threads have been seen to race with
+            # it ("terminate called without an active exception"), after everything was done.
             os._exit(0)
         children[child] = rank
     failed = 0

@@ -1,12 +1,8 @@
 """Exact budgets, what is pruned, the state on the device, and what must not touch the host."""
 
 import copy
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from allocator_runs import STEPS, alive, setup, train
 from helpers import CountOps, Mlp, batch, trainable
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 from torch import nn
 
 from adalora_kernels import RankAllocator, SVDLinear, reference
@@ -340,28 +337,9 @@ def test_summary():
 
 
 @pytest.mark.parametrize("start", ["paper", "lora"])
-def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(start, tmp_path):
-    script = Path(__file__).with_name("ddp_training.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "rendezvous", start],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    reports = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-            reports.append(json.loads(out))
-    finally:
-        for process in processes:
-            process.kill()
+def test_ddp_with_reentrant_checkpointing_agrees_with_one_process(start):
     # Both ranks decide alike, bit for bit, and as accumulation in one process does.
-    first, second = reports
+    first, second = on_ranks(2, "ddp_runs:agreement", {"start": start})
     assert first == second
     assert first["ranks"] == first["expected"] and sum(first["ranks"].values()) == 9
     assert first["difference"] < 1e-6

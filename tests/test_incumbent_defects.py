@@ -1,19 +1,14 @@
 """What PEFT (in the last test loralib) gets wrong, and that the same scenario goes right with ours.
 
 One number per defect. `..._peft` shows the defect in the PEFT that is installed; `..._ours` runs
-the same scenario with our package. Run as a script, with a file for the rendezvous as argument,
-this is the two processes of the tests with number 12.
+the same scenario with our package.
 """
 
 import contextlib
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -30,12 +25,12 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from ranks import on_ranks
 from test_peft import Net, batch, make, optimizer_of, tiny_bert, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
@@ -837,12 +832,10 @@ def train_in_parallel(wrapped, model, rank):
         optimizer.zero_grad()
 
 
-def main(rank, rendezvous):
-    """Prints as JSON how each kind went with PEFT and with ours."""
+def go_parallel():
+    """How each kind went with PEFT and with ours, in each of two processes."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
-    report = {}
+    report, rank = {}, dist.get_rank()
     for name, kind, prepare, options in (
         ("ddp_peft", "ddp", as_it_is, {}),
         ("ddp_ours", "ddp", apply, {}),
@@ -861,19 +854,13 @@ def main(rank, rendezvous):
             values = get_peft_model_state_dict(model, state).values() if state else []
             report[f"{name}_kept"] = kept(model), sum(float(p.double().sum()) for p in values)
         dist.barrier()
-    Path(f"{rendezvous}.{rank}.json").write_text(json.dumps(report))
-    os._exit(0)  # See ddp_training.py.
+    return report
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes():
     """What both processes report."""
-    rendezvous = tmp_path_factory.mktemp("two") / "rendezvous"
-    done = subprocess.run(
-        [sys.executable, __file__, rendezvous], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(Path(f"{rendezvous}.{rank}.json").read_text()) for rank in range(2)]
+    return on_ranks(2, "test_incumbent_defects:go_parallel")
 
 
 @pytest.mark.full
@@ -987,8 +974,3 @@ def test_14_eval_of_a_parent_ours():
     assert loralib.SVDLinear(16, 8, r=4).eval().merged
     merged, error = merged_by_parent(loralib.SVDLinear(16, 8, r=4))
     assert merged and error < 1e-5
-
-
-if __name__ == "__main__":
-    # Forked, because the imports take most of the time.
-    start_processes(main, args=(sys.argv[1],), nprocs=2, start_method="fork")

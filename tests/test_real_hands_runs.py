@@ -6,12 +6,8 @@ test says so.
 
 import copy
 import io
-import json
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +31,7 @@ from hands import (
 )
 from helpers import trainable
 from peft import get_peft_model
+from ranks import on_ranks
 from torch.multiprocessing import get_context
 from torch.utils.data import DataLoader
 
@@ -331,14 +328,9 @@ def test_lightning(side, how, tmp_path):
 # Several processes
 
 
-def test_two_processes_ours(tmp_path):
+def test_two_processes_ours():
     """PEFT raises here: it has no gradient to multiply with."""
-    script = Path(__file__).with_name("hands_distributed.py")
-    result = subprocess.run(
-        [sys.executable, script, tmp_path / "rendezvous"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    first, second = json.loads(result.stdout.splitlines()[-1])
+    first, second = on_ranks(2, "hands_runs:routed")
     assert first == second, "the same triplets everywhere"
     alive = [sum(pattern) for pattern in first.values()]
     assert alive[2] == 4 and sum(alive) == 8, "an expert that nobody asks stays as it is"

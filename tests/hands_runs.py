@@ -1,18 +1,10 @@
-"""Two forked processes of `test_real_hands_runs.py`: DDP over experts that are asked now and then.
-
-The argument is a file for the rendezvous. Process 0 prints JSON: the pattern of each.
-"""
-
-import json
-import sys
-import warnings
+"""DDP over experts that are asked now and then; test_real_hands_runs.py runs it on two processes."""
 
 import torch
 import torch.distributed as dist
 from hands import STEPS, adamw, perturbed, singular_values, take_over
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
-from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -27,8 +19,9 @@ class Routed(nn.Module):
         return self.experts[expert](x)
 
 
-def train(process):
+def routed():
     """Which triplets of each expert are left."""
+    process = dist.get_rank()
     options = {"init_r": 4, "target_r": 2, "tfinal": 3, "total_step": STEPS, "tinit": 1}
     torch.manual_seed(0)
     model = get_peft_model(
@@ -44,20 +37,3 @@ def train(process):
         optimizer.step()
         optimizer.zero_grad()
     return {n: (v != 0).flatten().tolist() for n, v in singular_values(model).items()}
-
-
-def main(process, rendezvous):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=2)
-    torch.manual_seed(process)
-    patterns = [None, None]
-    dist.all_gather_object(patterns, train(process))
-    if process == 0:
-        print(json.dumps(patterns))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Forked, because the imports take most of the time.
-    start_processes(main, args=(sys.argv[1],), nprocs=2, start_method="fork")

@@ -1,13 +1,4 @@
-"""One of two processes that test_allocator.py starts: DDP with reentrant checkpointing.
-
-Arguments: the rank, a file for the rendezvous, and the adapters' start. Prints JSON: the final
-ranks here and of the same training in one process with accumulation, their difference, and a
-checksum of the adapters.
-"""
-
-import json
-import os
-import sys
+"""DDP with reentrant checkpointing, which test_allocator.py runs on two processes."""
 
 import torch
 import torch.distributed as dist
@@ -48,29 +39,22 @@ def halves(step):
     return list(zip(x.chunk(2), target.chunk(2), strict=True))
 
 
-def main(rank, rendezvous, start):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
+def agreement(start):
+    """The final ranks here, and of the same training in one process with accumulation.
+
+    Also their difference, and a checksum of the adapters.
+    """
     torch.manual_seed(0)
     model = Checkpointed(start=start)
     parallel = DistributedDataParallel(model)
-    allocator = train(parallel, parallel, lambda step: [halves(step)[rank]])
+    allocator = train(parallel, parallel, lambda step: [halves(step)[dist.get_rank()]])
     torch.manual_seed(0)
     alone = Checkpointed(start=start)
     expected = train(alone, alone, halves)
     ours, theirs = (torch.cat([p.detach().flatten() for p in trainable(m)]) for m in (model, alone))
-    report = {
+    return {
         "ranks": allocator.ranks(),
         "expected": expected.ranks(),
         "difference": ((ours - theirs).norm() / theirs.norm()).item(),
         "checksum": ours.double().sum().item(),
     }
-    dist.barrier()
-    print(json.dumps(report), flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
-    # Without the interpreter's shutdown: there gloo's threads have been seen to race with it
-    # ("terminate called without an active exception"), after everything was done.
-    os._exit(0)

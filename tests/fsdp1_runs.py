@@ -1,16 +1,6 @@
-"""One of two processes that test_fsdp.py starts: what an allocator says under FSDP1.
-
-Arguments: the rank, a file for the rendezvous, "ours" or "peft". Prints JSON: by sharding and
-call, the error.
-"""
-
-import json
-import os
-import sys
-import warnings
+"""What an allocator says under FSDP1, which test_fsdp.py asks on two processes."""
 
 import torch
-import torch.distributed as dist
 from helpers import Mlp, batch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -56,9 +46,8 @@ def attempt(function, *arguments):
     return "no error"
 
 
-def main(rank, rendezvous, which):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
+def errors(which):
+    """By sharding and call, the error; `which` is "ours" or "peft"."""
     report = {}
     kinds = ["orig_params", "by_layer", "flat"]
     for kind in [k for k in kinds if which == "ours" or k != "flat"]:
@@ -74,17 +63,9 @@ def main(rank, rendezvous, which):
             "restart": (allocator.restart,),
             "new": (lambda m=sharded: RankAllocator(m, target_r=3, total_step=10),),
         }
-        errors = {name: attempt(*call) for name, call in calls.items()}
+        said = {name: attempt(*call) for name, call in calls.items()}
         sharded(batch(1)[0]).square().mean().backward()
-        errors |= {f"{name} with gradients": attempt(*call) for name, call in calls.items()}
-        report[kind] = errors
+        said |= {f"{name} with gradients": attempt(*call) for name, call in calls.items()}
+        report[kind] = said
         assert allocator.global_step == 0 and allocator.summary()["step"] == 0
-    print(json.dumps(report), flush=True)
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(int(sys.argv[1]), *sys.argv[2:])
-    # Without the interpreter's shutdown: see ddp_training.py.
-    os._exit(0)
+    return report
