@@ -1,4 +1,4 @@
-"""DDP over experts that are asked now and then; test_real_hands_runs.py runs it on two processes."""
+"""DDP over experts that are asked now and then, which test_real_hands_runs.py runs."""
 
 import torch
 import torch.distributed as dist

@@ -111,6 +111,22 @@ def injected_afterwards():
     return error_of(apply(model).attach, torch.optim.AdamW(trainable(model)))
 
 
+def beside_trained_shards():
+    """Whole adapters that are synced, and a bias that FSDP2 has sharded, of one optimizer."""
+    torch.manual_seed(0)
+    model = Block()
+    model.frozen.bias.requires_grad_()
+    fsdp2_ignoring(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, foreach=False)
+    said = error_of(RankAllocator(model, **SCHEDULE).attach, optimizer, sync_gradients=True)
+    for step in range(1, 13):
+        x, target = batch(step + 100 * dist.get_rank(), torch.float64)
+        (model(x) - target).square().mean().backward()
+        said = said if said != "no error" else error_of(optimizer.step)
+        optimizer.zero_grad()
+    return said
+
+
 def layouts():
     """By layout: what is said, or how it has been trained."""
     warnings.simplefilter("ignore")
@@ -121,6 +137,7 @@ def layouts():
             said[f"{shard.__name__} {when}"] = made(shard, when)
     for shard in (fsdp2_ignoring, fsdp1_ignoring):
         said[f"{shard.__name__} synced"] = made(shard, "after", sync=True)
+    said["beside trained shards"] = beside_trained_shards()
     said["tensor_parallel"] = made(tensor_parallel, "after")
     said["fsdp2_ignoring synced before"] = made(fsdp2_ignoring, "before", sync=True)
     return said

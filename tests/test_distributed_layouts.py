@@ -24,6 +24,7 @@ SAID = {
     "fsdp1_of_another_layer after": FSDP1,
     "fsdp1 before": ("ValueError: ", "FullyShardedDataParallel (FSDP1)", "use fully_shard (FSDP2"),
     "fsdp1 after": ("ValueError: ", "FullyShardedDataParallel (FSDP1)", "use fully_shard (FSDP2"),
+    "beside trained shards": ("no error",),
     "tensor_parallel": ("trained alike",),
     "fsdp2_ignoring synced": ("trained alike",),
     "fsdp2_ignoring synced before": ("trained alike",),
