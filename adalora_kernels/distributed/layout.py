@@ -47,10 +47,10 @@ class Axis(NamedTuple):
             rows = rows[[members.index(rank) for rank in self.ranks]]
         return rows.to(flat.device)
 
-    def reduce(self, flat: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """The sum of the tensors (n,) of all of them, or their maximum."""
+    def reduce(self, flat: Tensor, op: str = "SUM") -> Tensor:
+        """The sum of the tensors (n,) of all of them, or their maximum ("MAX")."""
         sent = flat.to(self.device, copy=True)
-        dist.all_reduce(sent, op=op, group=self.group)
+        dist.all_reduce(sent, op=getattr(dist.ReduceOp, op), group=self.group)
         return sent.to(flat.device)
 
 
@@ -189,7 +189,7 @@ class Layout:
     def maximum(self, flat: Tensor) -> Tensor:
         """The maximum over all processes."""
         for axis in self.axes:
-            flat = axis.reduce(flat, dist.ReduceOp.MAX)
+            flat = axis.reduce(flat, "MAX")
         return flat
 
     def sum_in_order(self, flat: Tensor) -> Tensor:
