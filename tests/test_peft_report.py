@@ -7,8 +7,10 @@ import torch
 from test_peft import STEPS, adapter_parameters, make, train
 
 import adalora_kernels
+from adalora_kernels import launching
 from adalora_kernels.adapters import find_adapters
 from adalora_kernels.peft import apply
+from adalora_kernels.peft.report import _notes_on_speed
 from adalora_kernels.starts import slow_path
 
 
@@ -91,3 +93,12 @@ def test_a_tinit_that_is_no_reason_for_a_note(options, start, optimizer):
     optimizer = optimizer(list(adapter_parameters(model).values()))
     report.attach(optimizer)
     assert steps_for(0.1) < 5 and not notes_with("tinit =", report)
+
+
+def test_a_gpu_whose_kernels_no_library_launches(monkeypatch):
+    monkeypatch.setattr(launching, "why_not_library", lambda: "nothing was compiled")
+    assert not notes_with("launched by Triton", apply(make()))
+    (note,) = _notes_on_speed({torch.device("cpu"), torch.device("cuda")})
+    assert "launched by Triton" in note and note.endswith("nothing was compiled")
+    monkeypatch.setattr(launching, "why_not_library", lambda: None)
+    assert not list(_notes_on_speed({torch.device("cuda")}))

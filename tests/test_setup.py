@@ -86,7 +86,7 @@ def test_auto_builds_both_parts_where_there_is_nvcc(project):
 def test_auto_builds_the_cpu_part_without_nvcc(project):
     status, output, calls = build(project, CUDA_HOME="/nowhere")
     assert status == 0, output
-    assert "no CUDA code: there is no nvcc in /nowhere/bin" in output
+    assert "has no CUDA part: there is no nvcc in /nowhere/bin" in output
     assert libraries(project) and not compiled(calls, "nvcc")
     assert not any("ADALORA_WITH_CUDA" in c for c in calls)
     # The launcher needs no nvcc: it opens the driver when it is first needed.
@@ -96,7 +96,8 @@ def test_auto_builds_the_cpu_part_without_nvcc(project):
 def test_auto_without_a_compiler_is_pure_python(project):
     status, output, _ = build(project, CXX="/nowhere/g++")
     assert status == 0, output
-    assert "no CPU code: the compiler failed" in output and not libraries(project)
+    assert output.count("there is no compiled library, which costs speed") == 1
+    assert "on GPUs: the compiler failed" in output and not libraries(project)
 
 
 def test_an_nvcc_that_knows_none_of_the_architectures_builds_no_cuda_part(project):
@@ -104,8 +105,51 @@ def test_an_nvcc_that_knows_none_of_the_architectures_builds_no_cuda_part(projec
     nvcc.write_text(COMPILER.replace("sm_80 sm_90", "sm_52"))
     status, output, calls = build(project)
     assert status == 0 and libraries(project), output
-    assert "knows none of 8.0, 9.0, 10.0" in output
+    assert "knows none of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0" in output
     assert not any("ADALORA_WITH_CUDA" in c for c in calls)
+
+
+@pytest.mark.parametrize("hides", [True, False], ids=["pip", "others"])
+def test_what_is_missing_is_said_once_also_by_a_front_end_that_hides_the_build(project, hides):
+    setup = [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "o"]
+    front_end = f"import subprocess; subprocess.run({setup}, check=True, capture_output={hides})"
+    environment = os.environ | {"CXX": "/nowhere/g++", "ADALORA_KERNELS_BUILD": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", front_end],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("adalora_kernels: there is no compiled library") == 1
+
+
+def test_a_build_with_cuda_brings_its_nvcc_unless_one_is_named(project):
+    """Of an environment that a front end makes for the build."""
+    ask = "from setuptools import build_meta; print(build_meta.get_requires_for_build_wheel())"
+    requires = {}
+    for build_of, home in (("cuda", ""), ("cuda", "/cuda"), ("auto", "")):
+        environment = os.environ | {"ADALORA_KERNELS_BUILD": build_of, "CUDA_HOME": home}
+        requires[build_of, home] = subprocess.run(
+            [sys.executable, "-c", ask],
+            cwd=project,
+            env=environment,
+            capture_output=True,
+            text=True,
+        ).stdout
+    assert "nvidia-cuda-nvcc==13.0" in requires.pop(("cuda", ""))
+    assert not any("nvidia" in text for text in requires.values()), requires
+
+    packages = project / "packages/nvidia/cu13"
+    packages.parent.mkdir(parents=True)
+    (project / "cuda").rename(packages)
+    variables = {"CXX": str(packages / "bin/compiler"), "CUDA_HOME": None}
+    variables |= {"PYTHONPATH": str(project / "packages"), "PATH": "/usr/bin:/bin"}
+    status, output, calls = build(project, ADALORA_KERNELS_BUILD="cuda", **variables)
+    assert status == 0, output
+    assert "importance.cu" in compiled(calls, "nvcc")
+    assert f"-L{packages}/lib" in next(c for c in calls if "-shared" in c)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import AdaLoraConfig
 
+from .. import launching
 from ..distributed.groups import Group
 from ..starts import slow_path, start_of
 from .allocator import PeftRankAllocator
@@ -84,7 +85,8 @@ class ApplyReport:
                 "regulariser in the loss: call report.attach(optimizer), or model.base_model(...), "
                 "or add orth_reg(model, weight)"
             )
-        return notes + list(self._notes_on_start())
+        devices = {adapter.lora_A.device for adapter in self.allocator.adapters_left}
+        return notes + list(_notes_on_speed(devices)) + list(self._notes_on_start())
 
     @property
     def start(self) -> str | None:
@@ -136,6 +138,15 @@ class ApplyReport:
         lines += [f"left to PEFT: {name} ({reason})" for name, reason in self.left.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _notes_on_speed(devices: set[torch.device]) -> Iterator[str]:
+    """What makes the layers on `devices` slower than they need be."""
+    why_not = launching.why_not_library()
+    if why_not is not None and any(device.type == "cuda" for device in devices):
+        yield (
+            f"the kernels of a layer are launched by Triton, which takes the host longer: {why_not}"
+        )
 
 
 def _notes_on_scaling(config: AdaLoraConfig) -> Iterator[str]:
