@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 QUALITY := build/quality
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
-SOURCES := adalora_kernels benchmarks examples tests setup.py
+SOURCES := adalora_kernels benchmarks docs examples tests setup.py
 
 # What makes and checks distributions; not in $(VENV), for it needs nothing of it.
 TOOLS ?= build/tools
@@ -15,7 +15,7 @@ TOOLS ?= build/tools
 TRITONS ?= build/tritons
 OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-others demo bench quality wheel sdist lint format clean
+.PHONY: install test test-rest test-all compile-others demo bench quality docs wheel sdist lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -88,6 +88,11 @@ sdist: $(TOOLS)/.installed
 	rm -f dist/adalora_kernels-*.tar.gz
 	$(TOOLS)/bin/python -m build --sdist
 	$(TOOLS)/bin/twine check --strict dist/adalora_kernels-*.tar.gz
+
+# Into build/site. Any warning is an error: of links, anchors, the nav, and what has no docstring.
+# Not with --quiet, which stops mkdocs from counting them.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -18,6 +18,7 @@ from .fusing import TRACED, autocast_dtype, why_plain
 from .orthogonality import orth_reg, orth_reg_grad_
 
 Impl: TypeAlias = Literal["auto", "reference", "triton", "cuda"]
+"""Who computes an op; see `svd_linear`."""
 
 __all__ = ["Impl", "orth_reg", "orth_reg_grad_", "svd_delta", "svd_linear"]
 

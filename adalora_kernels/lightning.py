@@ -13,6 +13,8 @@ import torch
 from .allocator import RankAllocator
 from .training import AllocatingCallback, logs_of, written_total_step
 
+__all__ = ["AdaLoraCallback"]
+
 
 def _callback_class() -> Any:
     """Lightning's Callback. The package has two names, and the Trainer of each takes either's."""

@@ -27,7 +27,7 @@ __all__ = [
 class RankAllocator:
     """loralib's allocator, carried out by `adalora_kernels.RankAllocator`.
 
-    It differs where loralib is wrong (docs/semantics.md): exactly the budget is kept, equal
+    It differs where loralib is wrong (docs/migration.md): exactly the budget is kept, equal
     scores don't prune everything, gradients with inf or NaN are skipped, the last budgeting step
     always prunes, and a parameter without a gradient is no error.
 

@@ -102,6 +102,7 @@ class OrthRegFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, squared: bool, *matrices: Tensor) -> Tensor:
+        """The sum, a scalar; matrices (r, in) and (out, r) are floating point, on one device."""
         ctx.count, ctx.squared = count, squared
         total, slopes = _total(matrices, count, squared)
         ctx.save_for_backward(*matrices, *slopes)
@@ -109,6 +110,7 @@ class OrthRegFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all matrices, in their shapes and dtypes, times `grad`, a scalar."""
         matrices = ctx.saved_tensors[: len(ctx.needs_input_grad) - 2]
         # Where the backward is differentiated itself, the slopes must depend on the matrices.
         is_constant = not torch.is_grad_enabled()
@@ -175,6 +177,7 @@ class ShardedOrthRegFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, squared: bool, *matrices: Tensor) -> Tensor:
+        """The sum over the matrices of all processes, the same scalar on each of them."""
         layout = ctx.layout = Layout(matrices)
         total, gradients = _sharded_total(matrices, layout, count, squared)
         ctx.save_for_backward(*gradients)
@@ -183,6 +186,7 @@ class ShardedOrthRegFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what this process holds, as DTensors where the matrices are some."""
         gradients = (g.mul(grad).to(g.dtype) for g in ctx.saved_tensors)
         return None, None, *(ctx.layout.like(g, i) for i, g in enumerate(gradients))
 

@@ -11,7 +11,10 @@ from typing import Any, TypeAlias
 
 from .allocator import LOG_PREFIX, RankAllocator
 
+__all__ = ["RankSource", "budget_curve", "rank_heatmap"]
+
 RankSource: TypeAlias = RankAllocator | Mapping[str, int] | str | PathLike[str]
+"""Where ranks come from: an allocator, ranks by name, or the folder of a saved adapter."""
 
 _SUFFIX = re.compile(r"\.?lora_E(\.[^.]+)?$")
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<matrix>.+)$")

@@ -164,6 +164,7 @@ class SvdLinearFunction(Function):
         dropout_p: float,
         tf32: bool | None,
     ) -> Any:
+        """y (..., out) of arguments as `layer` has them, or None; keeps what the backward needs."""
         seed: Any = None
         keep = None
         if tf32 is not None:
@@ -187,6 +188,7 @@ class SvdLinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Any, ...]:
+        """Gradients for the arguments of `forward`, and None for those that need none."""
         x, weight, bias, base, A, E, B = ctx.needs_input_grad[:7]
         dx, dweight, dbias, *others = gradients(ctx, grad_y, x, weight, bias, A or E or B)
         return dx, dweight, dbias, grad_y if base else None, *others, None, None, None, None

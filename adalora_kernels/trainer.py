@@ -26,6 +26,8 @@ from .export import STATE_NAME, load_state
 from .export.state import whole_state, write_state
 from .training import AllocatingCallback, logs_of
 
+__all__ = ["AdaLoraCallback"]
+
 # Our entry among the callbacks' states in a checkpoint's trainer_state.json. The callback is no
 # ExportableState: the Trainer may replace one by a new one, which would have no allocator.
 _ENTRY = "adalora_kernels"

@@ -271,7 +271,7 @@ def peft_that_drifts():
 
 
 def trainer_with_checkpointing(folder):
-    """The Trainer under DDP with reentrant checkpointing, as docs/peft.md says; the final ranks."""
+    """The Trainer under DDP with reentrant checkpointing (docs/scaling.md); the final ranks."""
     from peft import AdaLoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 

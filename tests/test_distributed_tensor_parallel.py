@@ -227,8 +227,8 @@ def test_adapters_in_layers_that_have_been_sharded_before_are_refused(tmp_path):
 
 @pytest.mark.full
 def test_the_example_of_the_documentation():
-    page = (Path(__file__).parent.parent / "docs" / "peft.md").read_text()
-    (code,) = re.findall(r"### Tensor parallel\n.*?```\n(.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    (code,) = re.findall(r"## Tensor parallel\n.*?```\n(.*?)```", page, re.DOTALL)
     first, second = on_ranks(2, "tensor_parallel_runs:example", {"code": code})
     assert first == second
     ranks, step = first

@@ -15,7 +15,7 @@ PAGES = {
     str(file.relative_to(ROOT)): file.read_text()
     for file in [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
-# "docs/peft.md: Trainer": the example under that heading.
+# "docs/start.md: Trainer": the example under that heading.
 EXAMPLES = {
     f"{name}: {title} {i}".strip(" 0"): code
     for name, page in PAGES.items()
@@ -66,7 +66,7 @@ def test_examples_have_their_imports(code):
 
 def test_examples_of_loops_are_short():
     for name, code in EXAMPLES.items():
-        if name.startswith("docs/peft.md"):
+        if name.startswith("docs/start.md"):
             lines = [line for line in code.splitlines() if line and "import" not in line]
             assert len(lines) <= 15, name
 

@@ -3,7 +3,7 @@
 from .allocator import RankAllocator
 from .schedule import BudgetSchedule
 
-# Logs of a training have the values of `RankAllocator.summary` under these names.
 LOG_PREFIX = "adalora/"
+"""Logs of a training have what `RankAllocator.summary` has, under names that begin with this."""
 
 __all__ = ["LOG_PREFIX", "BudgetSchedule", "RankAllocator"]

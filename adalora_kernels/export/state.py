@@ -17,6 +17,7 @@ from ..distributed.shards import is_dtensor, whole_tensor
 from .files import read_tensors, replacing
 
 STATE_NAME = "adalora_state.safetensors"
+"""The file with an allocator's state, in the folder of an adapter or of a checkpoint."""
 
 _STATE_TYPES = {
     "format": int,
