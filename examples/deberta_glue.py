@@ -8,6 +8,7 @@ say nothing about them. glue.py has what is set for each task.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,22 @@ REVIEWS = runs.BUILD / "demo" / "vaderSentiment-3.3.2.tar.gz"
 
 
 def options() -> argparse.ArgumentParser:
-    """Return the parser. What is None is the paper's."""
+    """Return the parser; what is not given is the paper's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=glue.TASKS, required=True)
-    parser.add_argument("--budget", type=int, choices=glue.BUDGETS, default=144, help="triplets that"
-                        " stay, in 72 matrices (other models: as many per matrix)")  # fmt: skip
-    parser.add_argument("--model", default="microsoft/deberta-v3-base", help="hub id or folder")
-    parser.add_argument("--data_dir", type=Path, help="folder of train and validation, .csv or "
-                        ".jsonl, in GLUE's columns (GLUE from the hub)")  # fmt: skip
-    parser.add_argument("--offline", action="store_true", help="all-MiniLM-L6-v2 on movie reviews "
-                        "in place of DeBERTa and SST-2")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="tinit, tfinal, deltaT and the warm-up go with it")
-    parser.add_argument("--batch", type=int, default=glue.BATCH)
-    parser.add_argument("--lr", type=float, help="learning rate")
-    parser.add_argument("--orth_reg_weight", type=float, help="the paper's gamma")
-    parser.add_argument("--bf16", action="store_true", help="the paper has float32")
-    parser.add_argument("--seed", type=int, default=6)
+    add = parser.add_argument
+    add("--task", choices=glue.TASKS, required=True)
+    add("--budget", type=int, choices=glue.BUDGETS, default=144, help="of DeBERTaV3-base's 72 "
+        "matrices in all; other models have as much per matrix (144)")  # fmt: skip
+    add("--model", default="microsoft/deberta-v3-base", help="hub id or folder")
+    add("--data_dir", type=Path, help="folder of train and validation, .csv or .jsonl, in GLUE's "
+        "columns (GLUE from the hub)")  # fmt: skip
+    add("--offline", action="store_true", help="all-MiniLM-L6-v2 on movie reviews")
+    add("--steps", type=int, help="tinit, tfinal, deltaT and warm-up keep their shares of them")
+    add("--batch", type=int, default=glue.BATCH)
+    add("--lr", type=float, help="learning rate")
+    add("--orth_reg_weight", type=float, help="gamma")
+    add("--bf16", action="store_true", help="autocast to bfloat16; the paper has float32")
+    add("--seed", type=int, default=6)
     runs.add_options(parser, "deberta_glue")
     return parser
 
@@ -163,11 +164,11 @@ def main() -> None:
         runs.train(trainer, args)
         trainer.evaluate()
     results = {}
-    for split in trainer.eval_dataset:
-        for name in glue.TASKS[args.task].metrics:
-            values = [e[key] for e in trainer.state.log_history if (key := f"eval_{split}_{name}") in e]
-            # The best of all epochs is chosen by the very texts it is told of.
-            results[f"{split} {name}"] = f"{values[-1]:.4f} (best of all epochs {max(values):.4f})"
+    for split, name in itertools.product(trainer.eval_dataset, glue.TASKS[args.task].metrics):
+        key, history = f"eval_{split}_{name}", trainer.state.log_history
+        values = [entry[key] for entry in history if key in entry]
+        # The best of all epochs is chosen by the very texts it is told of.
+        results[f"{split} {name}"] = f"{values[-1]:.4f} (best of all epochs {max(values):.4f})"
     runs.finish(trainer, args, {"task": args.task, "model": args.model, **results})
 
 

@@ -86,12 +86,13 @@ def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 def splits_of(task: str) -> tuple[str, ...]:
     """Return the names of the splits that have labels, that to train on first."""
-    return ("train", *(["validation_matched", "validation_mismatched"] if task == "mnli"
-                       else ["validation"]))  # fmt: skip
+    if task == "mnli":
+        return "train", "validation_matched", "validation_mismatched"
+    return "train", "validation"
 
 
 def read(task: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read `train.csv` or `train.jsonl`, and so on, in GLUE's columns, with a label by name or number.
+    """Read `train.csv` or `train.jsonl`, and so on, in GLUE's columns; labels by name or number.
 
     Raises:
         ValueError: a file is missing, or a row has not these columns or no such label; it names
@@ -116,7 +117,8 @@ def _row(task: str, row: dict[str, Any], where: str) -> dict[str, Any]:
     columns, classes = TASKS[task].columns, TASKS[task].classes
     missing = [name for name in (*columns, "label") if row.get(name) is None]
     if missing:
-        raise ValueError(f"{where}: no {', '.join(missing)}; {task} has {', '.join(columns)}, label")
+        has = ", ".join((*columns, "label"))
+        raise ValueError(f"{where}: no {', '.join(missing)}; {task} has {has}")
     label = row["label"]
     try:
         if not classes:

@@ -30,35 +30,34 @@ GPU = torch.cuda.is_available()
 CHECKPOINTING = "gradient_checkpointing"
 if hasattr(SFTConfig, "activation_checkpointing"):
     CHECKPOINTING = "activation_checkpointing"
-# TRL's formats: a text, a conversation, or a prompt (of one) and what is to be learnt after it.
-FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
+# TRL's: a text, a conversation, or a prompt (of one) and what is to be learnt after it.
+COLUMNS = ({"text"}, {"messages"}, {"prompt", "completion"})
+FORMATS = "JSONL with text, with messages, or with prompt and completion"
 
 
 def options() -> argparse.ArgumentParser:
     """Return the parser; its defaults are the recipe for start="lora"."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flag = argparse.BooleanOptionalAction
-    parser.add_argument("--model", help="hub id or folder (SmolLM2-135M-Instruct, from a package)")
-    parser.add_argument("--data", type=Path, help="JSONL of text, messages, or prompt and completion"
-                        "; or .txt, a text per line (movie reviews)")  # fmt: skip
-    parser.add_argument("--held-out", type=int, default=64, help="texts to compute the loss on")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4, help="texts per step on a device")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens; the rest is cut off")
-    parser.add_argument("--packing", action="store_true", help="several texts in a row of a batch")
-    parser.add_argument("--lr", type=float, default=1e-3, help='with start="lora" that of LoRA')
-    parser.add_argument("--start", choices=["lora", "paper"], default="lora")
-    parser.add_argument("--init_r", type=int, default=12)
-    parser.add_argument("--target_r", type=int, default=8)
-    parser.add_argument("--lora_alpha", type=float, help="(2·target_r, the usual one of LoRA, times "
-                        "the root of init_r / target_r)")  # fmt: skip
-    parser.add_argument("--tinit", type=float, default=0.1, help="share of the steps before pruning")
-    parser.add_argument("--tfinal", type=float, default=0.4, help="share of the steps after it")
-    parser.add_argument("--deltaT", type=float, default=0.01, help="share from pruning to pruning")
-    parser.add_argument("--bf16", action=flag, default=GPU, help="model and products in bfloat16")
-    parser.add_argument("--gradient-checkpointing", action=flag, default=GPU)
-    parser.add_argument("--seed", type=int, default=0)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", help="hub id or folder (SmolLM2-135M-Instruct, from a package)")
+    add("--data", type=Path, help=f"{FORMATS}; or .txt, a text per line (movie reviews)")
+    add("--held-out", type=int, default=64, help="texts of them to compute the loss on")
+    add("--steps", type=int, default=60)
+    add("--batch", type=int, default=4, help="texts at once")
+    add("--accumulate", type=int, default=1, help="batches per step")
+    add("--max-length", type=int, default=512, help="tokens of a text; the rest is cut off")
+    add("--packing", action="store_true", help="several texts in a row of a batch")
+    add("--lr", type=float, default=1e-3, help='with start="lora" the rate of LoRA')
+    add("--start", choices=["lora", "paper"], default="lora")
+    add("--init_r", type=int, default=12)
+    add("--target_r", type=int, default=8)
+    add("--lora_alpha", type=float, help="(2 times the root of init_r times target_r)")
+    add("--tinit", type=float, default=0.1, help="share of the steps before the first pruning")
+    add("--tfinal", type=float, default=0.4, help="share of the steps after the last one")
+    add("--deltaT", type=float, default=0.01, help="share of the steps between two of them")
+    add("--bf16", action=flag, default=GPU, help="the model in bfloat16")
+    add("--gradient-checkpointing", action=flag, default=GPU)
+    add("--seed", type=int, default=0)
     runs.add_options(parser, "llama_sft")
     return parser
 
@@ -75,8 +74,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--tinit, --tfinal: must be shares with a sum below 1, are {shares}")
     if not 0 < args.deltaT <= 1:
         parser.error(f"--deltaT: must be a share of the steps, is {args.deltaT}")
-    if args.lr <= 0:
-        parser.error(f"--lr: must be positive, is {args.lr}")
+    for name in ("lr", "lora_alpha"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name}: must be positive, is {getattr(args, name)}")
     runs.check_resume(parser, args)
 
 
@@ -92,10 +92,10 @@ def texts_of(file: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
         keys = set(row) if isinstance(row, dict) else set()
-        kind = next((names for names in FORMATS if names <= keys), None)
+        kind = next((names for names in COLUMNS if names <= keys), None)
         if kind is None or (rows and kind != set(rows[0])):
-            found = f"has {sorted(keys)}, and needs text, messages, or prompt and completion"
-            raise ValueError(f"{file}, line {number}: {found}, the same in all lines")
+            wanted = f"must be {FORMATS}, the same in all lines"
+            raise ValueError(f"{file}, line {number}: {wanted}, has {sorted(keys)}")
         rows.append({name: row[name] for name in kind})
     return rows
 
@@ -104,13 +104,13 @@ def reviews(chat: bool) -> list[dict[str, Any]]:
     """Return movie reviews and whether they are positive, as chats or as plain text."""
     rows = []
     for text, label in load_splits(REVIEWS)["train"]:
-        question, answer = f"Is this review positive or negative? {text}", ("negative", "positive")
+        question = f"Is this review positive or negative? {text}"
+        answer = ("negative", "positive")[label]
         if chat:
-            prompt = [{"role": "user", "content": question}]
-            rows.append({"prompt": prompt,
-                         "completion": [{"role": "assistant", "content": answer[label]}]})  # fmt: skip
+            said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            rows.append({"prompt": said[:1], "completion": said[1:]})
         else:
-            rows.append({"prompt": f"{question}\nAnswer:", "completion": f" {answer[label]}"})
+            rows.append({"prompt": f"{question}\nAnswer:", "completion": f" {answer}"})
     return rows
 
 
@@ -141,16 +141,17 @@ def main() -> None:
 
 def trainer_of(args: argparse.Namespace, rows: list[dict[str, Any]] | None) -> SFTTrainer:
     """Load the model, and return TRL's trainer of it with AdaLoRA."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     if args.model is None:
         model, tokenizer = smollm2.load()
-        model = model.to(torch.bfloat16 if args.bf16 else torch.float32)
+        model = model.to(dtype)
     else:
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     rows = rows or reviews(chat=tokenizer.chat_template is not None)
     data = Dataset.from_list(rows).train_test_split(args.held_out, seed=0)
-    alpha = args.lora_alpha or 2 * args.target_r * math.sqrt(args.init_r / args.target_r)
+    # The usual one of LoRA, 2·target_r, times √(init_r / target_r): see docs/recipe.md.
+    alpha = args.lora_alpha or 2 * math.sqrt(args.init_r * args.target_r)
     adapter = AdaLoraConfig(
         task_type="CAUSAL_LM",
         target_modules="all-linear",

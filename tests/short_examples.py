@@ -1,4 +1,4 @@
-"""What the tests of the scripts to start from share: tiny models in folders, and a run of a script."""
+"""What the tests of llama_sft.py and deberta_glue.py share: tiny models, and a run of a script."""
 
 import importlib
 import signal

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from short_examples import (
 )
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
 )
@@ -33,7 +35,8 @@ def write_rows(folder, task, split, n, labels):
     with (folder / f"{split}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "label", "idx"])
-        writer.writerows([*row, labels[i % len(labels)], i] for i, row in enumerate(zip(*texts)))
+        for i, row in enumerate(zip(*texts, strict=True)):
+            writer.writerow([*row, labels[i % len(labels)], i])
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +85,8 @@ def test_what_a_run_leaves(options, finished):
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     model = PeftModel.from_pretrained(base, finished / "adapter").eval()
     # Head and pooler come from the file, too: the accuracy that was told is computed again.
-    rows = glue.read("mrpc", module("pathlib").Path(folder))["validation"]
-    tokenizer = module("transformers").AutoTokenizer.from_pretrained(folder)
+    rows = glue.read("mrpc", Path(folder))["validation"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs = [[row[column] for row in rows] for column in glue.TASKS["mrpc"].columns]
     with torch.no_grad():
         logits = model(**tokenizer(*pairs, padding=True, return_tensors="pt")).logits

