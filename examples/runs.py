@@ -44,8 +44,11 @@ def options(args: argparse.Namespace) -> dict[str, str]:
     return {name: str(value) for name, value in vars(args).items() if name not in FREE}
 
 
-def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse to go on with another run than this one, and to begin over one that can go on."""
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a model that is no folder, and to go on with another run, or begin over one."""
+    is_path = args.model and (args.model[0] in "./~" or args.model.count("/") > 1)
+    if is_path and not Path(args.model).is_dir():
+        parser.error(f"--model: there is no folder {args.model}")
     file = checkpoints(args) / "options.json"
     if not args.resume and file.exists():
         parser.error(f"--out: {args.out} has an interrupted run: --resume it, or delete {file}")
@@ -70,6 +73,7 @@ def trainer_options(args: argparse.Namespace, steps: int) -> dict[str, Any]:
         # Wherever a run is interrupted, one of two checkpoints is whole.
         "save_total_limit": 2,
         "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
 

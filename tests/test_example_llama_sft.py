@@ -96,6 +96,7 @@ def test_options_are_refused_before_anything_is_loaded(options, tmp_path, capsys
     assert said("--deltaT=2") == "--deltaT: must be a share of the steps, is 2.0"
     assert said("--held-out=48").startswith("--held-out: ") and said("--lr=-1").startswith("--lr")
     assert said(f"--data={tmp_path / 'none.jsonl'}").startswith("--data: [Errno 2]")
+    assert said("--model=./none") == "--model: there is no folder ./none"
     assert said("--resume").endswith("options.json is missing")
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "a"}\n\n{"prompt": "a"}\n')
@@ -111,6 +112,15 @@ def test_options_are_refused_before_anything_is_loaded(options, tmp_path, capsys
     assert said("--resume", "--seed=1") == (
         "--resume: the interrupted run had other options: --seed 0"
     )
+
+
+def test_messages_need_a_chat_template(options, tmp_path):
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text(
+        "".join(f'{{"messages": [{{"role": "user", "content": "{i}"}}]}}\n' for i in range(9))
+    )
+    status, steps = run("llama_sft", *options, f"--data={lines}", f"--out={tmp_path}")
+    assert status.startswith("error: --data: has messages, but ") and steps == 0
 
 
 def test_formats_of_data(tmp_path):
