@@ -96,7 +96,7 @@ def adapted(args: argparse.Namespace, task: glue.Task, steps: int) -> Any:
         args.model, config=config, dtype=torch.float32
     )
     init_r, target_r = glue.BUDGETS[args.budget]
-    part, gamma = steps / task.steps, args.orth_reg_weight
+    gamma = args.orth_reg_weight
     adapter = AdaLoraConfig(
         task_type="SEQ_CLS",
         target_modules=KINDS,
@@ -107,9 +107,9 @@ def adapted(args: argparse.Namespace, task: glue.Task, steps: int) -> Any:
         orth_reg_weight=task.regulariser if gamma is None else gamma,
         total_step=steps,
         # The paper's, in steps, where the training is as long as the paper's.
-        tinit=round(task.tinit * part),
-        tfinal=round(task.tfinal * part),
-        deltaT=max(1, round(task.deltaT * part)),
+        tinit=task.tinit * steps // task.steps,
+        tfinal=task.tfinal * steps // task.steps,
+        deltaT=max(1, task.deltaT * steps // task.steps),
     )
     model = get_peft_model(model, adapter)
     adalora_kernels.peft.apply(model)
@@ -132,7 +132,8 @@ def trainer_of(args: argparse.Namespace, splits: dict[str, datasets.Dataset]) ->
         per_device_eval_batch_size=args.batch,
         learning_rate=args.lr or task.rate,
         lr_scheduler_type="linear",
-        warmup_steps=round(task.warmup * steps / task.steps),
+        warmup_steps=task.warmup * steps // task.steps,
+        max_grad_norm=1.0,  # as by the authors, but the regulariser comes after clipping
         weight_decay=task.weight_decay,
         eval_strategy="epoch",
         bf16=args.bf16,

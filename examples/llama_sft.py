@@ -135,7 +135,10 @@ def main() -> None:
         after = trainer.evaluate()
     results = {
         name: f"{before[key]:.4f} -> {after[key]:.4f}"
-        for name, key in (("loss", "eval_loss"), ("right tokens", "eval_mean_token_accuracy"))
+        for name, key in (
+            ("loss", "eval_loss"),
+            ("share of right tokens", "eval_mean_token_accuracy"),
+        )
     }
     runs.finish(trainer, args, results | {"held-out texts": args.held_out})
 
@@ -162,8 +165,8 @@ def trainer_of(args: argparse.Namespace, rows: list[dict[str, Any]] | None) -> S
         target_r=args.target_r,
         lora_alpha=alpha,
         total_step=args.steps,
-        tinit=round(args.tinit * args.steps),
-        tfinal=round(args.tfinal * args.steps),
+        tinit=int(args.tinit * args.steps),
+        tfinal=int(args.tfinal * args.steps),
         deltaT=max(1, round(args.deltaT * args.steps)),
         orth_reg_weight=0.0 if args.start == "lora" else 0.1,
     )

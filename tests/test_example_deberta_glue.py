@@ -81,6 +81,8 @@ def test_what_a_run_leaves(options, finished):
     assert all((finished / f"{n}.png").read_bytes()[1:4] == b"PNG" for n in ("ranks", "curves"))
     told = json.loads((finished / "results.json").read_text())
     assert sum(told["ranks"].values()) == MATRICES
+    trained = " ".join(saved(finished / "adapter"))
+    assert "pooler.dense.weight" in trained and "classifier.weight" in trained
     folder = options[1].partition("=")[2]
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     model = PeftModel.from_pretrained(base, finished / "adapter").eval()
@@ -118,7 +120,9 @@ def test_the_papers_settings(task, monkeypatch):
     assert config.tinit + config.tfinal < config.total_step == setting.steps
     assert (config.init_r, config.target_r, config.beta1, config.beta2) == (12, 8, 0.85, 0.85)
     script.adapted(args, setting, setting.steps // 2)
-    assert configs[1].tinit == setting.tinit // 2 and configs[1].tfinal == setting.tfinal // 2
+    assert configs[1].tinit == pytest.approx(setting.tinit / 2, abs=1)
+    assert configs[1].tfinal == pytest.approx(setting.tfinal / 2, abs=1)
+    script.adapted(args, setting, 1)  # A schedule that does not fit would be PEFT's error.
 
 
 def test_budgets_are_those_of_72_matrices():
