@@ -91,9 +91,10 @@ def adapted(args: argparse.Namespace, task: glue.Task, steps: int) -> Any:
     transformers.set_seed(args.seed)
     config = AutoConfig.from_pretrained(args.model, num_labels=len(task.classes) or 1)
     config.cls_dropout = config.classifier_dropout = task.cls_dropout
-    # Otherwise in the dtype of the file, and adapters of a float16 model train badly.
+    # Without dtype it has that of the file, and adapters of a float16 model train badly. Its head
+    # may be of another task, with other classes.
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.model, config=config, dtype=torch.float32
+        args.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
     init_r, target_r = glue.BUDGETS[args.budget]
     gamma = args.orth_reg_weight

@@ -80,7 +80,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return GLUE's metrics of a task."""
-    values = logits.argmax(-1) if TASKS[task].classes else logits.squeeze(-1)
+    values = logits.argmax(-1) if TASKS[task].classes else logits.reshape(len(labels))
     return {name: float(METRICS[name](labels, values)) for name in TASKS[task].metrics}
 
 

@@ -78,11 +78,15 @@ def trainer_options(args: argparse.Namespace, steps: int) -> dict[str, Any]:
     }
 
 
-def last_checkpoint(args: argparse.Namespace) -> Path | None:
-    """Return the newest whole checkpoint: one with the allocator's state, the last file written."""
+def last_checkpoint(args: argparse.Namespace, steps: int) -> Path | None:
+    """Return the newest whole checkpoint: one with the allocator's state, the last file written.
+
+    That of the last step does not count, because the Trainer would take one step more.
+    """
     found = checkpoints(args).glob(f"checkpoint-*/{export.STATE_NAME}")
-    steps = {int(file.parent.name.rpartition("-")[2]): file.parent for file in found}
-    return steps[max(steps)] if steps else None
+    folders = {int(file.parent.name.rpartition("-")[2]): file.parent for file in found}
+    folders.pop(steps, None)
+    return folders[max(folders)] if folders else None
 
 
 class Report(TrainerCallback):
@@ -111,7 +115,7 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
         folder.mkdir(parents=True)
         (folder / "options.json").write_text(json.dumps(options(args), indent=1))
     trainer.add_callback(Report)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    trainer.train(resume_from_checkpoint=last_checkpoint(args, trainer.args.max_steps))
 
 
 def finish(trainer: Trainer, args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -97,6 +97,25 @@ def test_what_a_run_leaves(options, finished):
         assert told["results"][f"validation {name}"].startswith(f"{value:.4f} ")
 
 
+@pytest.mark.parametrize(
+    "task", ["stsb", *(pytest.param(task, marks=pytest.mark.full) for task in ("cola", "mnli"))]
+)
+def test_tasks_of_other_forms(task, options, tmp_path):
+    """A regression, single sentences, and three classes with two splits to test on."""
+    for split in glue.splits_of(task):
+        write_rows(tmp_path, task, split, 12, [0, 1, 2] if task == "mnli" else [0, 1])
+    more = (f"--task={task}", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}", "--steps=2")
+    assert run("deberta_glue", *options, *more) == (0, 2)
+    told = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {
+        f"{split} {metric}"
+        for split in glue.splits_of(task)[1:]
+        for metric in glue.TASKS[task].metrics
+    } < told.keys()
+    head = saved(tmp_path / "out" / "adapter")["base_model.model.classifier.weight"]
+    assert len(head) == {"stsb": 1, "cola": 2, "mnli": 3}[task]
+
+
 @pytest.mark.parametrize("task", glue.TASKS)
 def test_the_papers_settings(task, monkeypatch):
     """A training as long as the paper's has its schedule; it comes to its end."""

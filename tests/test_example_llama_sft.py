@@ -15,6 +15,7 @@ from short_examples import (
     write_model,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl import SFTTrainer
 
 STEPS, MATRICES, TARGET_R = 6, 14, 2
 smollm2 = module("smollm2")
@@ -65,6 +66,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(options, finished, tmp_path, cap
     for name, value in one["results"].items():
         assert any(line.split("  ")[0] == name and str(value) in line
                    for line in printed.splitlines())  # fmt: skip
+
+
+def test_ctrl_c_after_the_last_step(options, finished, tmp_path, monkeypatch):
+    evaluate, calls = SFTTrainer.evaluate, []
+
+    def interrupted(trainer):
+        calls.append(trainer.state.global_step)
+        if calls[-1] == STEPS:
+            raise KeyboardInterrupt
+        return evaluate(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "evaluate", interrupted)
+        assert run("llama_sft", *options, f"--out={tmp_path}") == (130, STEPS)
+    assert calls == [0, STEPS]
+    assert run("llama_sft", *options, f"--out={tmp_path}", "--resume") == (0, 1)
+    assert_same_tensors(saved(tmp_path / "adapter"), saved(finished / "adapter"))
+    history = json.loads((tmp_path / "results.json").read_text())["history"]
+    assert max(entry["step"] for entry in history) == STEPS
 
 
 @pytest.mark.filterwarnings("ignore::Warning:(peft|transformers)")
