@@ -120,11 +120,8 @@ def test_versions_agree():
     assert re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1] == version
     latest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = (ROOT / "CITATION.cff").read_text()
-    assert latest.groups() == (
-        version,
-        re.search(r"^date-released: (.+)$", citation, re.MULTILINE)[1],
-    )
-    assert f"\nversion: {version}\n" in citation
+    assert latest[1] == version
+    assert f"\nversion: {version}\ndate-released: {latest[2]}\n" in citation
     minor = version.rpartition(".")[0]
     assert f"**Status: version {minor}, " in (ROOT / "README.md").read_text()
     assert f"The latest minor version, {minor} at present." in (ROOT / "SECURITY.md").read_text()
@@ -133,15 +130,8 @@ def test_versions_agree():
 def test_no_file_can_run_anything():
     """What SECURITY.md says of files. Between processes torch pickles, in one place."""
     running = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "runpy", "yaml"}
-    running |= {
-        "eval",
-        "exec",
-        "__import__",
-        "torch.load",
-        "torch.hub",
-        "torch.jit.load",
-        "os.system",
-    }
+    running |= {"eval", "exec", "__import__", "os.system"}
+    running |= {"torch.load", "torch.hub", "torch.jit.load"}
     pickling = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
