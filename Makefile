@@ -1,8 +1,10 @@
 # `make demo` and `make test` set up everything they need; nothing is installed twice.
 VENV ?= .venv
 PYTHON ?= python3
+# Another file for other versions than those that everything is tested with.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 DATA := build/demo/vaderSentiment-3.3.2.tar.gz
 QUALITY := build/quality
 SMOLLM2 := $(QUALITY)/site/.fetched
@@ -21,7 +23,7 @@ OTHER_TRITONS := $(shell sed -n 's/^# Other tritons: //p' constraints.txt)
 install: $(VENV)/.installed $(DATA) $(PEFT_TESTS)
 
 # torch before the package, whose library is built with it.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
@@ -109,6 +111,7 @@ lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .
 
 format: install
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -13,7 +13,7 @@ from .allocator import BudgetSchedule, RankAllocator
 from .functional import orth_reg, orth_reg_grad_, svd_delta, svd_linear
 from .modules import SVDLinear, lora_state_dict, mark_only_lora_as_trainable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BudgetSchedule",

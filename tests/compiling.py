@@ -1,11 +1,13 @@
 """Compiles recorded launches for GPUs that are not here, and reads what they need of one.
 
-`compile_case` runs in processes of its own, which begin with `compile_for_real`.
+`compile_cases` runs in processes of its own, which begin with `compile_for_real`.
 """
 
+import itertools
 import math
 import os
 import re
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,24 +138,60 @@ def _source(recorded):
     return ASTSource(recorded.function, signature, constants, attributes)
 
 
-def _wgmma_cycles(sass, warps):
+def _wgmma_cycles(instructions, warps):
     """Count the cycles that wgmma takes for one block of a loop.
 
     An instruction of a warpgroup reads 64 rows of 32 bytes, unless they are in registers, and as
     many columns of 32 bytes as its name has, at 128 bytes a cycle; the products of a column take
     half a cycle. Loops are not unrolled: what is there once runs once in a block.
     """
-    found = re.findall(r"HGMMA\.64x(\d+)x\d+\S* R\d+, (gdesc|R)", sass)
+    found = re.findall(r"HGMMA\.64x(\d+)x\d+\S* R\d+, (gdesc|R)", instructions)
     reads = [(int(n), 64 if left == "gdesc" else 0) for n, left in found]
     return warps // 4 * sum(max((n + rows) / 4, n / 2) for n, rows in reads)
 
 
-def _disassemble(cubin):
+def _tool(name):
     import triton.backends.nvidia
 
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    command = [tool, "--dump-resource-usage", "--dump-sass", cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Path(triton.backends.nvidia.__file__).parent / "bin" / name
+
+
+def _resources(cubin, file):
+    """Return {"REG": registers, "STACK": bytes, "LOCAL": bytes}; `file` is written over."""
+    file.write_bytes(cubin)
+    command = [_tool("cuobjdump"), "--dump-resource-usage", file]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def _code(cubin):
+    """Return the instructions in a cubin: its sections .text.*, as they are."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    first = headers[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", first + name)
+    )
+
+
+def _disassemble(cubins, family, file):
+    """Return the text of each one's instructions; `file` is written over.
+
+    The tool takes a quarter of a second before it begins, hence all of them in one go.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    file.write_bytes(b"".join(codes))
+    architecture = family.replace("_", "").upper()
+    command = [_tool("nvdisasm"), "--binary", architecture, "--no-dataflow", file]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = iter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*", said, re.MULTILINE))
+    # An instruction has 16 bytes.
+    found = [list(itertools.islice(lines, len(code) // 16)) for code in codes]
+    assert list(map(len, found)) == [len(code) // 16 for code in codes] and not list(lines)
+    return ["\n".join(one) for one in found]
 
 
 def compile_for_real():
@@ -162,44 +200,55 @@ def compile_for_real():
     torch.set_num_threads(1)
 
 
-def compile_case(case, folder):
-    """Return [Compiled or the error as text, …] for the launches of a case."""
+def compile_cases(cases, folder):
+    """Return [Compiled or the error as text, …] for the launches of each case of one family."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    results = []
-    for recorded in launches(case):
-        names = ("num_warps", "num_stages", "launch_pdl")
-        options = {k: recorded.arguments[k] for k in names if k in recorded.arguments}
-        blocks = {k: v for k, v in recorded.arguments.items() if k.startswith("BLOCK")}
-        tile = math.prod(blocks.values()) * case.dtype.itemsize
+    results, kernels = [[] for _ in cases], []
+    for case, found in zip(cases, results, strict=True):
         target = GPUTarget("cuda", int(case.family.removeprefix("sm_")), 32)
-        try:
-            kernel = triton.compile(_source(recorded), target=target, options=options)
-        except Exception as error:
-            results.append(f"{recorded.kernel}: {error!r}")
-            continue
-        cubin = Path(folder) / f"{os.getpid()}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        sass = _disassemble(cubin)
-        used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", sass)}
-        results.append(
-            Compiled(
-                recorded.kernel,
-                ", ".join(f"{k}={v}" for k, v in {**blocks, **options}.items()),
-                used["REG"],
-                used["STACK"],
-                used["LOCAL"],
-                kernel.metadata.shared,
-                len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
-                len(re.findall(r"LDGSTS\S*\.128|UTMALDG", sass)),
-                len(re.findall(r"LDG\S*\.U16", sass)),
-                sass.count("HGMMA"),
-                len(re.findall(r"UTC\w*MMA", sass)),
-                len(re.findall(r"\bHMMA", sass)),
-                sass.count("ACQBULK"),
-                _wgmma_cycles(sass, options["num_warps"]) * 2**15 / tile,
-            )
-        )
+        for recorded in launches(case):
+            try:
+                source, options = _source(recorded), _options(recorded)
+                kernel = triton.compile(source, target=target, options=options)
+            except Exception as error:
+                found.append(f"{recorded.kernel}: {error!r}")
+                continue
+            kernels.append((case, recorded, kernel, found))
+    file = Path(folder) / f"{os.getpid()}.cubin"
+    cubins = [kernel.asm["cubin"] for _, _, kernel, _ in kernels]
+    codes = _disassemble(cubins, cases[0].family, file)
+    for (case, recorded, kernel, found), cubin, code in zip(kernels, cubins, codes, strict=True):
+        used, shared = _resources(cubin, file), kernel.metadata.shared
+        found.append(_compiled(case, recorded, used, shared, code))
     return results
+
+
+def _options(recorded):
+    names = ("num_warps", "num_stages", "launch_pdl")
+    return {k: recorded.arguments[k] for k in names if k in recorded.arguments}
+
+
+def _compiled(case, recorded, used, shared, code):
+    """Return what is read of a kernel: resources, bytes of shared memory, and instructions."""
+    blocks = {k: v for k, v in recorded.arguments.items() if k.startswith("BLOCK")}
+    tile = math.prod(blocks.values()) * case.dtype.itemsize
+    options = _options(recorded)
+    return Compiled(
+        recorded.kernel,
+        ", ".join(f"{k}={v}" for k, v in {**blocks, **options}.items()),
+        used["REG"],
+        used["STACK"],
+        used["LOCAL"],
+        shared,
+        len(code.splitlines()),
+        len(re.findall(r"LDGSTS\S*\.128|UTMALDG", code)),
+        len(re.findall(r"LDG\S*\.U16", code)),
+        code.count("HGMMA"),
+        len(re.findall(r"UTC\w*MMA", code)),
+        len(re.findall(r"\bHMMA", code)),
+        code.count("ACQBULK"),
+        _wgmma_cycles(code, options["num_warps"]) * 2**15 / tile,
+    )

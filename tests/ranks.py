@@ -4,14 +4,18 @@
 
 The function gets the keyword arguments in each process, and what it returns comes back in the order
 of the ranks. It stands in a file of its own, which imports what it needs: a fresh Python imports it
-once and forks the processes, because the imports take most of the time.
+and forks the processes, because the imports take most of the time. It stays, and serves the calls
+of functions in the same file that follow.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -20,7 +24,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 TESTS = Path(__file__).parent
 
@@ -54,26 +58,82 @@ def on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments or {}))
-        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-        failing = "may fail" if may_fail else "all or none"
-        command = [sys.executable, __file__, str(world), function, folder, backend, failing]
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise RuntimeError(f"{function} hung for {seconds} s:\n{output}") from None
-        if process.returncode and not may_fail:
+        # Each process that is forked has the module then; but CUDA outlives no fork.
+        server = _server_for(function.partition(":")[0] if backend == "gloo" else "")
+        server.ask([world, function, folder, backend, may_fail])
+        process = server.answer(seconds)
+        if process is None:
+            _stop_server()
+            raise RuntimeError(f"{function} was not started:\n{server.said()}")
+        code = server.answer(seconds)
+        if code is None:
+            os.killpg(process, signal.SIGKILL)
+            _stop_server()
+        output = Path(folder, "output").read_text(errors="replace")
+        if code is None:
+            raise RuntimeError(f"{function} hung for {seconds} s:\n{output}")
+        if code and not may_fail:
             raise RuntimeError(f"{function} failed:\n{output}")
         return [_result(Path(folder, str(rank)), output) for rank in range(world)]
+
+
+class _Server(NamedTuple):
+    """A Python that has imported a module, and forks itself for each call.
+
+    Of each call it says two numbers: the process that does it, and how that has ended.
+    """
+
+    module: str
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+    errors: IO[str]
+
+    def ask(self, call: list[Any]) -> None:
+        self.process.stdin.write(json.dumps(call).encode() + b"\n")
+
+    def answer(self, seconds: float) -> int | None:
+        """The next number; None if there is none in time, or never."""
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return None
+        line = self.process.stdout.readline()
+        return int(line) if line else None
+
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+
+_server: _Server | None = None
+
+
+def _server_for(module: str) -> _Server:
+    """The server that is there, or another one where that has another module or environment."""
+    global _server
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    if _server is None or (_server.module, _server.environment) != (module, environment):
+        _stop_server()
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, __file__, module],
+            bufsize=0,  # What `select` says is true then.
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        _server = _Server(module, environment, process, errors)
+    return _server
+
+
+@atexit.register
+def _stop_server() -> None:
+    global _server
+    if _server is not None:
+        _server.process.kill()
+        _server.process.communicate()
+        _server = None
 
 
 def gpus_for_nccl() -> int:
@@ -126,9 +186,27 @@ def _function(name: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
-def _main(world: int, name: str, folder: str, backend: str, may_fail: bool) -> int:
-    if backend == "gloo":
-        _function(name)  # Each process that is forked has it then; but CUDA outlives no fork.
+def _serve(module: str) -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # Libraries print when they are imported.
+    if module:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        call = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            os.setsid()
+            os.close(answers)
+            output = os.open(Path(call[2], "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for descriptor, file in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+                os.dup2(file, descriptor)
+            os._exit(_fork_ranks(*call))
+        os.write(answers, b"%d\n" % process)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        os.write(answers, b"%d\n" % code)
+
+
+def _fork_ranks(world: int, name: str, folder: str, backend: str, may_fail: bool) -> int:
     children: dict[int, int] = {}
     for rank in range(world):
         child = os.fork()
@@ -163,5 +241,4 @@ def _main(world: int, name: str, folder: str, backend: str, may_fail: bool) -> i
 
 
 if __name__ == "__main__":
-    _world, _name, _folder, _backend, _may_fail = sys.argv[1:]
-    sys.exit(_main(int(_world), _name, _folder, _backend, _may_fail == "may fail"))
+    _serve(*sys.argv[1:])

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from compiling import Case, compile_case, compile_for_real, launches
+from compiling import Case, compile_cases, compile_for_real, launches
 
 from adalora_kernels.kernels.svd_linear import plans
 
@@ -21,6 +21,8 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100":
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Cycles in which a multiprocessor of an H200 gets 32 KB from memory: 4.3 TB/s for 132 of 1.8 GHz.
 MEMORY_CYCLES = 2**15 * 132 * 1.8e9 / 4.3e12
+# Cases that a process takes at a time.
+TOGETHER = 6
 # (type of the adapters, r): the most registers each class of ranks can take, and plain bfloat16.
 ADAPTERS = ((BF16, 16), (FP32, 16), (FP32, 64), (FP32, 256))
 
@@ -112,15 +114,20 @@ def is_quick(case):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Return a function from cases to {case: [Compiled or an error, …]}.
+    """Return a function from cases of one family to {case: [Compiled or an error, …]}.
 
     It compiles in as many processes as there are cores for each of pytest's.
     """
-    compile_here = functools.partial(compile_case, folder=tmp_path_factory.mktemp("triton"))
+    compile_here = functools.partial(compile_cases, folder=tmp_path_factory.mktemp("triton"))
     processes = os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, processes), context, compile_for_real) as pool:
-        yield lambda cases: dict(zip(cases, pool.map(compile_here, cases), strict=True))
+
+        def compile_all(cases):
+            some = [cases[i : i + TOGETHER] for i in range(0, len(cases), TOGETHER)]
+            return dict(zip(cases, itertools.chain(*pool.map(compile_here, some)), strict=True))
+
+        yield compile_all
 
 
 def problems(case, kernel):

@@ -118,7 +118,32 @@ def test_versions_agree():
     version = adalora_kernels.__version__
     project = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1] == version
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    latest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert latest[1] == version
+    assert f"\nversion: {version}\ndate-released: {latest[2]}\n" in citation
+    minor = version.rpartition(".")[0]
+    assert f"**Status: version {minor}, " in (ROOT / "README.md").read_text()
+    assert f"The latest minor version, {minor} at present." in (ROOT / "SECURITY.md").read_text()
+
+
+def test_no_file_can_run_anything():
+    """What SECURITY.md says of files. Between processes torch pickles, in one place."""
+    running = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "runpy", "yaml"}
+    running |= {"eval", "exec", "__import__", "os.system"}
+    running |= {"torch.load", "torch.hub", "torch.jit.load"}
+    pickling = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            elif isinstance(node, ast.Name | ast.Attribute):
+                names = {ast.unparse(node)}
+            else:
+                continue
+            assert not names & running, f"{path}:{node.lineno}"
+            pickling += [path.name for name in names if name and name.endswith("_object")]
+    assert pickling == ["stages.py"]
 
 
 def test_public_names_have_documentation():
