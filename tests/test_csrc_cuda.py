@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 SOURCE = ROOT / "csrc" / "cuda" / "importance.cu"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
-ARCHITECTURES = ("80", "90a", "100")
+# What setup.py compiles for, with 90a in place of 90.
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FP32, BF16, FP16, FP64 = TYPES
 GUARD = 64
