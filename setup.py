@@ -212,20 +212,23 @@ def build_library(folder: Path, library: Path, with_cuda: bool) -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line, also where pip hides what a build prints: there, on pip's own stderr."""
+    """Print a line, also where pip hides what a build prints: there, where pip itself prints."""
     print(line, file=sys.stderr)
-    shown = Path(f"/proc/{os.getppid()}/fd/2")
-    try:
-        kind = shown.stat().st_mode
-        # What is written into a file would be written over by what pip writes next.
-        if shown.samefile("/proc/self/fd/2") or not (stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
-            return
-        with shown.open("w") as stderr:
-            # pip may be in the middle of a line.
-            stderr.write(f"\n{line}\n")
-    except OSError:
-        # Not Linux, or the process is another user's.
-        return
+    for descriptor in (2, 1):
+        shown = Path(f"/proc/{os.getppid()}/fd/{descriptor}")
+        try:
+            kind = shown.stat().st_mode
+            if shown.samefile("/proc/self/fd/2"):
+                return
+            # What is written into a file would be written over by what pip writes next.
+            if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
+                with shown.open("w") as output:
+                    # pip may be in the middle of a line.
+                    output.write(f"\n{line}\n")
+                return
+        except OSError:
+            # Not Linux, or the process is another user's.
+            continue
 
 
 class BuildLibrary(build_ext):
