@@ -127,7 +127,7 @@ def main() -> None:
         loss_there = fixed_loss(plain, torch.device("cpu"))
         print(f"loss in plain PEFT, from {args.out}: {loss_there:.4f}")
     if dist.is_initialized():
-        # gloo's threads need Python to let go of what they have sent, so nobody ends just after that.
+        # gloo's threads need Python to let go of what they have sent: nobody ends just after that.
         dist.barrier()
         dist.destroy_process_group()
 
