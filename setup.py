@@ -106,10 +106,9 @@ def cuda_home() -> str | None:
 def find_nvcc() -> str:
     """The path of nvcc: that of CUDA_HOME; or the one of NVCC, or one in the PATH."""
     home = cuda_home()
-    packages = os.pathsep.join(f"{folder}/nvidia/cu13/bin" for folder in sys.path if folder)
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else packages)
-    if not found and not home:
-        found = shutil.which("nvcc")
+    packages = [f"{folder}/nvidia/cu13/bin" for folder in sys.path if folder]
+    folders = [f"{home}/bin"] if home else [*packages, os.environ.get("PATH", os.defpath)]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not found:
         raise CannotBuild(f"there is no nvcc in {home + '/bin' if home else 'the PATH'}")
     return found
@@ -254,7 +253,7 @@ class BuildLibrary(build_ext):
         else:
             tell(
                 f"adalora_kernels: the compiled library has no CUDA part: {reason} "
-                "(ADALORA_KERNELS_BUILD=cuda brings one)"
+                "(ADALORA_KERNELS_BUILD=cuda brings nvcc, but for --no-build-isolation)"
             )
 
 

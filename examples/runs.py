@@ -1,7 +1,8 @@
 """What llama_sft.py and deberta_glue.py share: runs that can be interrupted, and what they leave.
 
 While a run goes on, OUT/checkpoints has its options and the Trainer's checkpoints. When it has
-ended, that folder is gone, and OUT has results.json, the adapter and its pictures.
+ended, that folder is gone, and OUT has results.json, the adapter and its pictures. The demo,
+movie_reviews.py, has stages of its own, and is interrupted in the same way.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What the tests of llama_sft.py and deberta_glue.py share: tiny models, and a run of a script."""
 
 import importlib
+import json
 import signal
 import sys
 from pathlib import Path
@@ -72,6 +73,25 @@ def refusal(name, *options, capsys):
 def saved(folder):
     """Return the tensors of an adapter."""
     return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_runs(one, other):
+    """Two folders have the same adapter, bit for bit, and tell the same of it."""
+    assert_same_tensors(saved(one / "adapter"), saved(other / "adapter"))
+    one, other = told(one), told(other)
+    assert one["results"] == other["results"] and one["ranks"] == other["ranks"]
+
+
+def told(folder):
+    """Return what a run has written down of itself."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_leaves(folder, *adapters):
+    """A folder has these adapters, pictures, and nothing of an unfinished run."""
+    files = {*adapters, "ranks.png", "curves.png", "results.json"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert all((folder / f"{n}.png").read_bytes()[1:4] == b"PNG" for n in ("ranks", "curves"))
 
 
 def assert_same_tensors(left, right):

@@ -19,7 +19,8 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 SOURCE = ROOT / "csrc" / "cuda" / "importance.cu"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 # What setup.py compiles for, with 90a in place of 90.
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+SHIPPED = re.search(r"^ARCHITECTURES = (.+)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+ARCHITECTURES = ["".join(n) for n in re.findall(r"(\d+)\.(\da?)", SHIPPED.replace("9.0", "9.0a"))]
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FP32, BF16, FP16, FP64 = TYPES
 GUARD = 64

@@ -9,12 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from short_examples import (
-    assert_same_tensors,
+    assert_leaves,
+    assert_same_runs,
     letters,
     module,
     refusal,
     run,
     saved,
+    told,
     write_model,
 )
 from transformers import (
@@ -66,9 +68,7 @@ def finished(options, tmp_path_factory):
 
 def test_a_resumed_run_is_the_uninterrupted_one(options, finished, tmp_path, capsys):
     assert run("deberta_glue", *options, f"--out={tmp_path}") == (0, STEPS)
-    assert_same_tensors(saved(tmp_path / "adapter"), saved(finished / "adapter"))
-    one, other = (json.loads((out / "results.json").read_text()) for out in (tmp_path, finished))
-    assert one["results"] == other["results"] and one["ranks"] == other["ranks"]
+    assert_same_runs(tmp_path, finished)
     printed = capsys.readouterr().out
     assert f"budget {2 * MATRICES} -> {MATRICES} triplets over {MATRICES} matrices" in printed
     assert "validation accuracy" in printed and "validation f1" in printed
@@ -76,11 +76,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(options, finished, tmp_path, cap
 
 @pytest.mark.filterwarnings("ignore::Warning:(peft|transformers)")
 def test_what_a_run_leaves(options, finished):
-    files = {"adapter", "ranks.png", "curves.png", "results.json"}
-    assert {path.name for path in finished.iterdir()} == files
-    assert all((finished / f"{n}.png").read_bytes()[1:4] == b"PNG" for n in ("ranks", "curves"))
-    told = json.loads((finished / "results.json").read_text())
-    assert sum(told["ranks"].values()) == MATRICES
+    assert_leaves(finished, "adapter")
+    assert sum(told(finished)["ranks"].values()) == MATRICES
     trained = " ".join(saved(finished / "adapter"))
     assert "pooler.dense.weight" in trained and "classifier.weight" in trained
     folder = options[1].partition("=")[2]
@@ -94,7 +91,7 @@ def test_what_a_run_leaves(options, finished):
         logits = model(**tokenizer(*pairs, padding=True, return_tensors="pt")).logits
     found = glue.score("mrpc", logits.numpy(), np.array([row["label"] for row in rows]))
     for name, value in found.items():
-        assert told["results"][f"validation {name}"].startswith(f"{value:.4f} ")
+        assert told(finished)["results"][f"validation {name}"].startswith(f"{value:.4f} ")
 
 
 @pytest.mark.parametrize(
@@ -106,12 +103,11 @@ def test_tasks_of_other_forms(task, options, tmp_path):
         write_rows(tmp_path, task, split, 12, [0, 1, 2] if task == "mnli" else [0, 1])
     more = (f"--task={task}", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}", "--steps=2")
     assert run("deberta_glue", *options, *more) == (0, 2)
-    told = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert {
         f"{split} {metric}"
         for split in glue.splits_of(task)[1:]
         for metric in glue.TASKS[task].metrics
-    } < told.keys()
+    } < told(tmp_path / "out")["results"].keys()
     head = saved(tmp_path / "out" / "adapter")["base_model.model.classifier.weight"]
     assert len(head) == {"stsb": 1, "cola": 2, "mnli": 3}[task]
 

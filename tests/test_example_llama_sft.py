@@ -6,12 +6,15 @@ import pytest
 import torch
 from peft import PeftModel
 from short_examples import (
+    assert_leaves,
+    assert_same_runs,
     assert_same_tensors,
     letters,
     module,
     refusal,
     run,
     saved,
+    told,
     write_model,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -58,12 +61,10 @@ def logits(model):
 
 def test_a_resumed_run_is_the_uninterrupted_one(options, finished, tmp_path, capsys):
     assert run("llama_sft", *options, f"--out={tmp_path}") == (0, STEPS)
-    assert_same_tensors(saved(tmp_path / "adapter"), saved(finished / "adapter"))
-    one, other = (json.loads((out / "results.json").read_text()) for out in (tmp_path, finished))
-    assert one["results"] == other["results"] and one["ranks"] == other["ranks"]
+    assert_same_runs(tmp_path, finished)
     printed = capsys.readouterr().out
     assert f"budget {4 * MATRICES} -> {TARGET_R * MATRICES} triplets" in printed
-    for name, value in one["results"].items():
+    for name, value in told(tmp_path)["results"].items():
         assert any(line.split("  ")[0] == name and str(value) in line
                    for line in printed.splitlines())  # fmt: skip
 
@@ -83,16 +84,13 @@ def test_ctrl_c_after_the_last_step(options, finished, tmp_path, monkeypatch):
     assert calls == [0, STEPS]
     assert run("llama_sft", *options, f"--out={tmp_path}", "--resume") == (0, 1)
     assert_same_tensors(saved(tmp_path / "adapter"), saved(finished / "adapter"))
-    history = json.loads((tmp_path / "results.json").read_text())["history"]
-    assert max(entry["step"] for entry in history) == STEPS
+    assert max(entry["step"] for entry in told(tmp_path)["history"]) == STEPS
 
 
 @pytest.mark.filterwarnings("ignore::Warning:(peft|transformers)")
 def test_what_a_run_leaves(options, finished):
-    files = {"adapter", "lora", "ranks.png", "curves.png", "results.json"}
-    assert {path.name for path in finished.iterdir()} == files
-    assert all((finished / f"{n}.png").read_bytes()[1:4] == b"PNG" for n in ("ranks", "curves"))
-    ranks = json.loads((finished / "results.json").read_text())["ranks"].values()
+    assert_leaves(finished, "adapter", "lora")
+    ranks = told(finished)["ranks"].values()
     assert sum(ranks) == TARGET_R * MATRICES and len(set(ranks)) > 1
     folder = options[0].partition("=")[2]
     plain, lora = (
@@ -162,6 +160,6 @@ def test_formats_of_data(tmp_path):
 def test_without_arguments_it_trains_the_model_of_a_package(tmp_path):
     out = tmp_path / "out"
     assert run("llama_sft", "--steps=2", "--held-out=4", f"--out={out}") == (0, 2)
-    results = json.loads((out / "results.json").read_text())
+    results = told(out)
     before, after = map(float, results["results"]["loss"].split(" -> "))
     assert after < before and sum(results["ranks"].values()) == 8 * 210
